@@ -1,0 +1,99 @@
+"""Settings and task -> model, loss, optimiser: the one place where they become arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from monai.losses import DiceCELoss, DiceLoss
+from torch import Tensor, nn
+
+from smae_utils.errors import UserError
+from smae_utils.mae import MaskedAutoencoder
+from smae_utils.settings import FinetuneSettings, PretrainSettings, Settings
+from smae_utils.tasks import Task
+from smae_utils.unetr import UNETR
+from smae_utils.vit import ViTClassifier
+
+
+def _encoder_args(task: Task, settings: Settings) -> dict:
+    if len(settings.crop_size) != task.spatial_dims:
+        raise UserError(f"crop_size {settings.crop_size} has {len(settings.crop_size)} axes, task {task.name} is {task.spatial_dims}D")
+    return {
+        "img_size": settings.crop_size,
+        "patch_size": settings.patch_size,
+        "in_chans": task.in_chans,
+        "embed_dim": settings.embed_dim,
+        "depth": settings.depth,
+        "num_heads": settings.num_heads,
+    }
+
+
+def build_mae(task: Task, settings: PretrainSettings) -> MaskedAutoencoder:
+    """The masked autoencoder of a task."""
+    return MaskedAutoencoder(
+        **_encoder_args(task, settings),
+        decoder_embed_dim=settings.decoder_embed_dim,
+        decoder_depth=settings.decoder_depth,
+        decoder_num_heads=settings.decoder_num_heads,
+        mask_ratio=settings.mask_ratio,
+        norm_pix_loss=settings.norm_pix_loss,
+    )
+
+
+def build_model(task: Task, settings: FinetuneSettings) -> ViTClassifier | UNETR:
+    """The network that is fine-tuned: a ViT classifier or a UNETR."""
+    common = {**_encoder_args(task, settings), "drop_path": settings.drop_path}
+    if task.kind == "classification":
+        return ViTClassifier(**common, num_classes=len(task.classes), pool=settings.pool)
+    return UNETR(**common, out_chans=task.out_chans, feature_size=settings.feature_size)
+
+
+def region_targets(label: Tensor, task: Task) -> Tensor:
+    """Integer label (B, 1, *spatial) -> one channel a class (B, classes, *spatial), overlapping where regions do."""
+    values = label.new_tensor
+    return torch.cat([torch.isin(label, values(region)) for region in task.regions], 1).float()
+
+
+def build_loss(task: Task) -> Callable[[Tensor, Tensor], Tensor]:
+    """(logits, label) -> scalar: BCE (findings), Dice + CE (organs), Dice on sigmoids (regions), in fp32.
+
+    Dice is summed over the batch and smoothed by one voxel on both sides: per sample and unsmoothed, a class that is absent
+    from most crops pays most for being predicted at all and collapses to empty.
+    """
+    if task.kind == "classification":
+        bce = nn.BCEWithLogitsLoss()
+        return lambda logits, label: bce(logits.float(), label)
+    dice = {"batch": True, "smooth_nr": 1.0, "smooth_dr": 1.0}
+    if task.exclusive:
+        loss = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, **dice)
+        return lambda logits, label: loss(logits.float(), label)
+    loss = DiceLoss(sigmoid=True, **dice)
+    return lambda logits, label: loss(logits.float(), region_targets(label, task))
+
+
+def layer_of(name: str, depth: int) -> int:
+    """Layer of a parameter for layer decay: 0 embeddings, 1 .. depth blocks, depth + 1 all else (as in BEiT and MAE)."""
+    if name.startswith(("encoder.patch_embed", "encoder.pos_embed", "encoder.cls_token")):
+        return 0
+    if name.startswith("encoder.blocks."):
+        return int(name.split(".")[2]) + 1
+    return depth + 1
+
+
+def build_optimizer(model: nn.Module, settings: Settings, layer_decay: float = 1.0) -> torch.optim.AdamW:
+    """AdamW; biases, norms, tokens and positions are not decayed. Groups carry `lr_scale`, which timm's scheduler multiplies in."""
+    depth = settings.depth
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        plain = parameter.ndim <= 1 or name.endswith(("pos_embed", "cls_token", "mask_token"))
+        layer = layer_of(name, depth) if layer_decay != 1 else depth + 1
+        group = groups.setdefault(
+            (layer, plain),
+            {"params": [], "weight_decay": 0.0 if plain else settings.weight_decay, "lr_scale": layer_decay ** (depth + 1 - layer)},
+        )
+        group["params"].append(parameter)
+    lr = settings.base_lr * settings.batch_size / 256
+    return torch.optim.AdamW(list(groups.values()), lr=lr, betas=settings.betas)

@@ -1,0 +1,145 @@
+"""The command line: `python -m smae_utils COMMAND`. A user's mistake gives one line and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+from smae_utils.errors import UserError
+
+# Imports of torch, MONAI and the rest stand inside the commands: --help and a mistyped word answer at once.
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 2 a mistake of the user's, 130 interrupted."""
+    args = _parser().parse_args(argv)
+    # A scheduler's SIGTERM means what Ctrl-C means: save and stop.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        args.function(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of our output went away (as `| head` does); there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"error: {error}: check the path, its permissions and the free disk space", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m smae_utils", description="Self pre-training with masked autoencoders for medical images.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, function, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(function=function)
+        return command
+
+    command = add("phantom", _phantom, "write a drop-in for a real download")
+    command.add_argument("--task", required=True)
+    command.add_argument("--out", required=True, type=Path)
+    command.add_argument("--n", required=True, type=int, help="number of scans")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--size", default="demo", help="demo or full")
+    command.add_argument("--context", type=float, default=1.0, help="share of structures that follow the patient's latents")
+
+    for name, function, text in (
+        ("pretrain", _pretrain, "self pre-train a masked autoencoder on a task's training images"),
+        ("finetune", _finetune, "fine-tune a ViT classifier or a UNETR"),
+    ):
+        command = add(name, function, text)
+        command.add_argument("--task", required=True)
+        command.add_argument("--data", required=True, type=Path, help="folder of the download")
+        command.add_argument("--preset", default="demo", help="demo, small, paper, or a YAML file")
+        command.add_argument("--out", required=True, type=Path, metavar="RUN")
+        command.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value", help="override settings of the preset")
+        command.add_argument("--resume", action="store_true", help="go on where the run folder stopped")
+        if name == "finetune":
+            command.add_argument("--init", default="scratch", metavar="scratch|RUN|FILE", help="where the encoder comes from")
+
+    command = add("evaluate", _evaluate, "score a fine-tuned run on the test cases")
+    command.add_argument("run", type=Path, metavar="RUN")
+    command.add_argument("--data", type=Path, help="where the data lies now, if it was moved")
+    command.add_argument("--split", default="test", help="test or val")
+
+    command = add("compare", _compare, "table of two evaluated runs: scratch | self pre-trained | difference")
+    command.add_argument("scratch", type=Path)
+    command.add_argument("self", type=Path)
+
+    command = add("run", _run, "execute one notebook")
+    command.add_argument("notebook", help="path, or name as 02_self_pretraining")
+    command.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    command.add_argument("--out", type=Path, default=Path("build/notebooks"), help="folder of the executed notebook and its HTML")
+
+    command = add("demo", _demo, "run the numbered notebooks for the tasks and compare")
+    command.add_argument("--task", nargs="*", default=[], help="btcv, cxr14, brats; all when left out")
+    command.add_argument("--out", type=Path, default=Path("build/demo"))
+    command.add_argument("--preset", default="demo")
+    command.add_argument("--seed", type=int, default=0)
+
+    command = add("benchmark", _benchmark, "two steps of each paper preset at batch 1 on full-size phantoms")
+    command.add_argument("--task", nargs="*", default=[])
+    command.add_argument("--out", type=Path, default=Path("build/benchmark"))
+
+    return parser
+
+
+def _phantom(args) -> None:
+    from smae_utils.phantoms import write_phantoms
+
+    files = write_phantoms(args.task, args.out, args.n, args.seed, args.size, args.context)
+    print(f"wrote {len(files)} {args.size} phantoms of {args.task} to {args.out}")
+
+
+def _pretrain(args) -> None:
+    from smae_utils.settings import parse_overrides
+    from smae_utils.training import pretrain
+
+    pretrain(args.task, args.data, args.out, args.preset, parse_overrides(args.set), args.resume)
+
+
+def _finetune(args) -> None:
+    from smae_utils.settings import parse_overrides
+    from smae_utils.training import finetune
+
+    finetune(args.task, args.data, args.out, args.init, args.preset, parse_overrides(args.set), args.resume)
+
+
+def _evaluate(args) -> None:
+    from smae_utils.evaluation import evaluate
+
+    evaluate(args.run, args.data, args.split)
+
+
+def _compare(args) -> None:
+    from smae_utils.evaluation import compare
+
+    print(compare(args.scratch, args.self).to_string(index=False, float_format="%.4g"))
+
+
+def _run(args) -> None:
+    from smae_utils.batch import run_notebook
+
+    run_notebook(args.notebook, args.out, dict(args.parameter))
+
+
+def _demo(args) -> None:
+    from smae_utils.demo import demo
+
+    demo(args.out, args.task, args.preset, args.seed)
+
+
+def _benchmark(args) -> None:
+    from smae_utils.demo import benchmark
+
+    benchmark(args.out, args.task)

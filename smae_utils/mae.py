@@ -1,0 +1,176 @@
+"""The masked autoencoder (He et al. 2111.06377), in the form that Zhou et al. 2203.05573 pre-train on the task's own images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from smae_utils.errors import UserError
+from smae_utils.patches import gather_tokens, patch_statistics, patchify, sincos_positions, split_by_noise, unpatchify, visible_count
+from smae_utils.vit import ViTEncoder, init_transformer, transformer_blocks
+
+
+@dataclass
+class MAEOutput:
+    """What one forward pass gives.
+
+    Attributes:
+        loss: scalar, mean squared error over the hidden patches.
+        pred: (B, L, p^d * C), in the units of the target (normalised when `norm_pix_loss`). In training mode the rows
+            of visible patches are zero (they do not go through the head); in eval mode every row is predicted.
+        mask: (B, L), 1 = hidden.
+    """
+
+    loss: Tensor
+    pred: Tensor
+    mask: Tensor
+
+
+class MaskedAutoencoder(nn.Module):
+    """Hide most patches, encode the visible ones, predict the hidden ones.
+
+    Args:
+        img_size: spatial size; two numbers make a 2D model, three a 3D one.
+        patch_size: an int, or one an axis.
+        in_chans: channels of the image.
+        mask_ratio: share of patches that are hidden.
+        norm_pix_loss: compare with each patch normalised by its own mean and biased variance (+ 1e-6).
+        encoder: further arguments of `ViTEncoder` (class_token, qkv_bias, mlp_ratio, norm_eps).
+    """
+
+    def __init__(
+        self,
+        img_size: Sequence[int],
+        patch_size: int | Sequence[int],
+        in_chans: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        decoder_embed_dim: int,
+        decoder_depth: int,
+        decoder_num_heads: int,
+        mask_ratio: float = 0.75,
+        norm_pix_loss: bool = True,
+        **encoder,
+    ):
+        super().__init__()
+        self.encoder = ViTEncoder(img_size, patch_size, in_chans, embed_dim, depth, num_heads, **encoder)
+        self.patch_size, self.grid = self.encoder.patch_size, self.encoder.grid
+        self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
+        length = self.encoder.pos_embed.shape[1]
+        visible_count(length, mask_ratio)
+
+        block_args = [encoder.get("mlp_ratio", 4.0), encoder.get("qkv_bias", True), encoder.get("norm_eps", 1e-6)]
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim).normal_(std=0.02))
+        self.decoder_pos_embed = nn.Parameter(sincos_positions(self.grid, decoder_embed_dim), requires_grad=False)
+        self.decoder_blocks = transformer_blocks(decoder_embed_dim, decoder_depth, decoder_num_heads, *block_args)
+        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=encoder.get("norm_eps", 1e-6))
+        self.decoder_pred = nn.Linear(decoder_embed_dim, self.encoder.patch_embed.proj.weight[0].numel())
+        for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
+            part.apply(init_transformer)
+
+    def forward(self, image: Tensor, noise: Tensor | None = None) -> MAEOutput:
+        """Args:
+        image: (B, C, *img_size).
+        noise: (B, L); the `int(L * (1 - mask_ratio))` patches with the smallest stay visible. Drawn when absent.
+        """
+        length = self.encoder.pos_embed.shape[1]
+        if noise is None:
+            noise = torch.rand(len(image), length, device=image.device)
+        if noise.shape != (len(image), length):
+            raise UserError(f"noise must be (images, patches) {(len(image), length)}, got {tuple(noise.shape)}")
+        visible, hidden, mask = split_by_noise(noise, self.mask_ratio)
+        latent = self.forward_encoder(image, visible)
+        pred = self.forward_decoder(latent, visible, hidden)
+        return MAEOutput(self.forward_loss(image, pred, mask), pred, mask)
+
+    def forward_encoder(self, image: Tensor, visible: Tensor) -> Tensor:
+        """(B, C, *img_size), (B, V) -> normed tokens of the visible patches (B, prefix_tokens + V, D)."""
+        tokens = self.encoder.add_class_token(gather_tokens(self.encoder.embed(image), visible))
+        for block in self.encoder.blocks:
+            tokens = block(tokens)
+        return self.encoder.norm(tokens)
+
+    def forward_decoder(self, latent: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
+        """(B, prefix_tokens + V, D) -> predicted patches (B, L, p^d * C)."""
+        prefix = self.encoder.prefix_tokens
+        tokens = self.decoder_embed(latent)
+        patches = torch.cat([tokens[:, prefix:], self.mask_token.expand(*hidden.shape, -1).to(tokens.dtype)], 1)
+        restore = torch.cat([visible, hidden], 1).argsort(1)
+        patches = gather_tokens(patches, restore) + self.decoder_pos_embed
+        # The class token goes along, without a position, as in facebookresearch/mae and the authors' code.
+        tokens = torch.cat([tokens[:, :prefix], patches], 1)
+        for block in self.decoder_blocks:
+            tokens = block(tokens)
+        tokens = tokens[:, -restore.shape[1] :]
+        if not self.training:
+            return self.decoder_pred(self.decoder_norm(tokens))
+        rows = self.decoder_pred(self.decoder_norm(gather_tokens(tokens, hidden)))
+        index = hidden.unsqueeze(-1).expand(-1, -1, rows.shape[-1])
+        return rows.new_zeros(*restore.shape, rows.shape[-1]).scatter(1, index, rows)
+
+    def target(self, image: Tensor) -> Tensor:
+        """What the loss compares with: (B, C, *img_size) -> (B, L, p^d * C)."""
+        patches = patchify(image, self.patch_size)
+        if not self.norm_pix_loss:
+            return patches
+        mean, std = patch_statistics(patches)
+        return (patches - mean) / std
+
+    def forward_loss(self, image: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        """Mean squared error over hidden patches, in fp32 whatever the precision of the network."""
+        error = (pred.float() - self.target(image.float())).square().mean(-1)
+        return (error * mask).sum() / mask.sum()
+
+    def to_image(self, image: Tensor, pred: Tensor) -> Tensor:
+        """Predicted patches as an image (B, C, *img_size) in the image's intensities.
+
+        With `norm_pix_loss` the network does not predict a patch's mean and std; the **true** ones are used, also for
+        hidden patches. The picture is then sharper in contrast than the network knows: say so beside it.
+        """
+        patches = patchify(image, self.patch_size)
+        if self.norm_pix_loss:
+            mean, std = patch_statistics(patches)
+            pred = pred * std + mean
+        return unpatchify(pred, self.patch_size, self.grid)
+
+
+def paste_visible(image: Tensor, reconstruction: Tensor, mask: Tensor, patch_size) -> Tensor:
+    """Visible patches from `image`, hidden ones from `reconstruction`: all (B, C, *spatial), mask (B, L)."""
+    hidden = pixel_mask(mask, patch_size, image.shape)
+    return torch.where(hidden, reconstruction, image)
+
+
+def pixel_mask(mask: Tensor, patch_size, shape) -> Tensor:
+    """(B, L) -> boolean (B, 1, *spatial), True = hidden, for an image of `shape` (B, C, *spatial)."""
+    grid = [n // p for n, p in zip(shape[2:], patch_size)]
+    out = mask.bool().reshape(len(mask), 1, *grid)
+    for axis, size in enumerate(patch_size):
+        out = out.repeat_interleave(size, axis + 2)
+    return out
+
+
+def sanity_band(image: Tensor, mask: Tensor, patch_size, norm_pix_loss: bool = True) -> dict[str, float]:
+    """Losses that need no network, on the hidden patches: what a trained one has to beat.
+
+    Returns:
+        `patch_mean`: predicting each patch's own mean (1 for normalised targets, apart from flat patches);
+        `nearest_visible`: copying the nearest visible patch, in the target's units.
+    """
+    patches = patchify(image, patch_size)
+    mean, std = patch_statistics(patches)
+    target = (patches - mean) / std if norm_pix_loss else patches
+    grid = torch.meshgrid(*(torch.arange(n // p, dtype=torch.float32) for n, p in zip(image.shape[2:], patch_size)), indexing="ij")
+    place = torch.stack(grid, -1).flatten(0, -2)
+    distance = torch.cdist(place, place).to(image.device) + 1e9 * mask.unsqueeze(1)
+    copied = gather_tokens(target, distance.argmin(-1))
+    flat = torch.zeros_like(target) if norm_pix_loss else mean.expand_as(target)
+
+    def loss(pred: Tensor) -> float:
+        return float(((pred - target).square().mean(-1) * mask).sum() / mask.sum())
+
+    return {"patch_mean": loss(flat), "nearest_visible": loss(copied)}

@@ -1,0 +1,119 @@
+"""Patches, masks and positions: the arithmetic of a masked autoencoder, for 2D and 3D alike.
+
+One convention for masks everywhere: **1 = hidden**. Pixels of a patch are ordered spatial axes first, channel last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from smae_utils.errors import UserError
+
+
+def as_tuple(value: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+    """An int for every axis, or one per axis: always a tuple of `ndim` positive ints."""
+    out = (int(value),) * ndim if isinstance(value, int) else tuple(int(v) for v in value)
+    if len(out) != ndim or min(out) < 1:
+        raise UserError(f"expected {ndim} sizes of at least 1, one an axis, got {value!r}")
+    return out
+
+
+def grid_size(img_size: Sequence[int], patch_size: int | Sequence[int]) -> tuple[int, ...]:
+    """Patches along each axis.
+
+    Raises:
+        UserError: if an axis does not divide.
+    """
+    patch = as_tuple(patch_size, len(img_size))
+    if any(n % p for n, p in zip(img_size, patch)):
+        fits = tuple(max(n // p, 1) * p for n, p in zip(img_size, patch))
+        raise UserError(f"image size {tuple(img_size)} is no multiple of the patch size {patch}: use {fits}, say, or another patch size")
+    return tuple(n // p for n, p in zip(img_size, patch))
+
+
+def patchify(image: Tensor, patch_size: int | Sequence[int]) -> Tensor:
+    """(B, C, *spatial) -> (B, L, p^d * C); patches in row-major order, pixels spatial first and channel last."""
+    ndim = image.ndim - 2
+    patch = as_tuple(patch_size, ndim)
+    grid = grid_size(image.shape[2:], patch)
+    batch, chans = image.shape[:2]
+    split = image.reshape(batch, chans, *(n for pair in zip(grid, patch) for n in pair))
+    axes = [0, *range(2, 2 + 2 * ndim, 2), *range(3, 3 + 2 * ndim, 2), 1]
+    return split.permute(axes).reshape(batch, prod(grid), prod(patch) * chans)
+
+
+def unpatchify(patches: Tensor, patch_size: int | Sequence[int], grid: Sequence[int]) -> Tensor:
+    """(B, L, p^d * C) -> (B, C, *spatial): the exact inverse of `patchify`."""
+    ndim = len(grid)
+    patch = as_tuple(patch_size, ndim)
+    batch, length, width = patches.shape
+    if length != prod(grid) or width % prod(patch):
+        raise UserError(f"expected {prod(grid)} patches of a multiple of {prod(patch)} pixels for grid {tuple(grid)}, got {length} of {width}")
+    split = patches.reshape(batch, *grid, *patch, width // prod(patch))
+    axes = [0, 1 + 2 * ndim, *(axis for i in range(ndim) for axis in (1 + i, 1 + ndim + i))]
+    return split.permute(axes).reshape(batch, -1, *(g * p for g, p in zip(grid, patch)))
+
+
+def patch_statistics(patches: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Mean and std (biased variance + eps) of each patch over its pixels and channels: (B, L, N) -> two (B, L, 1)."""
+    mean = patches.mean(-1, keepdim=True)
+    return mean, (patches.var(-1, keepdim=True, unbiased=False) + eps).sqrt()
+
+
+def visible_count(length: int, mask_ratio: float) -> int:
+    """int(L * (1 - mask_ratio)), checked to leave something visible and something hidden."""
+    keep = int(length * (1 - mask_ratio))
+    if not 0 < mask_ratio < 1 or not 0 < keep < length:
+        raise UserError(
+            f"mask_ratio {mask_ratio} leaves {keep} of {length} patches visible: expected a ratio strictly between 0 and 1 "
+            "that leaves at least one patch visible and one hidden"
+        )
+    return keep
+
+
+def mask_noise(seeds: Sequence[int], length: int) -> Tensor:
+    """(B, L) uniform noise, one seed an image, drawn on the CPU: the same mask on every device and in every batch."""
+    rows = [torch.rand(length, generator=torch.Generator().manual_seed(int(seed) % 2**63)) for seed in seeds]
+    return torch.stack(rows)
+
+
+def split_by_noise(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Which patches stay visible: those with the smallest noise (MAE, He et al. 2111.06377, appendix A.1).
+
+    Args:
+        noise: (B, L).
+        mask_ratio: share of hidden patches.
+
+    Returns:
+        visible (B, V) and hidden (B, L - V) patch indices in order of noise, mask (B, L) with 1 = hidden.
+    """
+    keep = visible_count(noise.shape[1], mask_ratio)
+    order = noise.argsort(dim=1, stable=True)
+    mask = torch.ones_like(noise).scatter(1, order[:, :keep], 0.0)
+    return order[:, :keep], order[:, keep:], mask
+
+
+def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (B, K) of tokens (B, L, D) -> (B, K, D)."""
+    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def sincos_positions(grid: Sequence[int], dim: int) -> Tensor:
+    """Fixed sine-cosine positions (1, L, dim), axes in order, each with an equal even share of `dim`; what is left over is zero.
+
+    The table of MAE (He et al. 2111.06377), for any number of axes and any width: frequencies 10000^(-2i / share).
+    """
+    half = dim // (2 * len(grid))
+    if half == 0:
+        raise UserError(f"embed_dim {dim} is too narrow for positions on {len(grid)} axes: use at least {2 * len(grid)}")
+    rate = 1 / 10000 ** (torch.arange(half, dtype=torch.float64) / half)
+    axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    table = torch.zeros(prod(grid), dim)
+    for i, axis in enumerate(axes):
+        angle = axis.reshape(-1, 1) * rate
+        table[:, 2 * half * i : 2 * half * (i + 1)] = torch.cat([angle.sin(), angle.cos()], 1).float()
+    return table.unsqueeze(0)

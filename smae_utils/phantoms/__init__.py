@@ -1,0 +1,34 @@
+"""Drop-ins for the real downloads: the same layouts, made from a seed, so that everything runs where the data cannot be had."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from smae_utils.errors import UserError
+
+MODULES = {"btcv": "ct", "cxr14": "xray", "brats": "mri"}
+SIZES = ("demo", "full")
+
+
+def write_phantoms(task: str, out: str | Path, n: int, seed: int = 0, size: str = "demo", context: float = 1.0) -> list[Path]:
+    """Write `n` phantom scans of a task in the layout of its real download; the same seed gives the same bytes.
+
+    Args:
+        size: "demo" (small, for a CPU) or "full" (the real data's matrix sizes).
+        context: 1 ties every structure to the patient's latents, 0 draws each on its own.
+
+    Returns:
+        The image files.
+
+    Raises:
+        UserError: for a task without phantom, another size, or a folder that is not empty.
+    """
+    out = Path(out)
+    if task not in MODULES:
+        raise UserError(f"no phantom for task {task!r}: expected one of {', '.join(MODULES)}")
+    if size not in SIZES or n < 1 or not 0 <= context <= 1:
+        raise UserError(f"expected size in {SIZES}, n >= 1 and 0 <= context <= 1, got size={size!r}, n={n}, context={context}")
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty: choose another --out, so that no data is mixed or overwritten")
+    return importlib.import_module(f"{__name__}.{MODULES[task]}").write(out, n, seed, size, context)

@@ -1,0 +1,204 @@
+"""Settings of a run, and the presets that fill them: the one place where YAML and `--set` become named arguments.
+
+A preset is a YAML file that holds only what differs from the defaults below, in sections that are applied in this order:
+`all`, `TASK`, each with the sub-sections `pretrain` and `finetune`, and inside `finetune` an arm: `scratch` or `self`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from smae_utils.errors import UserError
+from smae_utils.tasks import Task
+
+STAGES = ("pretrain", "finetune")
+ARMS = ("scratch", "self")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What pre-training and fine-tuning have in common. A batch counts **scans**; each gives `crops_per_scan` crops."""
+
+    # The encoder: the same in both stages, or the weights do not fit.
+    crop_size: tuple[int, ...] = (96, 96, 96)  # input of the model in voxels (pixels)
+    patch_size: int = 16
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    # The data.
+    spacing_mm: tuple[float, ...] = ()  # voxel size to resample to; empty: the task's own
+    split_seed: int = 0  # which cases are held out; apart from `seed`, so that seeds share their test cases
+    fold: int = 0  # which fold is the test part, where a task has folds
+    train_on_val: bool = False  # give the validation cases back for training; nothing can be selected then
+    cache_rate: float = 1.0  # share of the training scans kept in memory after resampling
+    num_workers: int = 0
+    flip_prob: float = 0.2  # per axis
+    # The optimiser: lr = base_lr * batch_size / 256.
+    seed: int = 0
+    steps: int = 0  # 0: take `epochs`
+    epochs: int = 0
+    warmup_steps: int = 0
+    warmup_epochs: int = 0
+    batch_size: int = 6  # scans a step, over all processes
+    crops_per_scan: int = 1
+    base_lr: float = 6.4e-3
+    weight_decay: float = 0.05
+    betas: tuple[float, ...] = (0.9, 0.95)
+    clip_grad: float = 1.0  # largest gradient norm; 0: no clipping
+    precision: str = "auto"  # auto, fp32 or bf16
+    log_every: int = 50
+    save_every: int = 500
+    val_every: int = 0  # 0: never
+
+
+@dataclass(frozen=True)
+class PretrainSettings(Settings):
+    """Masked-autoencoder pre-training."""
+
+    mask_ratio: float = 0.75
+    norm_pix_loss: bool = True
+    decoder_embed_dim: int = 384
+    decoder_depth: int = 8
+    decoder_num_heads: int = 12
+
+
+@dataclass(frozen=True)
+class FinetuneSettings(Settings):
+    """Fine-tuning of the whole network, from scratch or from a pre-trained encoder."""
+
+    feature_size: int = 16  # UNETR's channels at full resolution
+    pool: str = "cls"  # what the classifier reads: cls or mean
+    drop_path: float = 0.1
+    layer_decay: float = 1.0  # lr of a block is multiplied by this for each block above it; 1: the same lr everywhere
+    select: str = "last"  # last, or best on the validation cases
+    rotate_prob: float = 0.2  # quarter turns in the axial plane, where crops are square there
+    intensity_prob: float = 0.1
+    intensity_scale: float = 0.1
+    intensity_shift: float = 0.1
+    rand_augment: str = ""  # timm policy for radiographs, as "rand-m9-mstd0.5-inc1"; empty: none
+    crop_area: tuple[float, ...] = (0.08, 1.0)  # share of a radiograph that a random crop covers
+    overlap: float = 0.5  # of the sliding window
+
+
+STAGE_SETTINGS: dict[str, type[Settings]] = {"pretrain": PretrainSettings, "finetune": FinetuneSettings}
+
+
+def preset_dir() -> Path:
+    """Folder of the shipped presets: inside an installed package, or beside it in a clone."""
+    here = Path(__file__).parent
+    return here / "presets" if (here / "presets").is_dir() else here.parent / "presets"
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """A preset by name, or by the path of a YAML file."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else preset_dir() / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in preset_dir().glob("*.yaml"))
+        raise UserError(f"unknown preset {name!r}: expected one of {', '.join(known)}, or the path of a YAML file")
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must be a mapping with sections all, TASK, got {type(content).__name__}")
+    return content
+
+
+def resolve(task: Task, stage: str, preset: str, arm: str = "scratch", overrides: dict[str, Any] | None = None) -> Settings:
+    """Defaults <- preset (all, then the task; general, then the stage, then the arm) <- overrides.
+
+    Raises:
+        UserError: for an unknown key or a value of the wrong type, naming the right ones.
+    """
+    cls = STAGE_SETTINGS[stage]
+    content = load_preset(preset)
+    values: dict[str, Any] = {}
+    layers = []
+    for section in (content.get("all") or {}, content.get(task.name) or {}):
+        layers += [section, section.get(stage) or {}]
+        if stage == "finetune":
+            layers.append((section.get(stage) or {}).get(arm) or {})
+    for layer in layers:
+        values.update({k: v for k, v in layer.items() if k not in (*STAGES, *ARMS)})
+    values.update(overrides or {})
+    return make_settings(cls, values, where=f"preset {preset!r}")
+
+
+def make_settings(cls: type[Settings], values: dict[str, Any], where: str) -> Settings:
+    """A settings object from plain values, each checked against the type of its field."""
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise UserError(f"unknown setting {unknown[0]!r} ({where} or --set): expected one of {', '.join(sorted(hints))}")
+    return cls(**{name: coerce(value, hints[name], name) for name, value in values.items()})
+
+
+def parse_overrides(items: list[str]) -> dict[str, Any]:
+    """["steps=20", "crop_size=[32,32,32]"] -> values, read as YAML, so that False is false."""
+    out = {}
+    for item in items:
+        name, sep, text = item.partition("=")
+        if not sep or not name:
+            raise UserError(f"--set expects key=value, got {item!r}")
+        out[name.strip()] = parse_value(text)
+    return out
+
+
+def parse_value(text: str) -> Any:
+    """YAML scalar or list; Python's True, False and 1e-3 are understood too."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def coerce(value: Any, hint: Any, name: str) -> Any:
+    """`value` as the type `hint`, or an error that says what was expected.
+
+    An int is fine for a float, a whole float for an int, a list for a tuple; nothing else is converted.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return coerce(value, next(a for a in args if a is not type(None)), name)
+    if origin in (tuple, list) and isinstance(value, (list, tuple)):
+        return origin(coerce(v, args[0], name) for v in value)
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is float and isinstance(value, str) and value.lower() in ("inf", "nan"):
+        return float(value)
+    if hint in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool) and hint(value) == value:
+        return hint(value)
+    if hint is str and isinstance(value, str):
+        return value
+    expected = getattr(hint, "__name__", None) if origin is None else str(hint)
+    raise UserError(f"{name} must be {expected}, got {value!r} ({type(value).__name__})")
+
+
+def as_dict(settings: Settings) -> dict[str, Any]:
+    """Plain values for YAML."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
+
+
+def total_steps(settings: Settings, n_train: int) -> tuple[int, int]:
+    """(steps, warm-up steps): as given, or from epochs over `n_train` scans."""
+    per_epoch = max(1, -(-n_train // settings.batch_size))
+    steps = settings.steps or settings.epochs * per_epoch
+    if steps < 1:
+        raise UserError("neither steps nor epochs is set: use --set steps=1000, for example")
+    # A run cut short by --set steps=... keeps at most half of it for the warm-up.
+    return steps, min(settings.warmup_steps or settings.warmup_epochs * per_epoch, steps // 2)

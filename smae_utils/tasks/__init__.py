@@ -1,0 +1,119 @@
+"""Tasks: what is special about a data set, one file each. Adding a task is adding a module here that defines `TASK`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from smae_utils.errors import UserError
+
+Case = dict
+Splits = dict[str, list[Case]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One record of what a task is; everything else asks this record and never the task's name.
+
+    Attributes:
+        kind: "segmentation" or "classification".
+        channels: names of the image channels.
+        classes: what is reported: organs, tumour regions, findings.
+        read_splits: (data folder, seed, fold) -> {"train": [...], "val": [...], "test": [...]} of cases. A case is a dict with
+            `case`, `patient`, `image` (path) and `label` (path, or a vector for classification); paths only, nothing is read.
+        window: intensity range mapped to 0..1 (HU for CT); None standardises the non-zero voxels of each channel.
+        regions: label values that make up each class, when classes overlap (then each class has its own sigmoid);
+            None: class i has label i + 1 and classes exclude each other (softmax with background).
+        sided: labels tell left from right, so images are not mirrored left-right.
+        subset: classes of which the mean is reported too (the 8 organs of the paper).
+    """
+
+    name: str
+    title: str
+    kind: str
+    spatial_dims: int
+    channels: tuple[str, ...]
+    classes: tuple[str, ...]
+    read_splits: Callable[[Path, int, int], Splits]
+    spacing_mm: tuple[float, ...] = ()
+    window: tuple[float, float] | None = None
+    regions: tuple[tuple[int, ...], ...] | None = None
+    sided: bool = False
+    subset: tuple[str, ...] = ()
+    source: str = ""
+
+    @property
+    def in_chans(self) -> int:
+        return len(self.channels)
+
+    @property
+    def exclusive(self) -> bool:
+        """True when a voxel has one class at most."""
+        return self.kind == "segmentation" and self.regions is None
+
+    @property
+    def out_chans(self) -> int:
+        return len(self.classes) + (1 if self.exclusive else 0)
+
+    @property
+    def label_values(self) -> int:
+        """Values that a label image may hold: 0 .. label_values - 1."""
+        return len(self.classes) + 1 if self.regions is None else max(map(max, self.regions)) + 1
+
+    def class_masks(self, label: np.ndarray) -> list[np.ndarray]:
+        """Integer label image -> one boolean mask a class."""
+        values = self.regions or [(i + 1,) for i in range(len(self.classes))]
+        return [np.isin(label, v) for v in values]
+
+
+@cache
+def _registry() -> dict[str, Task]:
+    modules = (importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__))
+    return {m.TASK.name: m.TASK for m in modules if hasattr(m, "TASK")}
+
+
+def task_names() -> list[str]:
+    """Names of all tasks."""
+    return sorted(_registry())
+
+
+def get_task(name: str) -> Task:
+    """The record of a task.
+
+    Raises:
+        UserError: if the name is unknown.
+    """
+    if name not in _registry():
+        raise UserError(f"unknown task {name!r}: expected one of {', '.join(task_names())}")
+    return _registry()[name]
+
+
+def existing_folder(data_dir: Path | str, *candidates: str) -> Path:
+    """The first of `candidates` below `data_dir` that exists.
+
+    Raises:
+        UserError: with the layout that was looked for.
+    """
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise UserError(f"data folder {root} does not exist: give the folder of the download, or write phantoms there with 'python -m smae_utils phantom'")
+    for candidate in candidates:
+        if (root / candidate).exists():
+            return root / candidate
+    raise UserError(f"{root} does not look like this task's download: expected one of {', '.join(candidates)} in it")
+
+
+def hold_out(cases: list[Case], share: float, seed: int) -> tuple[list[Case], list[Case]]:
+    """Split a part off **by patient**, at least one patient: (rest, part), both in their old order."""
+    patients = sorted({c["patient"] for c in cases})
+    if len(patients) < 2:
+        raise UserError(f"{len(cases)} training cases of {len(patients)} patient: at least 2 patients are needed to hold one out for validation")
+    count = min(max(1, round(share * len(patients))), len(patients) - 1)
+    chosen = {patients[i] for i in np.random.default_rng(seed).permutation(len(patients))[:count]}
+    return [c for c in cases if c["patient"] not in chosen], [c for c in cases if c["patient"] in chosen]

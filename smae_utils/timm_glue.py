@@ -1,0 +1,49 @@
+"""The one place that imports timm, and works around its import of torchvision on CPU-only installations."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+
+def _import_torchvision() -> None:
+    """Import torchvision where its compiled operators cannot load (a CUDA build of it beside a CPU-only torch).
+
+    timm needs only torchvision's pure-Python part. That part registers shape functions for operators which, without
+    the compiled library, do not exist; those registrations alone are ignored, and only when the plain import fails.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+    else:
+        return
+    import sys
+
+    for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    register_fake = torch.library.register_fake
+
+    def skip_missing(op, *args, **kwargs):
+        if isinstance(op, str) and op.startswith("torchvision::"):
+            return lambda function: function
+        return register_fake(op, *args, **kwargs)
+
+    torch.library.register_fake = skip_missing
+    try:
+        import torchvision  # noqa: F401
+    finally:
+        torch.library.register_fake = register_fake
+
+
+if importlib.util.find_spec("torchvision"):
+    _import_torchvision()
+
+from timm.data import rand_augment_transform  # noqa: E402
+from timm.data.transforms import RandomResizedCropAndInterpolation  # noqa: E402
+from timm.models.vision_transformer import Block  # noqa: E402
+from timm.scheduler import CosineLRScheduler  # noqa: E402
+
+__all__ = ["Block", "CosineLRScheduler", "RandomResizedCropAndInterpolation", "rand_augment_transform"]

@@ -1,0 +1,253 @@
+"""Pre-training and fine-tuning: one loop, resumable to the bit, that writes a run folder."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smae_utils import accel
+from smae_utils.build import build_loss, build_mae, build_model, build_optimizer
+from smae_utils.data import Crops, Scans, derive_seed, join, read_splits, training_loader
+from smae_utils.errors import UserError
+from smae_utils.inference import score_cases
+from smae_utils.patches import mask_noise
+from smae_utils.runs import Run, provenance
+from smae_utils.settings import FinetuneSettings, PretrainSettings, Settings, as_dict, resolve, total_steps
+from smae_utils.tasks import Case, Task, get_task
+from smae_utils.timm_glue import CosineLRScheduler
+from smae_utils.transforms import augment_finetune, augment_pretrain, prepare
+from smae_utils.weights import WEIGHTS, load_weights, parameter_count, save_weights, weights_file
+
+Say = Callable[[str], None]
+
+
+def say(line: str) -> None:
+    """Print at once, so that a notebook or a pipe shows progress while it happens."""
+    print(line, flush=True)
+
+
+def pretrain(
+    task: str, data_dir: str | Path, out: str | Path, preset: str = "demo", overrides: dict[str, Any] | None = None, resume: bool = False, report: Say = say
+) -> Run:
+    """Self pre-training: a masked autoencoder on the images of the task's own training cases. Labels are never read.
+
+    Args:
+        task, data_dir: which data set, and where its download lies.
+        out: run folder to make.
+        preset, overrides: settings, see `settings.resolve`.
+        resume: go on from the run folder's last state; the loss sequence equals an uninterrupted run's.
+        report: receives each line of progress.
+    """
+    record = get_task(task)
+    settings = resolve(record, "pretrain", preset, overrides=overrides)
+    assert isinstance(settings, PretrainSettings)
+    splits = read_splits(record, data_dir, settings)
+    images = {part: [{k: c[k] for k in ("case", "patient", "image")} for c in cases] for part, cases in splits.items()}
+    torch.manual_seed(derive_seed(settings.seed, 10))
+    model = build_mae(record, settings)
+    transform = prepare(record, settings, with_label=False)
+    scans = Scans(images["train"], transform, settings.cache_rate)
+    length = model.encoder.pos_embed.shape[1]
+    fixed: list[dict] = []
+
+    def loss_of(net: nn.Module, batch: dict) -> Tensor:
+        return net(batch["image"], mask_noise(batch["noise_seed"], length).to(batch["image"].device)).loss
+
+    def validate(net: nn.Module) -> dict[str, float]:
+        # The same crops and the same masks every time, so that the curve shows the model and not the draw.
+        if not fixed:
+            crops = Crops(Scans(images["val"], transform), augment_pretrain(record, settings), seed=derive_seed(settings.split_seed, 11))
+            fixed.extend(join([crops[i]]) for i in range(len(images["val"]) * max(1, 4 // settings.crops_per_scan)))
+        losses = [loss_of(net, {**b, "image": b["image"].to(next(net.parameters()).device)}).item() for b in fixed]
+        return {"val_loss": sum(losses) / len(losses)}
+
+    config = _config("pretrain", task, data_dir, preset, settings, images)
+    loop = Loop(config, out, model, scans, augment_pretrain(record, settings), settings, loss_of, report)
+    return loop.run(resume, validate if images["val"] else None)
+
+
+def finetune(
+    task: str,
+    data_dir: str | Path,
+    out: str | Path,
+    init: str | Path = "scratch",
+    preset: str = "demo",
+    overrides: dict[str, Any] | None = None,
+    resume: bool = False,
+    report: Say = say,
+) -> Run:
+    """Fine-tune the whole network on the labelled training cases, nothing frozen.
+
+    Args:
+        init: "scratch", or a pre-training run folder, or a safetensors file. The two arms differ in the encoder's weights and
+            in what the preset gives them as `scratch` and `self` (their learning rates); seed, data order and augmentation are the same.
+
+    Raises:
+        UserError: if the weights do not exist or do not fill the encoder.
+    """
+    record = get_task(task)
+    scratch = str(init) == "scratch"
+    settings = resolve(record, "finetune", preset, "scratch" if scratch else "self", overrides)
+    assert isinstance(settings, FinetuneSettings)
+    if not scratch:
+        weights_file(init)
+    splits = read_splits(record, data_dir, settings)
+    if settings.select not in ("last", "best"):
+        raise UserError(f"select must be last or best, got {settings.select!r}")
+    if settings.select == "best" and not splits["val"]:
+        raise UserError("select=best needs validation cases: use --set train_on_val=false, or --set select=last")
+    torch.manual_seed(derive_seed(settings.seed, 20))
+    model = build_model(record, settings)
+    if not scratch:
+        report(str(load_weights(model, init)))
+    criterion = build_loss(record)
+    # A window of the whole scan is read again at test time; training needs labels on the same grid.
+    scans = Scans(splits["train"], prepare(record, settings, with_label=record.kind == "segmentation"), settings.cache_rate)
+
+    def loss_of(net: nn.Module, batch: dict) -> Tensor:
+        return criterion(net(batch["image"]), batch["label"])
+
+    def validate(net: nn.Module) -> dict[str, float]:
+        return {"val_score": score_cases(net, record, settings, splits["val"])}
+
+    config = {**_config("finetune", task, data_dir, preset, settings, splits), "init": str(init)}
+    loop = Loop(config, out, model, scans, augment_finetune(record, settings), settings, loss_of, report, layer_decay=settings.layer_decay)
+    return loop.run(resume, validate if splits["val"] else None, best=settings.select == "best")
+
+
+def _config(stage: str, task: str, data_dir: str | Path, preset: str, settings: Settings, splits: dict[str, list[Case]]) -> dict[str, Any]:
+    cases = {part: [c["case"] for c in cases] for part, cases in splits.items()}
+    base = {"stage": stage, "task": task, "data": str(data_dir), "preset": preset, "settings": as_dict(settings)}
+    return {**base, "cases": cases, "provenance": provenance()}
+
+
+class Loop:
+    """The loop over steps: schedule, clipping, logging, checks, state. Knows neither task nor method."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        out: str | Path,
+        model: nn.Module,
+        scans: Scans,
+        augment: Any,
+        settings: Settings,
+        loss_of: Callable[[nn.Module, dict], Tensor],
+        report: Say,
+        layer_decay: float = 1.0,
+    ):
+        self.config, self.out, self.model, self.settings = config, out, model, settings
+        self.scans, self.augment, self.loss_of, self.report = scans, augment, loss_of, report
+        self.layer_decay = layer_decay
+        self.steps, self.warmup = total_steps(settings, len(scans))
+
+    def run(self, resume: bool, validate: Callable[[nn.Module], dict[str, float]] | None, best: bool = False) -> Run:
+        """Train to the last step and write the weights; `best` keeps those with the highest `val_score` instead of the last."""
+        settings = self.settings
+        accelerator, precision = accel.make_accelerator(settings.precision)
+        main = accelerator.is_main_process
+        report = self.report if main else (lambda line: None)
+        training_loader(self.scans, self.augment, settings, 0, 0, 0, accelerator.num_processes)  # its checks, before a folder is made
+        if main:
+            Run.start(self.out, self.config, resume)
+        accelerator.wait_for_everyone()
+        run = Run(self.out)
+        if run.finished:
+            report(f"{run.path} is already finished")
+            return run
+        device = accelerator.device
+        if main:
+            run.note(device=accel.device_name(device), precision=precision, processes=accelerator.num_processes, steps=self.steps)
+        optimizer = build_optimizer(self.model, settings, self.layer_decay)
+        self.model.to(memory_format=accel.memory_format(len(settings.crop_size)))
+        model, optimizer = accelerator.prepare(self.model, optimizer)
+        schedule = CosineLRScheduler(
+            optimizer, t_initial=max(1, self.steps - self.warmup), warmup_t=self.warmup, warmup_prefix=True, t_in_epochs=False
+        )
+        state = {"step": 0, "losses": [], "best": None, "seconds": 0.0}
+        if folder := run.state():
+            state = accel.load_state(accelerator, folder)
+            report(f"going on after step {state['step']}")
+        if main:
+            run.cut_log(state["step"])
+        report(
+            f"{self.config['stage']} {self.config['task']}: {len(self.scans)} training scans, {self.steps} steps of {settings.batch_size} scans x "
+            f"{settings.crops_per_scan} crops, {parameter_count(self.model) / 1e6:.2f} M parameters, {accel.device_name(device)}, {precision}"
+        )
+        loader = training_loader(
+            self.scans, self.augment, settings, state["step"], self.steps, accelerator.process_index, accelerator.num_processes
+        )
+        started, first = time.monotonic() - state["seconds"], state["step"]
+        begin = time.monotonic()
+        model.train()
+        try:
+            for step, batch in enumerate(loader, start=first + 1):
+                schedule.step_update(step)
+                loss = self._step(accelerator, model, optimizer, batch, step)
+                state["losses"].append(loss)
+                state["step"], state["seconds"] = step, time.monotonic() - started
+                last = step == self.steps
+                scores = {}
+                if validate and (last or (settings.val_every and step % settings.val_every == 0)):
+                    scores = self._validate(accelerator, model, validate)
+                    better = "val_score" in scores and (state["best"] is None or scores["val_score"] > state["best"])
+                    if best and better and main:
+                        state["best"] = scores["val_score"]
+                        save_weights(self.model, run.path / "best.safetensors")
+                if scores or last or step % settings.log_every == 0:
+                    entry = {"step": step, "loss": sum(state["losses"]) / len(state["losses"]), **scores, "lr": optimizer.param_groups[-1]["lr"]}
+                    state["losses"] = []
+                    if main:
+                        run.log(**entry, seconds=round(state["seconds"], 2))
+                    left = (self.steps - step) * (time.monotonic() - begin) / (step - first)
+                    shown = "  ".join(f"{k} {v:.4f}" for k, v in entry.items() if k not in ("step", "lr"))
+                    report(f"step {step:>6}/{self.steps}  {shown}  lr {entry['lr']:.2e}  {left:.0f} s left")
+                if last or step % settings.save_every == 0:
+                    accel.save_state(accelerator, run, state)
+        except KeyboardInterrupt:
+            accel.save_state(accelerator, run, state)
+            report(f"interrupted after step {state['step']}: the run is saved, go on with --resume")
+            raise
+        if main:
+            if best and (run.path / "best.safetensors").is_file():
+                (run.path / "best.safetensors").replace(run.path / WEIGHTS)
+            else:
+                save_weights(self.model, run.path / WEIGHTS)
+        accelerator.wait_for_everyone()
+        report(f"wrote {run.path / WEIGHTS} after {state['seconds']:.0f} s")
+        return run
+
+    def _step(self, accelerator, model: nn.Module, optimizer, batch: dict, step: int) -> float:
+        """One update; returns the loss averaged over processes."""
+        # Seeded anew each step, so that drop path after a resume draws what it would have drawn.
+        torch.manual_seed(derive_seed(self.settings.seed, 30, step, accelerator.process_index))
+        layout = accel.memory_format(batch["image"].ndim - 2)
+        batch = {k: v.to(accelerator.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+        batch["image"] = batch["image"].contiguous(memory_format=layout)
+        with accelerator.autocast():
+            loss = self.loss_of(model, batch)
+        value = accelerator.gather(loss.detach().reshape(1)).mean().item()
+        if not math.isfinite(value):
+            raise UserError(
+                f"the loss is {value} at step {step} with cases {', '.join(sorted(set(batch['case'])))}: look at these scans, "
+                f"or lower base_lr (now {self.settings.base_lr}). The run folder holds the last good state"
+            )
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        if self.settings.clip_grad:
+            accelerator.clip_grad_norm_(model.parameters(), self.settings.clip_grad)
+        optimizer.step()
+        return value
+
+    def _validate(self, accelerator, model: nn.Module, validate: Callable[[nn.Module], dict[str, float]]) -> dict[str, float]:
+        model.eval()
+        with torch.inference_mode(), accelerator.autocast():
+            scores = validate(accelerator.unwrap_model(model))
+        model.train()
+        return scores

@@ -1,0 +1,174 @@
+"""MONAI transforms per stage. A scan is normalised as a whole, then cropped; pre-training never touches a label.
+
+`prepare` is the deterministic part (its result can be cached and inverted), `augment` the random part.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from monai import transforms as mt
+from monai.transforms import Compose
+from PIL import Image, UnidentifiedImageError
+
+from smae_utils.errors import UserError
+from smae_utils.settings import FinetuneSettings, Settings
+from smae_utils.tasks import Task
+from smae_utils.timm_glue import RandomResizedCropAndInterpolation, rand_augment_transform
+
+
+def prepare(task: Task, settings: Settings, with_label: bool) -> Compose:
+    """Read, orient, resample, normalise, crop to the body, pad to the crop size: {image: (C, *spatial)[, label: (1, *spatial)]}."""
+    if task.spatial_dims == 2:
+        return Compose([ReadRadiograph()])
+    keys = ["image", "label"] if with_label else ["image"]
+    modes = ["bilinear", "nearest"][: len(keys)]
+    spacing = settings.spacing_mm or task.spacing_mm
+    if task.window:
+        low, high = task.window
+        normalise = mt.ScaleIntensityRanged("image", low, high, 0.0, 1.0, clip=True)
+    else:
+        normalise = mt.NormalizeIntensityd("image", nonzero=True, channel_wise=True)
+    steps = [
+        mt.LoadImaged(keys, reader="NibabelReader", ensure_channel_first=True, image_only=True),
+        CheckCase(task, with_label),
+        mt.Orientationd(keys, axcodes="RAS", labels=(("L", "R"), ("P", "A"), ("I", "S"))),
+        mt.Spacingd(keys, pixdim=spacing, mode=modes),
+        normalise,
+        mt.CropForegroundd(keys, source_key="image", select_fn=is_foreground, allow_smaller=True),
+        mt.SpatialPadd(keys, spatial_size=settings.crop_size),
+        mt.EnsureTyped(keys, dtype=[torch.float32, torch.uint8][: len(keys)]),
+    ]
+    return Compose(steps)
+
+
+def is_foreground(image: torch.Tensor) -> torch.Tensor:
+    """Voxels that hold something: not the value to which the normalisation maps air and empty background."""
+    return image != 0
+
+
+def augment_pretrain(task: Task, settings: Settings) -> Compose:
+    """Random crops around intensity foreground, and flips. Images only."""
+    if task.spatial_dims == 2:
+        return Compose([RandomRadiograph(settings.crop_size, settings.flip_prob, (0.08, 1.0), "")])
+    return Compose(
+        [
+            AddForeground(),
+            mt.RandWeightedCropd("image", w_key="foreground", spatial_size=settings.crop_size, num_samples=settings.crops_per_scan),
+            *_flips(["image"], settings.flip_prob, axes=(0, 1, 2)),
+        ]
+    )
+
+
+def augment_finetune(task: Task, settings: FinetuneSettings) -> Compose:
+    """Crops balanced over the labels, flips, quarter turns, intensity scale and shift."""
+    if task.spatial_dims == 2:
+        return Compose([RandomRadiograph(settings.crop_size, settings.flip_prob, settings.crop_area, settings.rand_augment)])
+    keys, size = ["image", "label"], settings.crop_size
+    steps = [
+        mt.RandCropByLabelClassesd(
+            keys, label_key="label", spatial_size=size, num_classes=task.label_values, num_samples=settings.crops_per_scan, warn=False
+        ),
+        # Mirroring left-right would call a right kidney left.
+        *_flips(keys, settings.flip_prob, axes=(1, 2) if task.sided else (0, 1, 2)),
+    ]
+    if settings.rotate_prob and size[0] == size[1]:
+        steps.append(mt.RandRotate90d(keys, prob=settings.rotate_prob, spatial_axes=(0, 1)))
+    if settings.intensity_prob:
+        steps.append(mt.RandScaleIntensityd("image", factors=settings.intensity_scale, prob=settings.intensity_prob))
+        steps.append(mt.RandShiftIntensityd("image", offsets=settings.intensity_shift, prob=settings.intensity_prob))
+    return Compose(steps)
+
+
+def _flips(keys: Sequence[str], prob: float, axes: Sequence[int]) -> list:
+    return [mt.RandFlipd(keys, prob=prob, spatial_axis=axis) for axis in axes] if prob else []
+
+
+class CheckCase(mt.Transform):
+    """Refuse what would train silently wrong: other channels, another grid of the label, NaN, values that are no label."""
+
+    def __init__(self, task: Task, with_label: bool):
+        self.task, self.with_label = task, with_label
+
+    def __call__(self, data: dict) -> dict:
+        image, name = data["image"], data["image"].meta["filename_or_obj"]
+        if image.ndim - 1 != self.task.spatial_dims or image.shape[0] != self.task.in_chans:
+            raise UserError(
+                f"{name} has {image.shape[0]} channels of shape {tuple(image.shape[1:])}: task {self.task.name} expects "
+                f"{self.task.in_chans} ({', '.join(self.task.channels)}) in {self.task.spatial_dims}D"
+            )
+        if not torch.isfinite(image).all():
+            raise UserError(f"{name} holds NaN or infinite values: repair or leave out this scan")
+        if self.with_label:
+            label, path = data["label"], data["label"].meta["filename_or_obj"]
+            if label.shape[1:] != image.shape[1:]:
+                raise UserError(f"{path} has shape {tuple(label.shape[1:])}, its image {name} {tuple(image.shape[1:])}: they must lie on one grid")
+            values = torch.unique(label.as_tensor())
+            if (values != values.round()).any() or values.min() < 0 or values.max() >= self.task.label_values:
+                raise UserError(f"{path} holds values {values.tolist()[:8]}: task {self.task.name} expects integers 0 .. {self.task.label_values - 1}")
+        return data
+
+
+class AddForeground(mt.Transform):
+    """Adds `foreground` (1, *spatial): where crops may be centred, from the image alone."""
+
+    def __call__(self, data: dict) -> dict:
+        return {**data, "foreground": is_foreground(data["image"]).any(0, keepdim=True).float()}
+
+
+class ReadRadiograph(mt.Transform):
+    """PNG -> 8-bit grey PIL image with rows from the top, and the mean and std of the whole image in 0..1.
+
+    PIL, not MONAI's PILReader, which transposes: left and right would change places with up and down.
+    """
+
+    def __call__(self, data: dict) -> dict:
+        try:
+            with Image.open(data["image"]) as file:
+                image = file.convert("L")
+        except (UnidentifiedImageError, OSError) as error:
+            raise UserError(f"cannot read {data['image']}: {error}. Download or unpack it again") from None
+        pixels = np.asarray(image, np.float32) / 255
+        return {**data, "image": image, "mean": float(pixels.mean()), "std": float(max(pixels.std(), 1e-3))}
+
+
+def to_tensor(data: dict, image: Image.Image) -> torch.Tensor:
+    """PIL image -> (1, H, W), standardised by the statistics of the whole radiograph, not of the crop."""
+    return (torch.from_numpy(np.array(image, np.float32))[None] / 255 - data["mean"]) / data["std"]
+
+
+class ResizeRadiograph(mt.Transform):
+    """The whole radiograph at the model's input size, for validation and testing."""
+
+    def __init__(self, size: Sequence[int]):
+        self.size = tuple(size)
+
+    def __call__(self, data: dict) -> dict:
+        resized = data["image"].resize(self.size[::-1], Image.Resampling.BICUBIC)
+        return {**data, "image": to_tensor(data, resized)}
+
+
+class RandomRadiograph(mt.RandomizableTransform):
+    """Random resized crop, horizontal flip and RandAugment, by timm."""
+
+    def __init__(self, size: Sequence[int], flip_prob: float, area: Sequence[float], policy: str):
+        super().__init__()
+        self.crop = RandomResizedCropAndInterpolation(tuple(size), scale=tuple(area), interpolation="bicubic")
+        self.flip_prob = flip_prob
+        self.augment = rand_augment_transform(policy, {"translate_const": int(0.45 * min(size)), "img_mean": (128,)}) if policy else None
+
+    def __call__(self, data: dict) -> list[dict]:
+        # timm draws from the global generators; they are seeded from this transform's own.
+        seed = int(self.R.randint(2**31))
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        image = self.crop(data["image"])
+        if random.random() < self.flip_prob:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.augment:
+            image = self.augment(image)
+        return [{**data, "image": to_tensor(data, image)}]
