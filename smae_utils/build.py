@@ -43,6 +43,8 @@ def build_mae(task: Task, settings: PretrainSettings) -> MaskedAutoencoder:
 
 def build_model(task: Task, settings: FinetuneSettings) -> ViTClassifier | UNETR:
     """The network that is fine-tuned: a ViT classifier or a UNETR."""
+    if not task.classes:
+        raise UserError(f"task {task.name} has images and no labels: it can be pre-trained, not fine-tuned")
     common = {**_encoder_args(task, settings), "drop_path": settings.drop_path}
     if task.kind == "classification":
         return ViTClassifier(**common, num_classes=len(task.classes), pool=settings.pool)

@@ -19,6 +19,9 @@ from smae_utils.settings import FinetuneSettings
 from smae_utils.tasks import Case, Task
 from smae_utils.transforms import ResizeRadiograph, prepare
 
+# Voxels x channels that are brought back to the scan's grid at a time: 256 MB in fp32.
+CHANNEL_VOXELS = 64_000_000
+
 
 def probabilities(model: nn.Module, image: Tensor, task: Task, settings: FinetuneSettings, device: torch.device) -> Tensor:
     """Prepared scan (C, *spatial) of any size -> class probabilities (out_chans, *spatial) on the CPU, by Gaussian-weighted windows."""
@@ -28,31 +31,36 @@ def probabilities(model: nn.Module, image: Tensor, task: Task, settings: Finetun
     return logits.softmax(0) if task.exclusive else logits.sigmoid()
 
 
-def to_scan_grid(channel: Tensor, prepared: MetaTensor, transform: Compose) -> np.ndarray:
-    """One channel (*spatial) on the prepared grid -> array on the scan's own grid, by inverting `transform` (linear interpolation)."""
-    carrier = MetaTensor(channel[None].clone(), meta=dict(prepared.meta))
+def to_scan_grid(channels: Tensor, prepared: MetaTensor, transform: Compose) -> np.ndarray:
+    """(K, *spatial) on the prepared grid -> (K, *spatial) on the scan's own grid, by inverting `transform` (linear interpolation)."""
+    carrier = MetaTensor(channels.clone(), meta=dict(prepared.meta))
     carrier.applied_operations = deepcopy(prepared.applied_operations)  # inverting consumes what is stored there
-    return transform.inverse({"image": carrier})["image"][0].numpy()
+    return transform.inverse({"image": carrier})["image"].numpy()
 
 
 def segment(model: nn.Module, case: Case, task: Task, settings: FinetuneSettings, device: torch.device) -> list[np.ndarray]:
     """One boolean mask a class, on the scan's own grid.
 
-    Probabilities, not labels, are carried back, one class at a time, so that edges stay smooth and memory stays at two volumes.
-    Outside the resampled body everything is background.
+    Probabilities, not labels, are carried back, so that edges stay smooth; a few classes at a time, so that memory stays
+    at a few volumes. Outside the resampled body everything is background.
     """
     transform = prepare(task, settings, with_label=False)
     prepared = read_case(transform, {"image": case["image"], "case": case["case"]})["image"]
     probs = probabilities(model, prepared.as_tensor(), task, settings, device)
-    if not task.exclusive:
-        return [to_scan_grid(channel, prepared, transform) > 0.5 for channel in probs]
-    best = to_scan_grid(probs[0], prepared, transform)
-    winner = np.zeros(best.shape, np.uint8)
-    for i, channel in enumerate(probs[1:], start=1):
-        value = to_scan_grid(channel, prepared, transform)
-        ahead = value > best
-        winner[ahead], best = i, np.where(ahead, value, best)
-    return task.class_masks(winner)
+    together = max(1, CHANNEL_VOXELS // probs[0].numel())
+    winner, best, masks = None, None, []
+    for start in range(0, len(probs), together):
+        values = to_scan_grid(probs[start : start + together], prepared, transform)
+        if not task.exclusive:
+            masks += list(values > 0.5)
+            continue
+        for i, value in enumerate(values, start=start):
+            if winner is None:
+                winner, best = np.zeros(value.shape, np.uint8), value
+                continue
+            ahead = value > best
+            winner[ahead], best = i, np.where(ahead, value, best)
+    return task.class_masks(winner) if task.exclusive else masks
 
 
 def classify(model: nn.Module, cases: list[Case], task: Task, settings: FinetuneSettings, device: torch.device, batch_size: int = 64) -> np.ndarray:

@@ -17,7 +17,7 @@ def transformer_blocks(dim: int, depth: int, num_heads: int, mlp_ratio: float, q
     """`depth` pre-norm blocks of timm; stochastic depth grows linearly from 0 to `drop_path`."""
     if dim % num_heads:
         raise UserError(f"width {dim} does not divide into {num_heads} heads")
-    rates = torch.linspace(0, drop_path, depth).tolist()
+    rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
     norm = partial(nn.LayerNorm, eps=norm_eps)
     return nn.ModuleList(Block(dim, num_heads, mlp_ratio, qkv_bias=qkv_bias, drop_path=rate, norm_layer=norm) for rate in rates)
 

@@ -9,6 +9,8 @@ from smae_utils.errors import UserError
 
 MODULES = {"btcv": "ct", "cxr14": "xray", "brats": "mri"}
 SIZES = ("demo", "full")
+# Scans of a demo data set: BTCV has 30; the others are as many as a few minutes on two cores can use.
+DEFAULT_N = {"btcv": 30, "cxr14": 700, "brats": 36}
 
 
 def write_phantoms(task: str, out: str | Path, n: int, seed: int = 0, size: str = "demo", context: float = 1.0) -> list[Path]:

@@ -1,7 +1,7 @@
 """Brain MRI phantoms, a drop-in for MSD Task01_BrainTumour: the same folders, file names, dataset.json, sequences and labels.
 
 Twelve numbers a patient (`Latents`) shape the anatomy and place the tumour. Intensity alone does not find the tumour: caps around the
-ventricles are as bright as edema, veins and choroid plexus enhance, a cyst is as dark as necrosis, and a bias field moves all levels.
+ventricles are as bright as edema, veins and meningiomas enhance, a cyst is as dark as necrosis, and a bias field moves all levels.
 What tells them apart is context: decoys are symmetric or lie in known places, while a tumour has its three layers in one hemisphere
 and pushes the ventricles and the midline away.
 
@@ -29,14 +29,13 @@ TISSUES = {  # brightness in FLAIR, T1w, T1gd, T2w, with white matter in T1w as 
     "grey": (0.64, 0.72, 0.75, 0.62),
     "white": (0.52, 1.00, 1.01, 0.44),
     "deep grey": (0.60, 0.82, 0.85, 0.52),
-    "cap": (0.98, 0.84, 0.85, 0.74),
-    "vein": (0.22, 0.42, 1.55, 0.20),  # flowing blood is dark but for the contrast medium
-    "choroid": (0.62, 0.55, 1.40, 0.76),
-    "gliosis": (0.92, 0.72, 0.74, 0.80),
-    "edema": (1.02, 0.72, 0.73, 0.88),
-    "non-enhancing": (0.58, 0.42, 0.46, 0.96),
-    "enhancing": (0.84, 0.62, 1.50, 0.72),
-    "weakly enhancing": (0.84, 0.60, 1.15, 0.76),
+    "vein": (0.22, 0.42, 1.45, 0.20),  # flowing blood is dark but for the contrast medium
+    "old fluid": (0.46, 0.42, 0.44, 0.94),  # with protein, so that FLAIR does not darken it: the same as in a tumour
+    "gliosis": (0.86, 0.76, 0.77, 0.78),
+    "edema": (0.86, 0.76, 0.77, 0.78),
+    "non-enhancing": (0.48, 0.43, 0.46, 0.92),
+    "enhancing": (0.76, 0.66, 1.24, 0.69),
+    "weakly enhancing": (0.76, 0.64, 1.04, 0.72),
 }
 
 
@@ -118,7 +117,7 @@ def _egg(p, centre, radii) -> np.ndarray:
 def _cerebrum(p) -> np.ndarray:
     """Distance to both hemispheres as one: an ellipsoid, narrower in front, with a flat base, and two temporal lobes."""
     x, y, z = p
-    narrow = np.abs(x) * (1 + 0.0022 * np.clip(y + 10, 0, None))
+    narrow = np.abs(x) * (1 + 0.0014 * np.clip(y + 10, 0, None))
     base = -20 + 0.0015 * (y - 20) ** 2 - z
     dome = np.maximum(_egg((narrow, y, z), (0, 0, 12), (67, 85, 52)), base)
     return np.minimum(dome, _egg((np.abs(x), y, z), (41, -2, -19), (24, 46, 22)))
@@ -129,7 +128,7 @@ def _cerebellum(p) -> np.ndarray:
 
 
 def _stem(p) -> np.ndarray:
-    return tube(p, ((0, -10, -8), (0, -14, -28), (0, -24, -66)), (14, 15, 9))
+    return tube(p, ((0, -10, -8), (0, -14, -28), (0, -23, -60)), (14, 15, 9))
 
 
 def _cisterns(p) -> np.ndarray:
@@ -156,7 +155,8 @@ def _pia(p, outer, fold_phase) -> np.ndarray:
     x, y, z = p
     core = ellipsoid((y, z), (-2, 2), (42, 25))  # corpus callosum and below: here the hemispheres are joined
     depth = np.minimum(outer, np.hypot(x, np.clip(-core, 0, None)))
-    sylvian = np.sqrt((0.94 * (z + 4 - 0.3 * np.abs(y - 20))) ** 2 + np.clip(36 - x, 0, None) ** 2 + np.clip(np.abs(y - 4) - 34, 0, None) ** 2)
+    sheet, inward, along = 0.94 * (z + 4 - 0.3 * np.abs(y - 20)), np.clip(36 - x, 0, None), np.clip(np.abs(y - 4) - 34, 0, None)
+    sylvian = np.sqrt(sheet**2 + inward**2 + along**2)
     sulci = np.hypot(_folds(p, fold_phase), np.clip(depth - 15, 0, None))
     return np.minimum.reduce([depth, sylvian, sulci])
 
@@ -188,17 +188,22 @@ def _veins(p) -> np.ndarray:
 
 
 class Canvas:
-    """One slab being painted: brightness (X, Y, Z, 4) float32 and labels (X, Y, Z) uint8; edges are `width_mm` soft."""
+    """One slab being painted: brightness (X, Y, Z, 4) float32 and labels (X, Y, Z) uint8; edges are `width_mm` soft.
 
-    def __init__(self, shape, width_mm: float):
+    `levels` is the table of tissues as it is in this patient.
+    """
+
+    def __init__(self, shape, width_mm: float, levels: dict[str, np.ndarray]):
         self.image = np.empty((*shape, 4), np.float32)
-        self.image[:] = TISSUES["white"]
+        self.image[:] = levels["white"]
+        self.levels = levels
         self.label = np.zeros(shape, np.uint8)
         self.width_mm = width_mm
 
     def paint(self, distance, tissue: str, label: int | None = None) -> None:
-        share = coverage(distance, self.width_mm)[..., None]
-        self.image += share * (np.float32(TISSUES[tissue]) - self.image)
+        near = distance < 2 * self.width_mm  # beyond, the share is below 0.0004
+        under = self.image[near]
+        self.image[near] = under + coverage(distance[near], self.width_mm)[:, None] * (self.levels[tissue] - under)
         if label is not None:
             self.label[distance < 0] = label
 
@@ -207,11 +212,12 @@ def _draw_tumour(own: Latents, scale: float, rng: np.random.Generator, context: 
     """A tumour from the latents; `rng` gives what nothing else in the patient depends on. No mass effect at `context` 0."""
     side, front = np.sign(own.tumour_azimuth), 2 * abs(own.tumour_azimuth) - 1
     centre = (side * 33.0, -6 + 36.0 * front, 15 + 9.0 * own.tumour_height)
-    mean = (29 + 3 * own.tumour_size) / scale
-    stretch = rng.uniform(1.0, 1.15)
+    mean = (29.5 + 2.5 * own.tumour_size) / scale
+    stretch = rng.uniform(1.0, 1.1)
     lobes = np.concatenate([rng.uniform(1.5, 3, (3, 3)) * rng.choice((-1, 1), (3, 3)), rng.uniform(-np.pi, np.pi, (3, 1))], 1)
-    return Tumour(centre, (0.95 * mean, mean * stretch, mean / stretch), rotation((rng.uniform(-0.5, 0.5), 0, side * rng.uniform(-0.3, 0.3))),
-                  ring=rng.uniform(11.5, 14) / scale, edema=rng.uniform(10, 20) / scale,
+    turn = rotation((rng.uniform(-0.5, 0.5), 0, rng.uniform(-0.3, 0.3)))
+    return Tumour(centre, (0.95 * mean, mean * stretch, mean / stretch), turn,
+                  ring=rng.uniform(12, 13.5) / scale, edema=rng.uniform(10, 18) / scale,
                   push=context * (0.55 + 0.12 * own.tumour_size), lobes=lobes, weak=rng.random() < WEAK_SHARE)
 
 
@@ -222,16 +228,17 @@ def _paint_tumour(canvas: Canvas, tumour: Tumour, p, x_side, outer, white, keep_
     ventricles and deep grey matter.
     """
     r, n, radius = tumour.level(p)
-    radius = radius * (1 + 0.08 * tumour.lobe(n, 0))
-    ring = tumour.ring * (1 + 0.2 * tumour.lobe(n, 1))
+    radius = radius * (1 + 0.09 * tumour.lobe(n, 0))
+    ring = tumour.ring * (1 + 0.15 * tumour.lobe(n, 1))
     if tumour.weak:  # a crescent instead of a ring
         ring = ring * np.clip(1.6 * tumour.lobe(n, 2) - 0.5, 0, 1)
     limit = np.maximum(2.5 - outer, 2 - x_side)
     core = np.maximum(r - radius, limit)
     reach = radius + tumour.edema * (1 + 0.5 * tumour.lobe(n, 2) + 0.3 * np.abs(n[1]))
-    canvas.paint(np.maximum.reduce([r - reach, -white, -keep_out, limit]), "edema", EDEMA)
+    spared = -white - 7 * np.exp(-np.clip(r - radius, 0, None) / 7)  # the cortex stays free of edema but where it touches the tumour
+    canvas.paint(np.maximum.reduce([r - reach, spared, -keep_out, limit]), "edema", EDEMA)
     canvas.paint(core, "weakly enhancing" if tumour.weak else "enhancing", ENHANCING)
-    canvas.paint(core + ring, "non-enhancing", NON_ENHANCING)
+    canvas.paint(np.maximum(r - radius + ring, limit + 0.6 * ring), "non-enhancing", NON_ENHANCING)
 
 
 class Decoys(NamedTuple):
@@ -239,14 +246,19 @@ class Decoys(NamedTuple):
 
     cyst: tuple | None
     scar: tuple | None
+    meningioma: tuple | None
 
 
 def _draw_decoys(own: Latents, side: float, rng: np.random.Generator) -> Decoys:
-    """A cyst at a temporal pole in half of the patients; in a third an old scar, fluid in a bright rim, opposite the tumour."""
-    cyst = (rng.choice((-1.0, 1.0)) * 43, 33.0, -22.0), 14 + 3 * own.atrophy
-    scar = (-side * rng.uniform(34, 42), rng.uniform(-40, 30), rng.uniform(18, 34)), 9 + 2 * own.ventricles
-    with_cyst, with_scar = rng.random(2) < (1 / 2, 1 / 3)
-    return Decoys(cyst if with_cyst else None, scar if with_scar else None)
+    """Each in half of the patients: a cyst at a temporal pole, and on the side without the tumour an old scar (fluid in a bright rim)
+    and a meningioma, which enhances as the tumour does but sits on the skull, is solid and has no edema."""
+    turn = rng.uniform(-0.9, 0.9)
+    drawn = (
+        ((rng.choice((-1.0, 1.0)) * 43, 33.0, -22.0), 15 + 3 * own.atrophy),
+        ((-side * rng.uniform(32, 38), rng.uniform(-45, -20), rng.uniform(18, 32)), 11 + 2 * own.ventricles),
+        ((-side * 56 * np.cos(turn), 10 + 62 * np.sin(turn), 24.0), 14 + 3 * own.fold),
+    )
+    return Decoys(*(decoy if there else None for decoy, there in zip(drawn, rng.random(3) < 0.5)))
 
 
 def _paint_head(canvas: Canvas, still, latents: dict[str, Latents], tumour: Tumour, decoys: Decoys) -> np.ndarray:
@@ -268,11 +280,11 @@ def _paint_head(canvas: Canvas, still, latents: dict[str, Latents], tumour: Tumo
     sulcus = 1.3 + 0.6 * atrophy  # half its width in mm
     white = pia - sulcus - 3.6
     canvas.paint(white, "grey")
-    tips = np.clip((np.abs(p[1] + 4) - 14) / 16, 0, 1)  # caps sit on the front and back horns
-    canvas.paint(ventricle - 1.5 - (5 + 1.5 * atrophy) * tips, "cap")
+    tips = np.clip((np.abs(p[1] + 4) - 12) / 14, 0, 1) * np.clip((p[2] + 8) / 8, 0, 1)  # caps sit on the front and back horns
+    canvas.paint(ventricle - 0.5 - (5.5 + 1.5 * atrophy) * tips, "gliosis")
     canvas.paint(deep, "deep grey")
     canvas.paint(np.minimum(ventricle, pia - sulcus), "csf")
-    canvas.paint(_egg(p, (23, -33, 6), (4.5, 7, 6)), "choroid")
+    canvas.paint(_egg(p, (23, -33, 6), (4.5, 7, 6)), "enhancing")  # choroid plexus
 
     cerebellum, stem = _cerebellum(still), _stem(still)
     canvas.paint(_cisterns(still), "csf")
@@ -285,10 +297,13 @@ def _paint_head(canvas: Canvas, still, latents: dict[str, Latents], tumour: Tumo
         centre, radius = decoys.scar
         scar = _egg(moved, centre, (radius, 1.3 * radius, radius))
         canvas.paint(scar - 4, "gliosis")
-        canvas.paint(scar, "csf")
+        canvas.paint(scar, "old fluid")
     if decoys.cyst:
         centre, radius = decoys.cyst
-        canvas.paint(_egg(still, centre, (radius, radius, radius)), "csf")
+        canvas.paint(_egg(still, centre, (radius, radius, radius)), "old fluid")
+    if decoys.meningioma:
+        centre, radius = decoys.meningioma
+        canvas.paint(_egg(still, centre, (radius, radius, radius)), "enhancing")
     canvas.paint(_veins(p), "vein")
 
     below = np.minimum(cerebellum, stem) - 3
@@ -320,7 +335,7 @@ def _draw_grid(rng: np.random.Generator, size: str) -> tuple[tuple[int, int, int
 def _bias(axes, waves: np.ndarray) -> np.ndarray:
     """A smooth factor 0.8..1.2 (X, Y, Z), as a receive coil makes it; `waves` (3, 4): direction in rad a mm, and phase."""
     total = sum(np.cos(sum(np.float32(k) * a for k, a in zip(wave, axes)) + np.float32(wave[3])) for wave in waves)
-    return 1 + np.float32(0.2 / len(waves)) * total
+    return 1 + np.float32(0.2) * np.tanh(total)
 
 
 def make_case(seed: int, case: int, size: str = "demo", context: float = 1.0, clean: bool = False) -> Case:
@@ -337,7 +352,8 @@ def make_case(seed: int, case: int, size: str = "demo", context: float = 1.0, cl
     decoys = _draw_decoys(latents["decoys"], tumour.side, rng)
     shift_mm = rng.uniform(-12, 12, 3)
     gains = rng.uniform(300, 700, 4).astype(np.float32)
-    waves = np.concatenate([rng.uniform(-1, 1, (3, 3)) * (2 * np.pi / 240), rng.uniform(-np.pi, np.pi, (3, 1))], 1)
+    levels = {tissue: np.float32(row) * rng.uniform(0.93, 1.07, 4).astype(np.float32) for tissue, row in TISSUES.items()}
+    waves = rng.uniform(-1, 1, (4, 3, 4)) * (*[2 * np.pi / 200] * 3, np.pi)  # sequence, wave, (direction, phase)
     noise_sd = rng.uniform(0.015, 0.02)
 
     image, label = np.empty((*shape, 4), np.float32), np.empty(shape, np.uint8)
@@ -348,9 +364,9 @@ def make_case(seed: int, case: int, size: str = "demo", context: float = 1.0, cl
         part = (*axes[:2], axes[2][..., slab])
         x, y, z = to_body(part, shift_mm, body.angles, body.scale)
         x = x / stretch - np.float32(3 * body.asymmetry) * np.sin(y / 50)  # one half of the brain lies further forward
-        canvas = Canvas(x.shape, float(np.mean(spacing_mm)))
+        canvas = Canvas(x.shape, float(np.mean(spacing_mm)), levels)
         mask = _paint_head(canvas, (x, y * stretch, z), latents, tumour, decoys)
-        canvas.image *= _bias(part, waves)[..., None]
+        canvas.image *= np.stack([_bias(part, w) for w in waves], -1)
         if not clean:
             canvas.image += noise.standard_normal(canvas.image.shape, np.float32) * np.float32(noise_sd)
         image[..., slab, :] = np.where(mask[..., None], np.maximum(canvas.image * gains, 1), 0)  # 0 is kept for the background

@@ -31,6 +31,7 @@ class Task:
         regions: label values that make up each class, when classes overlap (then each class has its own sigmoid);
             None: class i has label i + 1 and classes exclude each other (softmax with background).
         sided: labels tell left from right, so images are not mirrored left-right.
+        packaged: for scans that come inside a Python package: where they lie.
         subset: classes of which the mean is reported too (the 8 organs of the paper).
     """
 
@@ -46,6 +47,7 @@ class Task:
     regions: tuple[tuple[int, ...], ...] | None = None
     sided: bool = False
     subset: tuple[str, ...] = ()
+    packaged: Callable[[], Path] | None = None
     source: str = ""
 
     @property

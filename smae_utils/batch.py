@@ -1,0 +1,101 @@
+"""The one place that knows papermill: a notebook run is a function of (notebook, parameters, package version) and its folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+from nbconvert import HTMLExporter
+from papermill.exceptions import PapermillExecutionError
+
+from smae_utils.errors import UserError
+from smae_utils.settings import coerce, parse_value
+
+TYPES = {"str": str, "int": int, "float": float, "bool": bool}
+
+
+def notebook_path(name: str | Path) -> Path:
+    """A notebook by path, or by name in the notebooks folder of the clone.
+
+    Raises:
+        UserError: listing the notebooks there are.
+    """
+    folder = Path(__file__).parent.parent / "notebooks"
+    for path in (Path(name), folder / str(name), folder / f"{name}.ipynb"):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(p.stem for p in folder.glob("*.ipynb")))
+    raise UserError(f"no notebook {name}: expected a path or one of {known}")
+
+
+def check_parameters(notebook: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Values in the types that the notebook's `parameters` cell declares. papermill itself only warns of an unknown name.
+
+    Raises:
+        UserError: for an unknown parameter or a wrong type, listing the right ones.
+    """
+    known = papermill.inspect_notebook(str(notebook))
+    listing = "; ".join(f"{name}: {p['inferred_type_name']} = {p['default']}  ({p['help']})" for name, p in known.items())
+    out = {}
+    for name, value in given.items():
+        if name not in known:
+            raise UserError(f"{notebook.name} has no parameter {name!r}. It takes: {listing}")
+        kind = TYPES.get(known[name]["inferred_type_name"], str)
+        try:
+            out[name] = value if kind is str and isinstance(value, str) else coerce(parse_value(value) if isinstance(value, str) else value, kind, name)
+        except UserError as error:
+            raise UserError(f"{error}. {notebook.name} takes: {listing}") from None
+    return out
+
+
+def run_notebook(notebook: str | Path, out_dir: str | Path, parameters: dict[str, Any], name: str | None = None) -> Path:
+    """Execute a notebook headlessly and write the executed copy and its HTML.
+
+    Output of its cells is printed as it comes. On failure the executed copy is kept, up to the cell that failed.
+
+    Returns:
+        The executed notebook.
+
+    Raises:
+        UserError: with the last error of the notebook, if a cell failed.
+    """
+    source = notebook_path(notebook)
+    values = check_parameters(source, parameters)
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    target = out / f"{name or source.stem}.ipynb"
+    failure = None
+    try:
+        papermill.execute_notebook(
+            str(source),
+            str(target),
+            parameters=values,
+            cwd=str(source.parent),
+            progress_bar=False,
+            stdout_file=sys.stdout,
+            store_widget_state=False,
+            coalesce_streams=True,
+            iopub_timeout=60,
+        )
+    except PapermillExecutionError as error:
+        # A UserError's text is the whole story; anything else needs its type.
+        text = error.evalue if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
+        failure = f"{source.name} stopped at cell {error.exec_count}: {' '.join(text.split())[:600]}. The executed copy is {target}"
+    write_html(target)
+    if failure:
+        raise UserError(failure)
+    return target
+
+
+def write_html(notebook: Path) -> Path:
+    """The notebook as one HTML file that loads nothing from outside."""
+    exporter = HTMLExporter(embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True)
+    # Without these, the page asks other hosts for scripts when it is opened.
+    exporter.mathjax_url = exporter.require_js_url = exporter.jquery_url = exporter.mermaid_js_url = ""
+    body, _ = exporter.from_notebook_node(nbformat.read(notebook, as_version=4))
+    target = notebook.with_suffix(".html")
+    target.write_text(body)
+    return target

@@ -1,0 +1,139 @@
+"""`demo`: the numbered notebooks for each task, then one comparison. `benchmark`: the paper presets on full-size phantoms."""
+
+from __future__ import annotations
+
+import html
+import resource
+import time
+from pathlib import Path
+
+import pandas as pd
+
+from smae_utils.batch import run_notebook
+from smae_utils.errors import UserError
+from smae_utils.evaluation import compare
+from smae_utils.phantoms import DEFAULT_N, write_phantoms
+from smae_utils.runs import machine_name, provenance, write_text
+from smae_utils.tasks import get_task
+from smae_utils.training import finetune, pretrain
+
+TASKS = ("btcv", "cxr14", "brats")
+METRICS = {"segmentation": ("dsc", "hd95_mm"), "classification": ("mauc",)}
+
+
+def notebooks_for(task: str) -> list[str]:
+    """The numbered notebooks of a task, in order."""
+    middle = "03_classification" if get_task(task).kind == "classification" else "04_segmentation"
+    return ["00_data", "01_masking", "02_self_pretraining", middle, "05_evaluation"]
+
+
+def demo(out: str | Path, tasks: list[str], preset: str = "demo", seed: int = 0, n: int | None = None) -> pd.DataFrame:
+    """Run the notebooks of each task headlessly and write index.html and summary.csv.
+
+    A task that is already there is done again from its start, so that the figures are of one piece.
+
+    Returns:
+        The summary: task, init, seed, metric, value.
+    """
+    out, tasks = Path(out).resolve(), list(tasks) or list(TASKS)
+    for task in tasks:
+        if task not in TASKS:
+            raise UserError(f"the demo has no task {task!r}: expected one of {', '.join(TASKS)}")
+    begin = time.monotonic()
+    rows, tables, pages, times = [], {}, [], {}
+    for task in tasks:
+        start = time.monotonic()
+        folder = out / task
+        _clear(folder)
+        data, runs = folder / "data", folder / "runs"
+        write_phantoms(task, data, n or DEFAULT_N[task], seed)
+        for notebook in notebooks_for(task):
+            print(f"[{time.monotonic() - begin:5.0f} s] {task}: {notebook}", flush=True)
+            values = {"task": task, "data_dir": str(data), "run_dir": str(runs), "preset": preset, "seed": seed}
+            done = run_notebook(notebook, folder, values)
+            pages.append((task, done.with_suffix(".html")))
+        tables[task] = compare(runs / "scratch", runs / "self")
+        rows += _summary_rows(task, tables[task], seed)
+        times[task] = time.monotonic() - start
+    summary = pd.DataFrame(rows, columns=["task", "init", "seed", "metric", "value"])
+    took = time.monotonic() - begin
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1024**2
+    source = provenance()
+    facts = [
+        f"{took / 60:.1f} minutes ({', '.join(f'{t} {s / 60:.1f}' for t, s in times.items())}), peak memory at most {peak:.1f} GB",
+        f"{machine_name()}, {source['date']}, commit {source['commit']}, preset {preset}, seed {seed}",
+    ]
+    write_text(out / "summary.csv", "".join(f"# {fact}\n" for fact in facts) + summary.to_csv(index=False))
+    _write_index(out, summary, pages, facts)
+    print()
+    print(pivot(summary).to_string(index=False, float_format="%.3f"))
+    print(f"\ndemo: {facts[0]}\nopen {out / 'index.html'}", flush=True)
+    return summary
+
+
+def _clear(folder: Path) -> None:
+    """Empty a task's folder of an earlier demo; refuses to touch anything else."""
+    import shutil
+
+    if folder.exists():
+        if not (folder / "data").exists() and any(folder.iterdir()):
+            raise UserError(f"{folder} holds something that is no earlier demo: choose another --out")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _summary_rows(task: str, table: pd.DataFrame, seed: int) -> list[tuple]:
+    means = table[table["class"] == "mean"].set_index("metric")
+    return [(task, arm, seed, metric, means.loc[metric, arm]) for metric in METRICS[get_task(task).kind] for arm in ("scratch", "self")]
+
+
+def pivot(summary: pd.DataFrame) -> pd.DataFrame:
+    """summary -> a row a task and metric: scratch | self | difference."""
+    wide = summary.pivot_table(index=["task", "metric"], columns="init", values="value", sort=False, dropna=False).reset_index()
+    wide.columns.name = None
+    return wide.assign(difference=wide["self"] - wide["scratch"])
+
+
+def _write_index(out: Path, summary: pd.DataFrame, pages: list[tuple[str, Path]], facts: list[str]) -> None:
+    links = "".join(f'<li><a href="{p.relative_to(out)}">{task}: {p.stem}</a></li>' for task, p in pages)
+    lines = "".join(f"<p>{html.escape(fact)}</p>" for fact in facts)
+    table = pivot(summary).to_html(index=False, float_format="%.3f", border=0)
+    style = "body{font:16px sans-serif;max-width:50em;margin:2em auto;padding:0 1em}td,th{padding:.2em 1em;text-align:right}"
+    note = "<p>One seed, phantoms, minutes of training: this shows that everything works, not how much self pre-training helps.</p>"
+    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Self-MAE demo</title><style>{style}</style><h1>Self-MAE demo</h1>'
+    write_text(out / "index.html", f"{page}{table}{note}<ul>{links}</ul>{lines}</html>")
+
+
+def benchmark(out: str | Path, tasks: list[str]) -> pd.DataFrame:
+    """Two steps of each paper preset at batch 1 on full-size phantoms: does it fit, and how long does a step take here?
+
+    Writes paper_presets.csv with machine, date and command in its first lines.
+    """
+    out = Path(out)
+    rows = []
+    for task in list(tasks) or list(TASKS):
+        folder = out / task
+        _clear(folder)
+        write_phantoms(task, folder / "data", {"segmentation": 6, "classification": 12}[get_task(task).kind], size="full")
+        small = {"steps": 2, "warmup_steps": 1, "batch_size": 1, "log_every": 1, "num_workers": 0, "val_every": 0, "cache_rate": 0.0}
+        for stage in ("pretrain", "finetune"):
+            if stage == "pretrain":
+                run = pretrain(task, folder / "data", folder / stage, "paper", {**small, "train_on_val": True})
+            else:
+                run = finetune(task, folder / "data", folder / stage, folder / "pretrain", "paper", {**small, "train_on_val": True, "select": "last"})
+            log = run.read_log()
+            settings = run.config["settings"]
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+            rows.append(
+                {
+                    "task": task, "stage": stage, "input": "x".join(map(str, settings["crop_size"])), "crops": settings["crops_per_scan"],
+                    "precision": run.config["precision"], "device": run.config["device"],
+                    "step_s": round(log[-1]["seconds"] - log[-2]["seconds"], 1), "peak_gb_so_far": round(peak, 1),
+                }
+            )  # fmt: skip
+    table = pd.DataFrame(rows)
+    source = provenance()
+    head = f"# python -m smae_utils benchmark\n# {source['machine']}, {source['date']}, commit {source['commit']}, torch {source['packages']['torch']}\n"
+    write_text(out / "paper_presets.csv", head + table.to_csv(index=False))
+    print(table.to_string(index=False))
+    return table

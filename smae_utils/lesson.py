@@ -1,0 +1,87 @@
+"""What every notebook needs at its start: where data and runs are, and phantoms where there is no data."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from smae_utils.build import build_mae, build_model
+from smae_utils.data import read_case
+from smae_utils.phantoms import DEFAULT_N, write_phantoms
+from smae_utils.settings import Settings, resolve, total_steps
+from smae_utils.tasks import Task, get_task
+from smae_utils.transforms import ResizeRadiograph, prepare
+
+
+def data_folder(task: str, data_dir: str = "", seed: int = 0) -> Path:
+    """`data_dir`, or, when it is empty, scans that come with a package or a folder of demo phantoms below `data/`, written at the first call."""
+    if data_dir:
+        return Path(data_dir)
+    if packaged := get_task(task).packaged:
+        return packaged()
+    folder = Path(__file__).parent.parent / "data" / f"phantom-{task}-seed{seed}"
+    if not folder.exists():
+        # Written beside and renamed: a kill leaves no half data set that looks whole.
+        part = folder.with_name(folder.name + ".part")
+        if part.exists():
+            shutil.rmtree(part)
+        write_phantoms(task, part, DEFAULT_N[task], seed)
+        part.rename(folder)
+    return folder
+
+
+def run_folder(task: str, run_dir: str = "", preset: str = "demo", seed: int = 0) -> Path:
+    """`run_dir`, or `runs/TASK-PRESET-seedN` below the project."""
+    return Path(run_dir) if run_dir else Path(__file__).parent.parent / "runs" / f"{task}-{Path(preset).stem}-seed{seed}"
+
+
+def versions() -> str:
+    """One line of the versions that matter."""
+    return "  ".join(f"{name} {version(name)}" for name in ("torch", "monai", "timm", "accelerate", "papermill"))
+
+
+def load_crop(task: Task, settings: Settings, case: dict) -> torch.Tensor:
+    """A prepared scan cut to the model's input around its middle: (C, *crop_size); a radiograph is resized."""
+    scan = read_case(prepare(task, settings, with_label=False), case)
+    if task.spatial_dims == 2:
+        return ResizeRadiograph(settings.crop_size)(scan)["image"]
+    image = scan["image"].as_tensor()
+    corner = [(n - c) // 2 for n, c in zip(image.shape[1:], settings.crop_size)]
+    return image[(slice(None), *(slice(o, o + c) for o, c in zip(corner, settings.crop_size)))]
+
+
+def step_flops(task: Task, stage: str, preset: str) -> float:
+    """Counted FLOPs of one forward and backward pass of one crop, without allocating weights or data."""
+    settings = resolve(task, stage, preset)
+    # The meta device does the shapes and none of the arithmetic.
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = build_mae(task, settings) if stage == "pretrain" else build_model(task, settings)
+        image = torch.zeros(1, task.in_chans, *settings.crop_size)
+        out = model(image)
+        (out.loss if stage == "pretrain" else out.float().mean()).backward()
+    return float(counter.get_total_flops())
+
+
+def run_flops(task: str, stage: str, preset: str, n_train: int) -> tuple[float, int]:
+    """(FLOPs of a whole run, steps) of a preset on `n_train` scans."""
+    record = get_task(task)
+    settings = resolve(record, stage, preset)
+    steps, _ = total_steps(settings, n_train)
+    return step_flops(record, stage, preset) * steps * settings.batch_size * settings.crops_per_scan, steps
+
+
+def measured_flops_per_second(device: torch.device, seconds: float = 0.5) -> float:
+    """What this device reaches on a matrix product in fp32 (bf16 on a GPU): an upper bound for training."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a = torch.randn(1024, 1024, device=device, dtype=dtype)
+    (a @ a).sum().item()
+    count, begin = 0, time.monotonic()
+    while time.monotonic() - begin < seconds:
+        (a @ a).sum().item()
+        count += 1
+    return 2 * 1024**3 * count / (time.monotonic() - begin)
