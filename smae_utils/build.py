@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
-from monai.losses import DiceCELoss, DiceLoss
+from monai.losses import DiceLoss
 from torch import Tensor, nn
 
 from smae_utils.errors import UserError
@@ -57,21 +57,35 @@ def region_targets(label: Tensor, task: Task) -> Tensor:
     return torch.cat([torch.isin(label, values(region)) for region in task.regions], 1).float()
 
 
-def build_loss(task: Task) -> Callable[[Tensor, Tensor], Tensor]:
+def build_loss(task: Task, class_weights: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
     """(logits, label) -> scalar: BCE (findings), Dice + CE (organs), Dice on sigmoids (regions), in fp32.
 
     Dice is summed over the batch and smoothed by one voxel on both sides: per sample and unsmoothed, a class that is absent
     from most crops pays most for being predicted at all and collapses to empty.
+
+    Args:
+        class_weights: (out_chans,) weights of the cross-entropy, see `class_weights`; None weighs all alike.
     """
     if task.kind == "classification":
         bce = nn.BCEWithLogitsLoss()
         return lambda logits, label: bce(logits.float(), label)
-    dice = {"batch": True, "smooth_nr": 1.0, "smooth_dr": 1.0}
-    if task.exclusive:
-        loss = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, **dice)
-        return lambda logits, label: loss(logits.float(), label)
-    loss = DiceLoss(sigmoid=True, **dice)
-    return lambda logits, label: loss(logits.float(), region_targets(label, task))
+    smooth = {"batch": True, "smooth_nr": 1.0, "smooth_dr": 1.0}
+    if not task.exclusive:
+        overlapping = DiceLoss(sigmoid=True, **smooth)
+        return lambda logits, label: overlapping(logits.float(), region_targets(label, task))
+    dice = DiceLoss(include_background=False, to_onehot_y=True, softmax=True, **smooth)
+    ce = nn.CrossEntropyLoss(weight=class_weights)
+    return lambda logits, label: dice(logits.float(), label) + ce.to(logits.device)(logits.float(), label[:, 0].long())
+
+
+def class_weights(labels: Iterable[Tensor], n_values: int, power: float) -> Tensor:
+    """(n_values,) weights proportional to frequency ** -power over the training labels, with a voxel-weighted mean of 1.
+
+    Power 0.5 kept every organ of the CT phantom alive where unweighted cross-entropy lost nine of thirteen within the same steps.
+    """
+    counts = sum(torch.bincount(label.flatten().long(), minlength=n_values) for label in labels).double().clamp(min=1)
+    weights = (counts.sum() / counts) ** power
+    return (weights * counts.sum() / (weights * counts).sum()).float()
 
 
 def layer_of(name: str, depth: int) -> int:

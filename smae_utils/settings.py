@@ -77,6 +77,7 @@ class FinetuneSettings(Settings):
     pool: str = "cls"  # what the classifier reads: cls or mean
     drop_path: float = 0.1
     layer_decay: float = 1.0  # lr of a block is multiplied by this for each block above it; 1: the same lr everywhere
+    ce_weight_power: float = 0.0  # cross-entropy weighs a class by frequency ** -power, counted once over the training labels; 0: all alike
     select: str = "last"  # last, or best on the validation cases
     rotate_prob: float = 0.2  # quarter turns in the axial plane, where crops are square there
     intensity_prob: float = 0.1

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from smae_utils import accel
-from smae_utils.build import build_loss, build_mae, build_model, build_optimizer
+from smae_utils.build import build_loss, build_mae, build_model, build_optimizer, class_weights
 from smae_utils.data import Crops, Scans, derive_seed, join, read_splits, training_loader
 from smae_utils.errors import UserError
 from smae_utils.inference import score_cases
@@ -106,9 +106,13 @@ def finetune(
     model = build_model(record, settings)
     if not scratch:
         report(str(load_weights(model, init)))
-    criterion = build_loss(record)
     # A window of the whole scan is read again at test time; training needs labels on the same grid.
     scans = Scans(splits["train"], prepare(record, settings, with_label=record.kind == "segmentation"), settings.cache_rate)
+
+    weights = None
+    if record.exclusive and settings.ce_weight_power:
+        weights = class_weights((scans[i]["label"] for i in range(len(scans))), record.out_chans, settings.ce_weight_power)
+    criterion = build_loss(record, weights)
 
     def loss_of(net: nn.Module, batch: dict) -> Tensor:
         return criterion(net(batch["image"]), batch["label"])

@@ -6,7 +6,7 @@ What tells them apart is context: decoys are symmetric or lie in known places, w
 and pushes the ventricles and the midline away.
 
 Coordinates are body mm: x towards the patient's right, y anterior, z superior, the origin in the middle of the brain. Folds are
-gratings 14 mm or more apart, so that even the smallest brain has them three voxels of 4 mm apart. The tumour is drawn in scanner mm,
+gratings 15 mm apart, so that even the smallest brain has them three voxels of 4 mm apart. The tumour is drawn in scanner mm,
 else it would shrink with the head.
 """
 
@@ -34,7 +34,7 @@ TISSUES = {  # brightness in FLAIR, T1w, T1gd, T2w, with white matter in T1w as 
     "gliosis": (0.86, 0.76, 0.77, 0.78),
     "edema": (0.86, 0.76, 0.77, 0.78),
     "non-enhancing": (0.48, 0.43, 0.46, 0.92),
-    "enhancing": (0.76, 0.66, 1.24, 0.69),
+    "enhancing": (0.76, 0.66, 1.20, 0.69),
     "weakly enhancing": (0.76, 0.64, 1.04, 0.72),
 }
 
@@ -88,7 +88,7 @@ class Tumour(NamedTuple):
     def side(self) -> float:
         return float(np.sign(self.centre[0]))
 
-    def level(self, p) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def polar(self, p) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Distance from the centre (mm), directions (3 arrays, length 1), and the radius of the smooth ellipsoid that way (mm)."""
         q = [c - o for c, o in zip(p, self.centre)]
         r = np.sqrt(sum(c**2 for c in q)) + np.float32(1e-3)
@@ -102,7 +102,7 @@ class Tumour(NamedTuple):
 
     def displace(self, p, depth) -> tuple:
         """Where the tissue seen at `p` lay before the tumour grew; tissue at the skull (`depth` 0) and far away stays in place."""
-        r, _, radius = self.level(p)
+        r, _, radius = self.polar(p)
         share = self.push * np.exp(-((r / (1.45 * radius)) ** 2)) * (1 - np.exp(-np.clip(depth, 0, None) / 12))
         return tuple(c - share * (c - np.float32(o)) for c, o in zip(p, self.centre))
 
@@ -212,12 +212,12 @@ def _draw_tumour(own: Latents, scale: float, rng: np.random.Generator, context: 
     """A tumour from the latents; `rng` gives what nothing else in the patient depends on. No mass effect at `context` 0."""
     side, front = np.sign(own.tumour_azimuth), 2 * abs(own.tumour_azimuth) - 1
     centre = (side * 33.0, -6 + 36.0 * front, 15 + 9.0 * own.tumour_height)
-    mean = (29.5 + 2.5 * own.tumour_size) / scale
-    stretch = rng.uniform(1.0, 1.1)
+    mean = (30.4 + 1.9 * own.tumour_size) / scale
+    stretch = rng.uniform(1.0, 1.07)
     lobes = np.concatenate([rng.uniform(1.5, 3, (3, 3)) * rng.choice((-1, 1), (3, 3)), rng.uniform(-np.pi, np.pi, (3, 1))], 1)
     turn = rotation((rng.uniform(-0.5, 0.5), 0, rng.uniform(-0.3, 0.3)))
     return Tumour(centre, (0.95 * mean, mean * stretch, mean / stretch), turn,
-                  ring=rng.uniform(12, 13.5) / scale, edema=rng.uniform(10, 18) / scale,
+                  ring=rng.uniform(12.8, 13.8) / scale, edema=rng.uniform(9, 17) / scale,
                   push=context * (0.55 + 0.12 * own.tumour_size), lobes=lobes, weak=rng.random() < WEAK_SHARE)
 
 
@@ -227,9 +227,9 @@ def _paint_tumour(canvas: Canvas, tumour: Tumour, p, x_side, outer, white, keep_
     `x_side` is the distance from the midline into the tumour's hemisphere, `white` that into white matter, `keep_out` that from
     ventricles and deep grey matter.
     """
-    r, n, radius = tumour.level(p)
+    r, n, radius = tumour.polar(p)
     radius = radius * (1 + 0.09 * tumour.lobe(n, 0))
-    ring = tumour.ring * (1 + 0.15 * tumour.lobe(n, 1))
+    ring = tumour.ring * (1 + 0.1 * tumour.lobe(n, 1))
     if tumour.weak:  # a crescent instead of a ring
         ring = ring * np.clip(1.6 * tumour.lobe(n, 2) - 0.5, 0, 1)
     limit = np.maximum(2.5 - outer, 2 - x_side)
@@ -238,7 +238,7 @@ def _paint_tumour(canvas: Canvas, tumour: Tumour, p, x_side, outer, white, keep_
     spared = -white - 7 * np.exp(-np.clip(r - radius, 0, None) / 7)  # the cortex stays free of edema but where it touches the tumour
     canvas.paint(np.maximum.reduce([r - reach, spared, -keep_out, limit]), "edema", EDEMA)
     canvas.paint(core, "weakly enhancing" if tumour.weak else "enhancing", ENHANCING)
-    canvas.paint(np.maximum(r - radius + ring, limit + 0.6 * ring), "non-enhancing", NON_ENHANCING)
+    canvas.paint(np.maximum(r - radius + ring, limit + 0.7 * ring), "non-enhancing", NON_ENHANCING)
 
 
 class Decoys(NamedTuple):
@@ -250,8 +250,10 @@ class Decoys(NamedTuple):
 
 
 def _draw_decoys(own: Latents, side: float, rng: np.random.Generator) -> Decoys:
-    """Each in half of the patients: a cyst at a temporal pole, and on the side without the tumour an old scar (fluid in a bright rim)
-    and a meningioma, which enhances as the tumour does but sits on the skull, is solid and has no edema."""
+    """Each in half of the patients: a cyst at a temporal pole and, on the side without the tumour, an old scar and a meningioma.
+
+    The scar is fluid in a bright rim. The meningioma enhances as the tumour does, but sits on the skull, is solid and has no edema.
+    """
     turn = rng.uniform(-0.9, 0.9)
     drawn = (
         ((rng.choice((-1.0, 1.0)) * 43, 33.0, -22.0), 15 + 3 * own.atrophy),
@@ -363,7 +365,7 @@ def make_case(seed: int, case: int, size: str = "demo", context: float = 1.0, cl
         slab = slice(start, start + 16)
         part = (*axes[:2], axes[2][..., slab])
         x, y, z = to_body(part, shift_mm, body.angles, body.scale)
-        x = x / stretch - np.float32(3 * body.asymmetry) * np.sin(y / 50)  # one half of the brain lies further forward
+        x = x / stretch - np.float32(3 * body.asymmetry) * np.sin(y / 50)  # bent: the poles lie off the midline, to either side
         canvas = Canvas(x.shape, float(np.mean(spacing_mm)), levels)
         mask = _paint_head(canvas, (x, y * stretch, z), latents, tumour, decoys)
         canvas.image *= np.stack([_bias(part, w) for w in waves], -1)
