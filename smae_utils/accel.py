@@ -25,7 +25,7 @@ def cpu_has_bf16() -> bool:
 
 
 def pick_precision(wanted: str, device: torch.device) -> str:
-    """"fp32" or "bf16" for "auto": bf16 where the device computes it.
+    """ "fp32" or "bf16" for "auto": bf16 where the device computes it.
 
     Raises:
         UserError: for another word.
@@ -48,7 +48,7 @@ def make_accelerator(precision: str) -> tuple[Accelerator, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """"cpu", or the name of the GPU."""
+    """ "cpu", or the name of the GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

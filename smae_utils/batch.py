@@ -10,6 +10,7 @@ import nbformat
 import papermill
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
 
 from smae_utils.errors import UserError
 from smae_utils.settings import coerce, parse_value
@@ -45,7 +46,9 @@ def check_parameters(notebook: Path, given: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"{notebook.name} has no parameter {name!r}. It takes: {listing}")
         kind = TYPES.get(known[name]["inferred_type_name"], str)
         try:
-            out[name] = value if kind is str and isinstance(value, str) else coerce(parse_value(value) if isinstance(value, str) else value, kind, name)
+            out[name] = (
+                value if kind is str and isinstance(value, str) else coerce(parse_value(value) if isinstance(value, str) else value, kind, name)
+            )
         except UserError as error:
             raise UserError(f"{error}. {notebook.name} takes: {listing}") from None
     return out
@@ -76,18 +79,26 @@ def run_notebook(notebook: str | Path, out_dir: str | Path, parameters: dict[str
             cwd=str(source.parent),
             progress_bar=False,
             stdout_file=sys.stdout,
-            store_widget_state=False,
             coalesce_streams=True,
             iopub_timeout=60,
+            config=Config(KernelManager={"transport_encryption": "auto"}),  # else each kernel warns that loopback is not encrypted
         )
     except PapermillExecutionError as error:
         # A UserError's text is the whole story; anything else needs its type.
         text = error.evalue if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
         failure = f"{source.name} stopped at cell {error.exec_count}: {' '.join(text.split())[:600]}. The executed copy is {target}"
+    _drop_widget_state(target)
     write_html(target)
     if failure:
         raise UserError(failure)
     return target
+
+
+def _drop_widget_state(notebook: Path) -> None:
+    """A slider in an executed copy is dead; its state is bulk. (papermill's own switch for it breaks cells with output widgets.)"""
+    content = nbformat.read(notebook, as_version=4)
+    content.metadata.pop("widgets", None)
+    nbformat.write(content, notebook)
 
 
 def write_html(notebook: Path) -> Path:

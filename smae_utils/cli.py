@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     # A scheduler's SIGTERM means what Ctrl-C means: save and stop.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        args.function(args)
+        return args.function(args) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -33,7 +33,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,7 +90,38 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--task", nargs="*", default=[])
     command.add_argument("--out", type=Path, default=Path("build/benchmark"))
 
+    add("readme", _readme, "write the figures of README.md anew from results/")
+    add("env", _env, "make the environment .venv (nothing needs to be installed for it)")
+    for name, function, text in (("test", _test, "run the tests (arguments go to pytest)"), ("lab", _lab, "open JupyterLab on the notebooks")):
+        command = add(name, function, text)
+        command.add_argument("args", nargs=argparse.REMAINDER)
     return parser
+
+
+def _readme(args) -> None:
+    from smae_utils.environment import ROOT
+    from smae_utils.readme import render
+
+    file = ROOT / "README.md"
+    file.write_text(render(file.read_text(), ROOT))
+
+
+def _env(args) -> None:
+    from smae_utils.environment import make_environment
+
+    make_environment()
+
+
+def _test(args) -> int:
+    from smae_utils.environment import run_tests
+
+    return run_tests(args.args)
+
+
+def _lab(args) -> int:
+    from smae_utils.environment import open_lab
+
+    return open_lab(args.args)
 
 
 def _phantom(args) -> None:

@@ -133,7 +133,9 @@ def benchmark(out: str | Path, tasks: list[str]) -> pd.DataFrame:
             )  # fmt: skip
     table = pd.DataFrame(rows)
     source = provenance()
-    head = f"# python -m smae_utils benchmark\n# {source['machine']}, {source['date']}, commit {source['commit']}, torch {source['packages']['torch']}\n"
+    head = (
+        f"# python -m smae_utils benchmark\n# {source['machine']}, {source['date']}, commit {source['commit']}, torch {source['packages']['torch']}\n"
+    )
     write_text(out / "paper_presets.csv", head + table.to_csv(index=False))
     print(table.to_string(index=False))
     return table

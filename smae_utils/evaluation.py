@@ -34,7 +34,9 @@ def load_finetuned(run: Run) -> tuple[torch.nn.Module, Task, FinetuneSettings]:
     return model.eval(), task, settings
 
 
-def evaluate(run_dir: str | Path, data_dir: str | Path | None = None, split: str = "test", save_masks: bool = True, report: Say = say) -> pd.DataFrame:
+def evaluate(
+    run_dir: str | Path, data_dir: str | Path | None = None, split: str = "test", save_masks: bool = True, report: Say = say
+) -> pd.DataFrame:
     """Score a fine-tuned run and write metrics.csv and metrics.json into its folder (and label maps into `predictions/`).
 
     Args:

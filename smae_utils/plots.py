@@ -9,7 +9,6 @@ import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
 import torch
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
@@ -53,7 +52,9 @@ def _grid(rows: int, columns: int, size: float = 2.2) -> tuple[Figure, np.ndarra
     return figure, axes
 
 
-def show_cases(images: Sequence[np.ndarray], titles: Sequence[str], labels: Sequence[np.ndarray] | None = None, classes: Sequence[str] = ()) -> Figure:
+def show_cases(
+    images: Sequence[np.ndarray], titles: Sequence[str], labels: Sequence[np.ndarray] | None = None, classes: Sequence[str] = ()
+) -> Figure:
     """A row a case (2D: a column), the planes side by side, label outlines on top.
 
     Args:
@@ -186,7 +187,9 @@ def show_positions(model: MaskedAutoencoder, patch: int | None = None) -> Figure
     return figure
 
 
-def show_curves(runs: dict[str, Run], keys: Sequence[str] = ("loss", "val_loss"), band: dict[str, float] | None = None, ylabel: str = "loss") -> Figure:
+def show_curves(
+    runs: dict[str, Run], keys: Sequence[str] = ("loss", "val_loss"), band: dict[str, float] | None = None, ylabel: str = "loss"
+) -> Figure:
     """Curves of log.jsonl against steps; `band` draws horizontal lines that need no network."""
     figure, axis = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
     for name, run in runs.items():

@@ -1,10 +1,10 @@
 """The run folder: the contract between notebooks, command line and batch runner.
 
-    config.yaml         everything needed to repeat the run, versions and git commit included
-    log.jsonl           one line a logged step, with at least `step` and `loss`
-    last/               resumable state; always whole, see `swap_in`
-    model.safetensors   the weights, once the run is finished
-    metrics.csv, .json  written by evaluation
+config.yaml         everything needed to repeat the run, versions and git commit included
+log.jsonl           one line a logged step, with at least `step` and `loss`
+last/               resumable state; always whole, see `swap_in`
+model.safetensors   the weights, once the run is finished
+metrics.csv, .json  written by evaluation
 """
 
 from __future__ import annotations

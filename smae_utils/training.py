@@ -19,7 +19,7 @@ from smae_utils.inference import score_cases
 from smae_utils.patches import mask_noise
 from smae_utils.runs import Run, provenance
 from smae_utils.settings import FinetuneSettings, PretrainSettings, Settings, as_dict, resolve, total_steps
-from smae_utils.tasks import Case, Task, get_task
+from smae_utils.tasks import Case, get_task
 from smae_utils.timm_glue import CosineLRScheduler
 from smae_utils.transforms import augment_finetune, augment_pretrain, prepare
 from smae_utils.weights import WEIGHTS, load_weights, parameter_count, save_weights, weights_file
@@ -33,7 +33,13 @@ def say(line: str) -> None:
 
 
 def pretrain(
-    task: str, data_dir: str | Path, out: str | Path, preset: str = "demo", overrides: dict[str, Any] | None = None, resume: bool = False, report: Say = say
+    task: str,
+    data_dir: str | Path,
+    out: str | Path,
+    preset: str = "demo",
+    overrides: dict[str, Any] | None = None,
+    resume: bool = False,
+    report: Say = say,
 ) -> Run:
     """Self pre-training: a masked autoencoder on the images of the task's own training cases. Labels are never read.
 
@@ -184,9 +190,7 @@ class Loop:
             f"{self.config['stage']} {self.config['task']}: {len(self.scans)} training scans, {self.steps} steps of {settings.batch_size} scans x "
             f"{settings.crops_per_scan} crops, {parameter_count(self.model) / 1e6:.2f} M parameters, {accel.device_name(device)}, {precision}"
         )
-        loader = training_loader(
-            self.scans, self.augment, settings, state["step"], self.steps, accelerator.process_index, accelerator.num_processes
-        )
+        loader = training_loader(self.scans, self.augment, settings, state["step"], self.steps, accelerator.process_index, accelerator.num_processes)
         started, first = time.monotonic() - state["seconds"], state["step"]
         begin = time.monotonic()
         model.train()

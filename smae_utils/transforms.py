@@ -108,7 +108,9 @@ class CheckCase(mt.Transform):
                 raise UserError(f"{path} has shape {tuple(label.shape[1:])}, its image {name} {tuple(image.shape[1:])}: they must lie on one grid")
             values = torch.unique(label.as_tensor())
             if (values != values.round()).any() or values.min() < 0 or values.max() >= self.task.label_values:
-                raise UserError(f"{path} holds values {values.tolist()[:8]}: task {self.task.name} expects integers 0 .. {self.task.label_values - 1}")
+                raise UserError(
+                    f"{path} holds values {values.tolist()[:8]}: task {self.task.name} expects integers 0 .. {self.task.label_values - 1}"
+                )
         return data
 
 
@@ -161,11 +163,10 @@ class RandomRadiograph(mt.RandomizableTransform):
         self.augment = rand_augment_transform(policy, {"translate_const": int(0.45 * min(size)), "img_mean": (128,)}) if policy else None
 
     def __call__(self, data: dict) -> list[dict]:
-        # timm draws from the global generators; they are seeded from this transform's own.
+        # timm draws from Python's and numpy's global generators; they are seeded from this transform's own.
         seed = int(self.R.randint(2**31))
         random.seed(seed)
         np.random.seed(seed)
-        torch.manual_seed(seed)
         image = self.crop(data["image"])
         if random.random() < self.flip_prob:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

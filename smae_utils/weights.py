@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -87,7 +86,7 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], tuple[int, ...]
     file = weights_file(source)
     try:
         with safe_open(file, framework="pt") as handle:
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
             grid = tuple(json.loads((handle.metadata() or {}).get("grid", "[]")))
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is no whole safetensors file ({error}): save the weights again or copy them again") from None

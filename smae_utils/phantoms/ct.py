@@ -18,8 +18,21 @@ import numpy as np
 
 from .shapes import case_rng, coverage, ellipsoid, grid_mm, rotation, save_nifti, to_body, tube
 
-ORGANS = ("spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta", "inferior vena cava",
-          "portal and splenic veins", "pancreas", "right adrenal gland", "left adrenal gland")  # label = place here + 1
+ORGANS = (
+    "spleen",
+    "right kidney",
+    "left kidney",
+    "gallbladder",
+    "esophagus",
+    "liver",
+    "stomach",
+    "aorta",
+    "inferior vena cava",
+    "portal and splenic veins",
+    "pancreas",
+    "right adrenal gland",
+    "left adrenal gland",
+)  # label = place here + 1
 TRAIN_IDS = (5, 6, 7, 9, 10, 21, 23, 24, 26, 27, 28, 30, 31, 33, 34, 37, 39, 40)
 TEST_IDS = (1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38)
 REMOVABLE = ("gallbladder", "left kidney", "spleen")  # what surgery takes out; one patient in ten lacks one of them
@@ -138,14 +151,20 @@ TISSUES = {
 
 def _mirror(*parts: Ball | Tube) -> tuple[Ball | Tube, ...]:
     """The parts (none of them turned), and the same on the other side of the body."""
+
     def flip(point):
         return (-point[0], *point[1:])
-    return parts + tuple(part._replace(centre=flip(part.centre)) if isinstance(part, Ball)
-                         else part._replace(points=tuple(map(flip, part.points))) for part in parts)
+
+    return parts + tuple(
+        part._replace(centre=flip(part.centre)) if isinstance(part, Ball) else part._replace(points=tuple(map(flip, part.points))) for part in parts
+    )
 
 
-_COLON = (((100, 0, -150), (98, 5, -65)), ((90, 45, -52), (45, 66, -68), (-30, 68, -66), (-88, 40, -35)),
-          ((-102, -8, -30), (-100, -10, -150)))  # going up, across and down
+_COLON = (
+    ((100, 0, -150), (98, 5, -65)),
+    ((90, 45, -52), (45, 66, -68), (-30, 68, -66), (-88, 40, -35)),
+    ((-102, -8, -30), (-100, -10, -150)),
+)  # going up, across and down
 
 # Painted in this order: a later structure lies over an earlier one, so the thin organs come last and none is swallowed.
 STRUCTURES = (
@@ -153,9 +172,17 @@ STRUCTURES = (
     Structure("psoas muscles", "muscle", _mirror(Tube(((24, -48, 30), (36, -46, -60), (62, -22, -220)), (8, 22, 26))), rigid=True),
     Structure("iliac bones", "bone", _mirror(Ball((98, -42, -195), (14, 52, 62), 2.5)), rigid=True),
     Structure("discs", "disc", (Ball((0, -48, 0), (23, 18, 900), 2.5),), rigid=True),
-    Structure("vertebrae", "bone", (Ball((0, -48, 0), (25, 20, 12.5), 5), Ball((0, -96, -4), (5, 15, 10), 3),
-                                    *_mirror(Tube(((4, -84, 0), (40, -80, 2)), (8, 5)), Ball((16, -72, 0), (5, 10, 8)))),
-              period_mm=34, rigid=True),
+    Structure(
+        "vertebrae",
+        "bone",
+        (
+            Ball((0, -48, 0), (25, 20, 12.5), 5),
+            Ball((0, -96, -4), (5, 15, 10), 3),
+            *_mirror(Tube(((4, -84, 0), (40, -80, 2)), (8, 5)), Ball((16, -72, 0), (5, 10, 8))),
+        ),
+        period_mm=34,
+        rigid=True,
+    ),
     Structure("sternum", "bone", (Ball((0, 93, 200), (17, 7, 85), 3),), rigid=True),
     Structure("spinal canal", "fluid", (Ball((0, -77, 0), (10, 8, 900)),), rigid=True),
     Structure("heart", "blood", (Ball((-22, 54, 152), (60, 40, 54), 2.2, (0.3, 0, 0)),)),
@@ -165,18 +192,27 @@ STRUCTURES = (
     Structure("liver", "parenchyma", (Ball((80, 0, 36), (50, 66, 58), 2.3), Ball((12, 38, 58), (56, 29, 27), 2.2, (0, -0.25, 0)))),
     Structure("stomach", "soft", (Tube(((-58, 4, 60), (-68, 30, 32), (-48, 56, 2), (-6, 64, -14), (18, 56, -10)), (35, 33, 27, 20, 15)),)),
     Structure("spleen", "parenchyma", (Ball((-101, -34, 42), (27, 46, 48), 2.3, (0.25, 0, -0.25)),)),
-    Structure("pancreas", "soft", (Tube(((26, 30, -34), (10, 40, -12), (-28, 36, 2), (-58, 12, 6), (-80, -2, 12)), (18, 16, 16, 15, 14)),),
-              0.8, keeps_mm=True),
+    Structure(
+        "pancreas",
+        "soft",
+        (Tube(((26, 30, -34), (10, 40, -12), (-28, 36, 2), (-58, 12, 6), (-80, -2, 12)), (18, 16, 16, 15, 14)),),
+        0.8,
+        keeps_mm=True,
+    ),
     Structure("right kidney", "kidney", (Ball((64, -50, -36), (29, 28, 49), 2.2),)),
     Structure("left kidney", "kidney", (Ball((-64, -50, -30), (29, 28, 49), 2.2),)),
     Structure("gallbladder", "bile", (Ball((60, 50, -16), (23, 22, 33), 2.3, (-0.4, 0, 0)),), 0.75, keeps_mm=True),
     Structure("esophagus", "soft", (Tube(((-3, 8, 240), (-6, 8, 110), (-22, 10, 78), (-48, 8, 58)), 17.5),), 0.6, keeps_mm=True),
     Structure("right adrenal gland", "soft", (Ball((44, -35, 44), (18, 23, 36), 3, (0, 0, 0.2)),), 0.6, keeps_mm=True),
     Structure("left adrenal gland", "soft", (Ball((-46, -33, 48), (18, 23, 36), 3, (0, 0, -0.2)),), 0.6, keeps_mm=True),
-    Structure("portal and splenic veins", "blood", (Tube(((-88, -14, 34), (-48, 12, 26), (-8, 22, 14), (18, 22, 12), (40, 20, 34),
-                                                          (64, 16, 48)), 14.5),), 0.6, keeps_mm=True),
-    Structure("inferior vena cava", "blood", (Tube(((24, -14, -115), (21, -10, 0), (23, 2, 70), (14, 24, 118)), 15.5),),
-              0.75, keeps_mm=True),
+    Structure(
+        "portal and splenic veins",
+        "blood",
+        (Tube(((-88, -14, 34), (-48, 12, 26), (-8, 22, 14), (18, 22, 12), (40, 20, 34), (64, 16, 48)), 14.5),),
+        0.6,
+        keeps_mm=True,
+    ),
+    Structure("inferior vena cava", "blood", (Tube(((24, -14, -115), (21, -10, 0), (23, 2, 70), (14, 24, 118)), 15.5),), 0.75, keeps_mm=True),
     Structure("aorta", "blood", (Tube(((-16, -14, -115), (-16, -13, 20), (-19, -24, 240)), 16.5),), 0.75, keeps_mm=True),
     Structure("iliac vessels", "blood", _mirror(Tube(((14, -14, -124), (58, 4, -220)), 10)), rigid=True),
 )
@@ -298,8 +334,7 @@ def _paint_trunk(canvas: Canvas, latents: dict[str, Latents], tissue) -> None:
     canvas.paint(still, lambda p: _outline(p, -14), FAT_HU)
     own = latents["bowel"]
     canvas.paint(canvas.frame(own)[1], lambda p: _small_bowel(p, own.phase), tissue("bowel", own))
-    canvas.paint(canvas.frame(latents["lungs"])[1], _lungs,
-                 lambda p, d: -840 + 200 * texture("vessels", p, d, latents["lungs"].phase))
+    canvas.paint(canvas.frame(latents["lungs"])[1], _lungs, lambda p, d: -840 + 200 * texture("vessels", p, d, latents["lungs"].phase))
     own = latents["ribs"]
     canvas.paint(canvas.frame(own)[0], lambda p: _ribs(p, own.phase), 280)
 
@@ -360,7 +395,7 @@ def make_case(seed: int, case: int, size: str = "demo", context: float = 1.0, cl
                 continue
             own = latents[structure.name]
             p = canvas.frame(own)[0 if structure.rigid else 1]
-            canvas.paint(p, lambda q: structure.distance(q, own, size), tissue(structure.tissue, own), structure.label)
+            canvas.paint(p, partial(structure.distance, latents=own, size=size), tissue(structure.tissue, own), structure.label)
         if not clean:
             canvas.image += noise_hu * noise.standard_normal(canvas.image.shape, np.float32)
         image[..., slab] = np.round(np.clip(canvas.image, -1024, 3071))

@@ -179,12 +179,14 @@ def _veins(p) -> np.ndarray:
     """Distance to the sagittal, straight and transverse sinuses and the middle cerebral vessels; `p` with |x| for x."""
     arc = np.linspace(0.6, 3.35, 9)
     sagittal = np.stack([0 * arc, 82 * np.cos(arc), 12 + 49 * np.sin(arc)], 1)
-    return np.minimum.reduce([
-        tube(p, sagittal, np.linspace(2.5, 5, len(arc))),
-        tube(p, ((0, -32, 10), (0, -78, 2)), 3),
-        tube(p, ((0, -80, 0), (30, -70, -13), (46, -46, -17)), 4),
-        tube(p, ((10, 8, -20), (38, 14, -10), (50, 6, 0), (54, -18, 4)), (3, 3, 2.5, 2)),
-    ])
+    return np.minimum.reduce(
+        [
+            tube(p, sagittal, np.linspace(2.5, 5, len(arc))),
+            tube(p, ((0, -32, 10), (0, -78, 2)), 3),
+            tube(p, ((0, -80, 0), (30, -70, -13), (46, -46, -17)), 4),
+            tube(p, ((10, 8, -20), (38, 14, -10), (50, 6, 0), (54, -18, 4)), (3, 3, 2.5, 2)),
+        ]
+    )
 
 
 class Canvas:
@@ -216,9 +218,16 @@ def _draw_tumour(own: Latents, scale: float, rng: np.random.Generator, context: 
     stretch = rng.uniform(1.0, 1.07)
     lobes = np.concatenate([rng.uniform(1.5, 3, (3, 3)) * rng.choice((-1, 1), (3, 3)), rng.uniform(-np.pi, np.pi, (3, 1))], 1)
     turn = rotation((rng.uniform(-0.5, 0.5), 0, rng.uniform(-0.3, 0.3)))
-    return Tumour(centre, (0.95 * mean, mean * stretch, mean / stretch), turn,
-                  ring=rng.uniform(12.8, 13.8) / scale, edema=rng.uniform(9, 17) / scale,
-                  push=context * (0.55 + 0.12 * own.tumour_size), lobes=lobes, weak=rng.random() < WEAK_SHARE)
+    return Tumour(
+        centre,
+        (0.95 * mean, mean * stretch, mean / stretch),
+        turn,
+        ring=rng.uniform(12.8, 13.8) / scale,
+        edema=rng.uniform(9, 17) / scale,
+        push=context * (0.55 + 0.12 * own.tumour_size),
+        lobes=lobes,
+        weak=rng.random() < WEAK_SHARE,
+    )
 
 
 def _paint_tumour(canvas: Canvas, tumour: Tumour, p, x_side, outer, white, keep_out) -> None:

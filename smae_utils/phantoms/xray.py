@@ -15,11 +15,27 @@ from PIL import Image
 
 from smae_utils.phantoms.shapes import case_rng, coverage, ellipsoid, tube
 
-FINDINGS = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
-            "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia")
+FINDINGS = (
+    "Atelectasis",
+    "Cardiomegaly",
+    "Effusion",
+    "Infiltration",
+    "Mass",
+    "Nodule",
+    "Pneumonia",
+    "Pneumothorax",
+    "Consolidation",
+    "Edema",
+    "Emphysema",
+    "Fibrosis",
+    "Pleural_Thickening",
+    "Hernia",
+)
 SIZES = {"demo": 96, "full": 1024}
-HEADER = ("Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
-          "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],")
+HEADER = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+    "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],"
+)
 UPPER, MIDDLE, LOWER = 0, 1, 2
 AIR = 0.68  # what a full-depth lung takes away from the attenuation of the chest
 
@@ -159,7 +175,7 @@ def rib_map(canvas: Canvas, side: Side, wall: np.ndarray) -> np.ndarray:
     def bands(course: np.ndarray, half_width: float) -> np.ndarray:
         phase = (y - side.top - course) / period + 0.5 * side.ribs.rib_phase
         off = np.abs(phase - np.floor(phase) - 0.5) * period - half_width * period
-        return canvas.soft(off, 0.02) * (1 + 0.35 * np.exp(-(off / 0.012) ** 2))  # the cortex is denser than the marrow
+        return canvas.soft(off, 0.02) * (1 + 0.35 * np.exp(-((off / 0.012) ** 2)))  # the cortex is denser than the marrow
 
     inside = canvas.soft(wall - 0.02, 0.04) * canvas.soft(-x * side.sign, 0.03)
     inside = inside * (1 - 0.7 * canvas.soft(diaphragm(side, x) - y, 0.1))  # the abdomen drowns them
@@ -176,14 +192,14 @@ def vessel_map(canvas: Canvas, side: Side) -> np.ndarray:
         reach = height * (0.40 + 0.06 * np.cos(1.7 * k + 3 * side.vessels.branching))
         radius = 0.020 * np.sqrt(side.vessel_gain)
 
-        def step(a: float, length: float) -> np.ndarray:
+        def step(a: float, length: float, reach: float = reach) -> np.ndarray:
             return reach * length * np.array([side.sign * np.cos(a), np.sin(a)])
 
         fork = hub + step(angle, 0.5)
         ends = [fork + step(angle + bend, 0.55) for bend in (0.30 + 0.2 * side.vessels.branching, -0.40)]
         best = np.minimum(best, tube(canvas.p, [hub, fork, ends[0]], [1.3 * radius, 0.85 * radius, 0.35 * radius]))
         best = np.minimum(best, tube(canvas.p, [fork, ends[1]], [0.7 * radius, 0.3 * radius]))
-    blob = np.exp(-((canvas.p[0] - hub[0]) ** 2 + ((canvas.p[1] - hub[1]) / 1.6) ** 2) / 0.055 ** 2)
+    blob = np.exp(-((canvas.p[0] - hub[0]) ** 2 + ((canvas.p[1] - hub[1]) / 1.6) ** 2) / 0.055**2)
     return np.float32(0.5 + 0.5 * side.vessel_gain) * (0.7 * canvas.soft(best, 0.015) + 0.5 * blob)
 
 
@@ -275,6 +291,7 @@ def ripple(p: tuple[np.ndarray, np.ndarray], rng: np.random.Generator, wavelengt
 
 # Findings that change the anatomy before it is drawn; all share one signature: chest, side index, zone, rng.
 
+
 def reshape_atelectasis(chest: Chest, k: int, zone: int, rng: np.random.Generator) -> None:
     """Volume loss: the dome rises, the mediastinum is pulled over."""
     chest.sides[k].dome -= rng.uniform(0.13, 0.19)
@@ -304,6 +321,7 @@ def reshape_emphysema(chest: Chest, k: int, zone: int, rng: np.random.Generator)
 
 # Findings that are painted; all share one signature: canvas, chest, side index, zone, rng.
 
+
 def paint_atelectasis(canvas: Canvas, chest: Chest, k: int, zone: int, rng: np.random.Generator) -> None:
     """A wedge from the hilum to the dome or the apex, along the mediastinum."""
     side = chest.sides[k]
@@ -319,7 +337,7 @@ def paint_effusion(canvas: Canvas, chest: Chest, k: int, zone: int, rng: np.rand
     side = chest.sides[k]
     x, y = canvas.p
     u = np.clip(x * side.sign / side.width, 0, 1)
-    level = side.dome + rng.uniform(-0.08, 0.04) - 0.30 * u ** 5 + 0.05
+    level = side.dome + rng.uniform(-0.08, 0.04) - 0.30 * u**5 + 0.05
     canvas.fill(k, canvas.soft(level - y, 0.06), 0.93)
 
 
@@ -371,7 +389,7 @@ def paint_pneumothorax(canvas: Canvas, chest: Chest, k: int, zone: int, rng: np.
     canvas.vessels[k] = canvas.vessels[k] * (1 - rim)
     # The collapsing lung is denser than before; around it there is nothing but air.
     canvas.air[k] = 0.88 * canvas.air[k] * (1 - rim) + np.float32(0.96 * side.air) * rim
-    line = np.exp(-((canvas.wall[k] + gap) / max(0.014, canvas.edge / 1.6)) ** 2)
+    line = np.exp(-(((canvas.wall[k] + gap) / max(0.014, canvas.edge / 1.6)) ** 2))
     canvas.vessels[k] += line * canvas.lung[k] * canvas.soft(0.3 * side.width - canvas.p[0] * side.sign, 0.1)
 
 
@@ -423,16 +441,25 @@ def paint_hernia(canvas: Canvas, chest: Chest, k: int, zone: int, rng: np.random
     cy = (chest.sides[0].dome + chest.sides[1].dome) / 2 - 0.10
     ball = ellipsoid(canvas.p, (chest.shift + rng.uniform(0.06, 0.12), cy), (1.1 * radius, radius))
     gas = canvas.soft(y - cy - rng.uniform(-0.03, 0.03), 0.02)
-    canvas.extra += canvas.soft(ball, 0.03) * (0.08 - 0.46 * gas) + 0.10 * np.exp(-(ball / 0.025) ** 2)
+    canvas.extra += canvas.soft(ball, 0.03) * (0.08 - 0.46 * gas) + 0.10 * np.exp(-((ball / 0.025) ** 2))
 
 
-RESHAPE = {"Atelectasis": reshape_atelectasis, "Cardiomegaly": reshape_cardiomegaly, "Edema": reshape_edema,
-           "Emphysema": reshape_emphysema}
+RESHAPE = {"Atelectasis": reshape_atelectasis, "Cardiomegaly": reshape_cardiomegaly, "Edema": reshape_edema, "Emphysema": reshape_emphysema}
 # Painted in this order: free air clears the haze under it, while solid lesions, fluid and pleura lie over the air.
-PAINT = {"Atelectasis": paint_atelectasis, "Infiltration": paint_infiltration, "Pneumonia": paint_pneumonia,
-         "Consolidation": paint_consolidation, "Edema": paint_edema, "Fibrosis": paint_fibrosis, "Pneumothorax": paint_pneumothorax,
-         "Mass": paint_mass, "Nodule": paint_nodule, "Effusion": paint_effusion, "Pleural_Thickening": paint_pleura,
-         "Hernia": paint_hernia}
+PAINT = {
+    "Atelectasis": paint_atelectasis,
+    "Infiltration": paint_infiltration,
+    "Pneumonia": paint_pneumonia,
+    "Consolidation": paint_consolidation,
+    "Edema": paint_edema,
+    "Fibrosis": paint_fibrosis,
+    "Pneumothorax": paint_pneumothorax,
+    "Mass": paint_mass,
+    "Nodule": paint_nodule,
+    "Effusion": paint_effusion,
+    "Pleural_Thickening": paint_pleura,
+    "Hernia": paint_hernia,
+}
 
 
 def draw_findings(patient_rng: np.random.Generator, rng: np.random.Generator) -> dict[str, tuple[int, int]]:
@@ -471,7 +498,7 @@ def attenuation(chest: Chest, canvas: Canvas) -> np.ndarray:
     heart = heart_map(chest, canvas)
     solid = np.maximum(heart, mediastinum_map(chest, canvas))
     total = body_map(chest, canvas) + bone_map(chest, canvas) + 0.05 * heart + canvas.extra
-    for side, air, vessels in zip(chest.sides, canvas.air, canvas.vessels):
+    for air, vessels in zip(canvas.air, canvas.vessels):
         total = total - AIR * air * (1 - 0.8 * solid) + 0.16 * vessels * (1 - 0.8 * solid)
     top = chest.sides[0].top
     trachea = [(0.3 * chest.shift, top - 0.25), (chest.shift, top + 0.48)]
@@ -481,8 +508,9 @@ def attenuation(chest: Chest, canvas: Canvas) -> np.ndarray:
     return total - 0.13 * canvas.soft(airway, 0.03) - 0.30 * canvas.soft(bubble, 0.04) * (y > left.dome)
 
 
-def make_case(seed: int, patient: int, visit: int, size: str = "demo", context: float = 1.0,
-              clean: bool = False) -> tuple[np.ndarray, tuple[str, ...]]:
+def make_case(
+    seed: int, patient: int, visit: int, size: str = "demo", context: float = 1.0, clean: bool = False
+) -> tuple[np.ndarray, tuple[str, ...]]:
     """One radiograph, uint8 (H, W) with rows from the top, and its findings in the order of FINDINGS.
 
     `context` is the share of structures that follow the patient's latents; `clean` leaves the film grain out.

@@ -104,7 +104,9 @@ def existing_folder(data_dir: Path | str, *candidates: str) -> Path:
     """
     root = Path(data_dir)
     if not root.is_dir():
-        raise UserError(f"data folder {root} does not exist: give the folder of the download, or write phantoms there with 'python -m smae_utils phantom'")
+        raise UserError(
+            f"data folder {root} does not exist: give the folder of the download, or write phantoms there with 'python -m smae_utils phantom'"
+        )
     for candidate in candidates:
         if (root / candidate).exists():
             return root / candidate

@@ -29,9 +29,7 @@ def read_splits(data_dir: Path, seed: int = 0, fold: int = 0) -> Splits:
         path = existing_folder(root, name)
         listed[split] = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     cases = {
-        split: [
-            {"case": name, "patient": rows[name][1], "image": str(files[name]), "label": rows[name][0]} for name in names if name in files
-        ]
+        split: [{"case": name, "patient": rows[name][1], "image": str(files[name]), "label": rows[name][0]} for name in names if name in files]
         for split, names in listed.items()
     }
     shared = {c["patient"] for c in cases["train"]} & {c["patient"] for c in cases["test"]}

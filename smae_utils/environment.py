@@ -1,0 +1,63 @@
+"""Making the environment: standard library only, since nothing else is there yet."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+from smae_utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+
+
+def venv_python() -> Path:
+    """The environment's interpreter."""
+    return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def make_environment() -> None:
+    """Create `.venv` and install the pinned packages into it; does nothing when that was done for these very files.
+
+    Raises:
+        UserError: for an old Python, or when pip fails (its own messages stand above).
+    """
+    if sys.version_info < (3, 11):  # noqa: UP036 (this file runs on whatever Python there is)
+        raise UserError(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: use make PYTHON=python3.11, for example")
+    files = [ROOT / "pyproject.toml", ROOT / "constraints.txt"]
+    if not all(f.is_file() for f in files):
+        raise UserError(f"{ROOT} is no clone of the repository (pyproject.toml and constraints.txt are missing): install with pip instead")
+    digest = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+    stamp = VENV / "installed.txt"
+    if stamp.is_file() and stamp.read_text() == digest and venv_python().exists():
+        return
+    print(f"making the environment in {VENV} (a few minutes, about 2 GB without a GPU)", flush=True)
+    try:
+        venv.create(VENV, with_pip=True, clear=VENV.exists())
+    except subprocess.CalledProcessError:
+        raise UserError("this Python cannot make virtual environments: on Debian or Ubuntu, apt-get install python3-venv") from None
+    # torch first and by exact version: asked for through another package's range, pip may fetch another, larger build.
+    pinned = next(line.strip() for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
+    _pip(pinned)
+    _pip("--constraint", str(ROOT / "constraints.txt"), "--editable", f"{ROOT}[examples,test]")
+    stamp.write_text(digest)
+
+
+def _pip(*args: str) -> None:
+    command = [str(venv_python()), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *args]
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise UserError(f"pip install {' '.join(args)} failed, see above: check the network, then run the command again")
+
+
+def run_tests(args: list[str]) -> int:
+    """pytest in this environment; returns its exit code."""
+    return subprocess.run([sys.executable, "-m", "pytest", *args], cwd=ROOT).returncode
+
+
+def open_lab(args: list[str]) -> int:
+    """JupyterLab on the notebooks; returns its exit code."""
+    return subprocess.run([sys.executable, "-m", "jupyter", "lab", "--notebook-dir", str(ROOT / "notebooks"), *args], cwd=ROOT).returncode

@@ -1,0 +1,52 @@
+"""Figures of the README: written from committed result files by `python -m smae_utils readme`, never by hand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from smae_utils.demo import pivot
+from smae_utils.errors import UserError
+
+
+def _facts(file: Path) -> str:
+    return "".join(f"\n{line[2:]}  " for line in file.read_text().splitlines() if line.startswith("# "))
+
+
+def _table(frame: pd.DataFrame) -> str:
+    text = frame.map(lambda v: f"{v:.3f}" if isinstance(v, float) else str(v))
+    lines = [list(text.columns), ["---"] * len(text.columns), *text.to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def demo_block(root: Path) -> str:
+    """Table of `results/demo/summary.csv`."""
+    file = root / "results" / "demo" / "summary.csv"
+    return _table(pivot(pd.read_csv(file, comment="#"))) + "\n" + _facts(file)
+
+
+def paper_block(root: Path) -> str:
+    """Table of `results/benchmark/paper_presets.csv`."""
+    file = root / "results" / "benchmark" / "paper_presets.csv"
+    return _table(pd.read_csv(file, comment="#")) + "\n" + _facts(file)
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {"demo": demo_block, "paper": paper_block}
+
+
+def render(text: str, root: Path) -> str:
+    """`text` with everything between `<!-- NAME:start -->` and `<!-- NAME:end -->` written anew from the results.
+
+    Raises:
+        UserError: if a block's markers are missing.
+    """
+    for name, block in BLOCKS.items():
+        pattern = rf"(<!-- {name}:start -->\n).*?(<!-- {name}:end -->)"
+        if not re.search(pattern, text, re.S):
+            raise UserError(f"README.md has no markers <!-- {name}:start --> and <!-- {name}:end -->")
+        content = block(root)
+        text = re.sub(pattern, lambda m, content=content: m[1] + content + "\n" + m[2], text, flags=re.S)
+    return text

@@ -1,0 +1,242 @@
+"""Transforms: label-free pre-training, one normalisation a scan, sides kept, and the way back to the scan's own grid."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from smae_utils.data import read_case
+from smae_utils.errors import UserError
+from smae_utils.inference import to_scan_grid
+from smae_utils.metrics import dsc
+from smae_utils.phantoms.shapes import rotation, save_nifti
+from smae_utils.settings import FinetuneSettings, PretrainSettings
+from smae_utils.tasks import get_task
+from smae_utils.transforms import RandomRadiograph, ReadRadiograph, augment_finetune, augment_pretrain, prepare
+
+BTCV, BRATS = get_task("btcv"), get_task("brats")
+SIZES = {"crop_size": (8, 8, 8), "spacing_mm": (2.0, 2.0, 2.0)}
+
+
+@pytest.fixture
+def mri(tmp_path):
+    """A RAS+ MRI of 2 mm with four channels and a border of zeros, so that preparing it moves no voxel: (case, array)."""
+    rng = np.random.default_rng(0)
+    array = np.zeros((18, 16, 14, 4), np.float32)
+    array[3:15, 2:14, 2:12] = rng.normal([100, 200, 50, 400], [10, 30, 5, 90], (12, 12, 10, 4))
+    save_nifti(tmp_path / "mri.nii.gz", array, (2, 2, 2))
+    return {"case": "mri", "image": str(tmp_path / "mri.nii.gz"), "label": str(tmp_path / "no_such_label.nii.gz")}, array
+
+
+@pytest.fixture
+def ct(tmp_path):
+    rng = np.random.default_rng(1)
+    array = np.full((14, 14, 14), -1000, np.int16)
+    array[1:13, 2:12, 1:13] = rng.integers(-400, 600, (12, 10, 12))
+    save_nifti(tmp_path / "ct.nii.gz", array, (2, 2, 2))
+    return {"case": "ct", "image": str(tmp_path / "ct.nii.gz"), "label": str(tmp_path / "no_such_label.nii.gz")}, array
+
+
+def z_scored(array: np.ndarray) -> np.ndarray:
+    """(X, Y, Z, C) -> (C, X, Y, Z): each channel by the mean and std of its non-zero voxels, by numpy alone."""
+    out = []
+    for channel in np.moveaxis(array, -1, 0):
+        inside = channel != 0
+        out.append(np.where(inside, (channel - channel[inside].mean()) / channel[inside].std(), 0))
+    return np.stack(out)
+
+
+def is_part_of(crop: np.ndarray, whole: np.ndarray) -> bool:
+    """Whether the crop (C, x, y, z) occurs in the whole (C, X, Y, Z), to rounding."""
+    windows = np.lib.stride_tricks.sliding_window_view(whole, crop.shape)[0]
+    return bool((np.abs(windows - crop).max(axis=(-4, -3, -2, -1)) < 1e-3).any())
+
+
+def test_mri_channels_are_standardised_by_their_own_non_zero_voxels(mri):
+    case, array = mri
+    prepared = read_case(prepare(BRATS, PretrainSettings(**SIZES), with_label=False), case)["image"].numpy()
+    assert np.allclose(prepared, z_scored(array)[:, 3:15, 2:14, 2:12], atol=1e-3)  # cropped to the head
+
+
+def test_ct_is_clipped_to_the_window_and_mapped_to_0_to_1(ct):
+    case, array = ct
+    prepared = read_case(prepare(BTCV, PretrainSettings(**SIZES), with_label=False), case)["image"].numpy()
+    expected = (np.clip(array, -175, 250) + 175) / 425
+    assert np.allclose(prepared[0], expected[1:13, 2:12, 1:13], atol=1e-4)
+    assert prepared.min() == 0 and prepared.max() == 1
+
+
+def test_pretraining_needs_no_label_file(mri):
+    case, _ = mri
+    settings = PretrainSettings(**SIZES, crops_per_scan=3)
+    prepared = read_case(prepare(BRATS, settings, with_label=False), case)
+    crops = augment_pretrain(BRATS, settings)(prepared)
+    assert [tuple(c["image"].shape) for c in crops] == [(4, 8, 8, 8)] * 3
+    with pytest.raises(UserError, match="no_such_label"):
+        read_case(prepare(BRATS, settings, with_label=True), case)
+
+
+def test_crops_are_cut_from_the_normalised_scan_and_not_normalised_themselves(mri):
+    case, array = mri
+    settings = PretrainSettings(**SIZES, crops_per_scan=5, flip_prob=0)
+    augment = augment_pretrain(BRATS, settings)
+    augment.set_random_state(seed=0)
+    crops = [c["image"].numpy() for c in augment(read_case(prepare(BRATS, settings, with_label=False), case))]
+    whole = z_scored(array)
+    assert all(is_part_of(crop, whole) for crop in crops)
+    assert not is_part_of(crops[0] + 0.1, whole)
+    assert len({float(c.sum()) for c in crops}) > 1
+
+
+def test_finetuning_crops_are_normalised_like_the_whole_scan(mri, tmp_path):
+    case, array = mri
+    save_nifti(tmp_path / "label.nii.gz", (array[..., 0] > 110).astype(np.uint8) * 3, (2, 2, 2))
+    settings = FinetuneSettings(**SIZES, crops_per_scan=4, flip_prob=0, rotate_prob=0, intensity_prob=0)
+    prepared = read_case(prepare(BRATS, settings, with_label=True), {**case, "label": str(tmp_path / "label.nii.gz")})
+    whole = z_scored(array)
+    for crop in augment_finetune(BRATS, settings)(prepared):
+        assert is_part_of(crop["image"].numpy(), whole)
+        truth = crop["image"].numpy()[0] * array[array[..., 0] != 0][:, 0].std() + array[array[..., 0] != 0][:, 0].mean()
+        assert np.array_equal(crop["label"].numpy()[0] == 3, (truth > 110) & (crop["image"].numpy()[0] != 0))
+
+
+def test_a_scan_smaller_than_the_crop_is_padded_with_background(ct):
+    case, array = ct
+    settings = PretrainSettings(crop_size=(24, 24, 24), spacing_mm=(2.0, 2.0, 2.0), flip_prob=0)
+    prepared = read_case(prepare(BTCV, settings, with_label=False), case)
+    image = augment_pretrain(BTCV, settings)(prepared)[0]["image"].numpy()
+    assert image.shape == (1, 24, 24, 24)
+    body = (np.clip(array, -175, 250) + 175) / 425
+    assert image.sum() == pytest.approx(body.sum(), rel=1e-4)
+    assert (image == 0).sum() == 24**3 - (body > 0).sum()
+
+
+def landmarks() -> dict:
+    """Right kidney (2) at high x, left kidney (3) at low x, aorta (8) at the back, liver (6) on top."""
+    label = torch.zeros(1, 8, 8, 8, dtype=torch.uint8)
+    label[0, 6:, 3:5, 3:5], label[0, :2, 3:5, 3:5] = 2, 3
+    label[0, 3:5, :2, 3:5], label[0, 3:5, 3:5, 6:] = 8, 6
+    return {"case": "landmarks", "image": label.float() / 13, "label": label}
+
+
+def centre(label: torch.Tensor, value: int) -> np.ndarray:
+    return np.argwhere(label[0].numpy() == value).mean(0)
+
+
+def test_a_sided_task_is_never_flipped_left_right_and_is_flipped_otherwise():
+    settings = FinetuneSettings(**SIZES, crops_per_scan=1, flip_prob=1.0, rotate_prob=0, intensity_prob=0)
+    for task, sign in ((BTCV, 1), (replace(BTCV, sided=False), -1)):
+        augment = augment_finetune(task, settings)
+        for seed in range(20):
+            augment.set_random_state(seed=seed)
+            label = augment(landmarks())[0]["label"]
+            assert sign * (centre(label, 2) - centre(label, 3))[0] > 4
+            assert centre(label, 8)[1] > centre(label, 6)[1]  # front and back did change places
+
+
+def test_flips_and_quarter_turns_together_never_make_a_mirrored_sided_scan():
+    settings = FinetuneSettings(**SIZES, crops_per_scan=1, flip_prob=0.5, rotate_prob=0.5, intensity_prob=0)
+    augment = augment_finetune(BTCV, settings)
+    for seed in range(150):
+        augment.set_random_state(seed=seed)
+        label = augment(landmarks())[0]["label"]
+        back, top = centre(label, 8), centre(label, 6)
+        if back[1] < 2 and top[2] > 5:  # upright, spine at the back: what a real scan looks like
+            assert centre(label, 2)[0] > centre(label, 3)[0], f"seed {seed}: the right kidney lies left"
+
+
+def test_image_and_label_move_together():
+    settings = FinetuneSettings(**SIZES, crops_per_scan=1, flip_prob=0.5, rotate_prob=0.5, intensity_prob=0)
+    augment, seen = augment_finetune(BRATS, settings), set()
+    for seed in range(20):
+        augment.set_random_state(seed=seed)
+        label = torch.randint(0, 4, (1, 8, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        out = augment({"case": "x", "image": label.float().repeat(4, 1, 1, 1), "label": label})[0]
+        assert torch.equal(out["image"][2:3].to(torch.uint8), out["label"].to(torch.uint8))
+        seen.add(out["label"].numpy().tobytes())
+    assert len(seen) > 5
+
+
+@pytest.mark.parametrize(
+    ("what", "word"), [("nan", "NaN"), ("grid", "one grid"), ("value", "integers 0 .. 3"), ("fraction", "integers 0 .. 3"), ("channels", "expects 4")]
+)
+def test_a_scan_that_would_train_silently_wrong_is_refused_by_name(what, word, mri, tmp_path):
+    case, array = mri
+    label = np.zeros(array.shape[:3], np.float32)
+    if what == "nan":
+        array[5, 5, 5, 1] = np.nan
+    elif what == "grid":
+        label = label[:-1]
+    elif what == "value":
+        label[5, 5, 5] = 4
+    elif what == "fraction":
+        label[5, 5, 5] = 0.5
+    else:
+        array = array[..., :3]
+    case = {"case": "mri", "image": str(tmp_path / "bad.nii.gz"), "label": str(tmp_path / "bad_label.nii.gz")}
+    nib.save(nib.Nifti1Image(array, np.diag([2, 2, 2, 1.0])), case["image"])
+    nib.save(nib.Nifti1Image(label, np.diag([2, 2, 2, 1.0])), case["label"])
+    with pytest.raises(UserError, match=word) as error:
+        read_case(prepare(BRATS, FinetuneSettings(**SIZES), with_label=True), case)
+    assert str(tmp_path / "bad") in str(error.value)
+
+
+@pytest.mark.parametrize("axcodes", ["RAS", "LPS", "PSR", "LPI"])
+@pytest.mark.parametrize("tilt", [0.0, 5.0])
+def test_a_mask_comes_back_from_the_prepared_grid_to_the_scans_own(axcodes, tilt, tmp_path):
+    x, y, z = np.meshgrid(*(np.arange(n) for n in (40, 36, 30)), indexing="ij")
+    ellipsoid = ((x - 22) / 11) ** 2 + ((y - 15) / 8) ** 2 + ((z - 16) / 9) ** 2 < 1
+    body = ((x - 20) / 18) ** 2 + ((y - 17) / 15) ** 2 + ((z - 15) / 14) ** 2 < 1
+    store = {
+        "spacing_mm": (2.0, 2.2, 2.5), "axcodes": axcodes, "origin_mm": (-50, 10, 30),
+        "tilt": rotation((np.deg2rad(tilt), 0, 0)) if tilt else None,
+    }  # fmt: skip
+    case = {"case": "a", "image": str(tmp_path / "image.nii.gz"), "label": str(tmp_path / "label.nii.gz")}
+    save_nifti(tmp_path / "image.nii.gz", np.where(body, 50, -1000).astype(np.int16), **store)
+    save_nifti(tmp_path / "label.nii.gz", ellipsoid.astype(np.uint8), **store)
+    stored = nib.load(case["label"])
+    truth = np.asarray(stored.dataobj).astype(bool)
+
+    settings = FinetuneSettings(crop_size=(16, 16, 16), spacing_mm=(2.5, 2.0, 2.4))
+    label = read_case(prepare(BTCV, settings, with_label=True), case)["label"]
+    transform = prepare(BTCV, settings, with_label=False)
+    image = read_case(transform, case)["image"]
+    assert label.shape == image.shape and label.shape[1:] != truth.shape
+    for _ in range(2):  # inverting must not use up what it needs
+        back = to_scan_grid(torch.stack([label[0] == 1, label[0] == 0]).float(), image, transform)
+        assert back.shape == (2, *truth.shape)
+        assert dsc(back[0] > 0.5, truth) > 0.9
+
+
+def test_radiograph_crops_are_standardised_by_the_whole_radiograph(tmp_path):
+    pixels = np.zeros((64, 64), np.uint8)
+    pixels[:, 32:] = 200
+    Image.fromarray(pixels).save(tmp_path / "half.png")
+    read = ReadRadiograph()({"image": str(tmp_path / "half.png")})
+    augment = RandomRadiograph((16, 16), 0.5, (0.05, 0.2), "")
+    augment.set_random_state(seed=0)
+    crops = [augment(read)[0]["image"] for _ in range(40)]
+    dark, bright = (0 - pixels.mean()) / pixels.std(), (200 - pixels.mean()) / pixels.std()
+    flat = {round(float(c.mean()), 3) for c in crops if float(c.std()) < 1e-4}
+    assert flat == {round(dark, 3), round(bright, 3)}  # a crop of one grey value is not moved to zero
+    assert all(c.shape == (1, 16, 16) for c in crops)
+
+
+@pytest.mark.parametrize("policy", ["", "rand-m9-mstd0.5-inc1"])
+def test_radiograph_augmentation_follows_its_seed_and_no_global_one(policy, cxr14):
+    read = ReadRadiograph()({"image": str(next(cxr14.rglob("*.png")))})
+    augment = RandomRadiograph((32, 32), 0.5, (0.3, 1.0), policy)
+
+    def draw(seed: int, world: int) -> torch.Tensor:
+        torch.manual_seed(world)
+        np.random.seed(world)
+        augment.set_random_state(seed=seed)
+        return torch.stack([augment(read)[0]["image"] for _ in range(4)])
+
+    assert torch.equal(draw(1, 10), draw(1, 20))
+    assert not torch.equal(draw(1, 10), draw(2, 10))

@@ -1,0 +1,234 @@
+"""Weights are handed over whole and by name, or not at all."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import smae_utils.weights as weights_module
+from smae_utils.errors import UserError
+from smae_utils.mae import MaskedAutoencoder
+from smae_utils.unetr import UNETR
+from smae_utils.vit import ViTClassifier
+from smae_utils.weights import load_weights, parameter_count, read_weights, resize_positions, save_weights, weights_file
+
+SIZE = (16, 24)
+
+
+def mae(size=SIZE, patch=4, chans=1, width=24, depth=3):
+    return MaskedAutoencoder(size, patch, chans, width, depth, 3, 12, 1, 2)
+
+
+def classifier(size=SIZE, patch=4, chans=1, width=24, depth=3, classes=2, **more):
+    return ViTClassifier(size, patch, chans, width, depth, 3, classes, **more)
+
+
+def unetr(size=SIZE):
+    return UNETR(size, 4, 1, 24, 3, 3, 2, feature_size=2)
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """A masked autoencoder none of whose tensors, positions included, is what a new model starts with, and its run folder."""
+    torch.manual_seed(0)
+    model = mae()
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(torch.randn_like(value) * 0.1)
+    save_weights(model, tmp_path / "model.safetensors")
+    return model, tmp_path
+
+
+def rewrite(folder, change):
+    """The weights of `folder` after `change(tensors)`, with their grid."""
+    tensors, grid = read_weights(folder)
+    change(tensors)
+    path = folder / "changed.safetensors"
+    save_file(tensors, path, metadata={"grid": str(list(grid))})
+    return path
+
+
+@pytest.mark.parametrize("target, new", [(classifier, {"head"}), (unetr, {"image_skip", "skips", "ups", "out"})])
+def test_mae_hands_every_encoder_tensor_over_positions_included_and_reports_what_is_new(pretrained, target, new):
+    source, folder = pretrained
+    model = target()
+    report = load_weights(model, folder)
+    encoder = source.encoder.state_dict()
+    assert "pos_embed" in encoder and "cls_token" in encoder
+    assert set(report.loaded) == {f"encoder.{name}" for name in encoder}
+    for name, value in model.encoder.state_dict().items():
+        assert torch.equal(value, encoder[name]), name
+    assert {name.split(".")[0] for name in report.missing} == new
+    assert set(report.missing) | set(report.loaded) == set(model.state_dict())
+    assert set(report.unexpected) == {name for name in source.state_dict() if not name.startswith("encoder.")}
+    assert report.resized == []
+    for word in (*new, f"loaded {len(encoder)}", f"new in this model {len(report.missing)}"):
+        assert word in str(report)
+
+
+def test_a_mean_pooling_classifier_takes_the_encoder_without_its_norm_and_says_so(pretrained):
+    source, folder = pretrained
+    model = classifier(pool="mean")
+    report = load_weights(model, folder)
+    assert set(report.missing) == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+    assert {"encoder.norm.weight", "encoder.norm.bias"} <= set(report.unexpected)
+    assert torch.equal(model.encoder.blocks[2].mlp.fc2.weight, source.encoder.blocks[2].mlp.fc2.weight)
+
+
+def test_saved_weights_come_back_bit_for_bit_with_their_grid(pretrained):
+    source, folder = pretrained
+    again = mae()
+    report = load_weights(again, folder, require="")
+    assert report.missing == [] and report.unexpected == []
+    for name, value in source.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    assert read_weights(folder)[1] == (4, 6)
+
+
+def test_positions_stay_fixed_or_learnable_as_the_model_says_after_loading(pretrained):
+    _, folder = pretrained
+    for model, learnable in [(mae(), False), (classifier(), True)]:
+        load_weights(model, folder)
+        assert model.encoder.pos_embed.requires_grad is learnable
+
+
+def test_a_run_folder_and_its_file_are_the_same_source(pretrained):
+    _, folder = pretrained
+    assert weights_file(folder) == weights_file(folder / "model.safetensors") == folder / "model.safetensors"
+
+
+def test_a_missing_file_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no weights at .*absent"):
+        load_weights(classifier(), tmp_path / "absent")
+
+
+def test_a_run_folder_without_weights_is_an_error_that_says_to_pretrain(tmp_path):
+    with pytest.raises(UserError, match="run pretrain first"):
+        load_weights(classifier(), tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -100])
+def test_a_truncated_file_is_an_error(pretrained, keep):
+    _, folder = pretrained
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(UserError, match="no whole safetensors"):
+        load_weights(classifier(), folder)
+
+
+@pytest.mark.parametrize(
+    "other, says",
+    [({"width": 36}, "encoder"), ({"depth": 4}, "blocks.3"), ({"chans": 3}, "patch_embed"), ({"patch": 8}, "patch_embed")],
+    ids=lambda value: str(value),
+)
+def test_another_width_depth_channels_or_patch_size_is_an_error_that_names_a_tensor_and_loads_nothing(pretrained, other, says):
+    _, folder = pretrained
+    model = classifier(**other)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=f"does not fit.*{says}"):
+        load_weights(model, folder)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_file_with_more_blocks_than_the_model_is_an_error(pretrained):
+    _, folder = pretrained
+    with pytest.raises(UserError, match="does not fit.*blocks"):
+        load_weights(classifier(depth=2), folder)
+
+
+def test_2d_weights_in_a_3d_model_are_an_error(pretrained):
+    _, folder = pretrained
+    with pytest.raises(UserError, match="does not fit.*patch_embed"):
+        load_weights(classifier((8, 8, 8)), folder)
+
+
+@pytest.mark.parametrize("lost", ["encoder.pos_embed", "encoder.cls_token", "encoder.blocks.1.attn.qkv.bias", "encoder.norm.weight"])
+def test_a_file_with_one_encoder_tensor_removed_is_an_error_that_names_it(pretrained, lost):
+    _, folder = pretrained
+    path = rewrite(folder, lambda tensors: tensors.pop(lost))
+    with pytest.raises(UserError, match=lost):
+        load_weights(classifier(), path)
+
+
+def test_weights_that_are_required_whole_may_not_lack_a_head(pretrained):
+    _, folder = pretrained
+    with pytest.raises(UserError, match="head"):
+        load_weights(classifier(), folder, require="")
+
+
+def test_a_head_for_other_classes_is_left_new_and_reported(tmp_path):
+    save_weights(classifier(classes=5), tmp_path / "model.safetensors")
+    assert set(load_weights(classifier(classes=2), tmp_path).missing) == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("size", [(32, 32), (8, 12), (24, 16)], ids=str)  # grids (8, 8), (2, 3) and (6, 4): as many patches as (4, 6)
+def test_positions_are_resized_to_another_grid_and_reported(pretrained, size):
+    source, folder = pretrained
+    model = classifier(size)
+    report = load_weights(model, folder)
+    assert report.resized == ["encoder.pos_embed"]
+    assert "resized 1" in str(report)
+    expected = resize_positions(source.encoder.pos_embed, (4, 6), model.encoder.grid)
+    assert torch.equal(model.encoder.pos_embed, expected)
+    assert torch.equal(model.encoder.cls_token, source.encoder.cls_token)
+
+
+def test_a_constant_table_stays_constant_on_any_grid(pretrained):
+    _, folder = pretrained
+
+    def flatten(tensors):
+        tensors["encoder.pos_embed"] = torch.arange(24.0).expand(1, 24, 24).clone()
+
+    model = classifier((32, 40))
+    load_weights(model, rewrite(folder, flatten))
+    torch.testing.assert_close(model.encoder.pos_embed.detach(), torch.arange(24.0).expand(1, 80, 24).clone())
+
+
+def test_resized_positions_are_interpolated_along_their_own_axis():
+    ramp = np.arange(4.0)
+    table = torch.from_numpy(np.broadcast_to(ramp[:, None], (4, 6)).reshape(1, 24, 1).copy())
+    resized = resize_positions(table, (4, 6), (8, 3))[0, :, 0].reshape(8, 3).numpy()
+    centres = (np.arange(8) + 0.5) / 2 - 0.5
+    np.testing.assert_allclose(resized, np.repeat(np.interp(centres, ramp, ramp)[:, None], 3, 1), atol=1e-6)
+    cube = torch.randn(1, 27, 5)
+    torch.testing.assert_close(resize_positions(cube, (3, 3, 3), (3, 3, 3)), cube)
+
+
+def test_saving_leaves_one_file_under_its_own_name(pretrained):
+    model, folder = pretrained
+    save_weights(model, folder / "model.safetensors")
+    assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
+
+
+def test_saving_that_is_cut_off_leaves_the_old_weights_whole(pretrained, monkeypatch):
+    model, folder = pretrained
+    before = load_file(folder / "model.safetensors")
+
+    def dies(tensors, path, **kwargs):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(weights_module, "save_file", dies)
+    with pytest.raises(OSError, match="disk full"):
+        save_weights(classifier(), folder / "model.safetensors")
+    after = load_file(folder / "model.safetensors")
+    assert after.keys() == before.keys() == model.state_dict().keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_foreign_file_without_a_class_token_loads_into_a_model_without_one(tmp_path):
+    # 9 + 1 = 10 patches: a 2 x 5 grid that looks like a 3 x 3 one with a row for the class token
+    source = classifier((8, 20), class_token=False, pool="mean")
+    save_file({name: value.contiguous() for name, value in source.encoder.state_dict().items()}, tmp_path / "foreign.safetensors")
+    model = classifier((8, 20), class_token=False, pool="mean")
+    load_weights(model, tmp_path / "foreign.safetensors")
+    assert torch.equal(model.encoder.patch_embed.proj.weight, source.encoder.patch_embed.proj.weight)
+
+
+def test_parameter_count_counts_trainable_numbers_only():
+    model = classifier(width=24, depth=1, classes=2)
+    block = (24 * 72 + 72) + (24 * 24 + 24) + (24 * 96 + 96) + (96 * 24 + 24) + 4 * 24
+    own = (16 * 24 + 24) + 24 * 24 + 24 + 2 * 24 + (24 * 2 + 2)  # patches, positions, class token, norm, head
+    assert parameter_count(model) == block + own
+    model.encoder.pos_embed.requires_grad_(False)
+    assert parameter_count(model) == block + own - 24 * 24
