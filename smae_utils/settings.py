@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from smae_utils.errors import UserError
-from smae_utils.tasks import Task
+from smae_utils.tasks import Task, get_task
 
 STAGES = ("pretrain", "finetune")
 ARMS = ("scratch", "self")
@@ -79,6 +79,7 @@ class FinetuneSettings(Settings):
     layer_decay: float = 1.0  # lr of a block is multiplied by this for each block above it; 1: the same lr everywhere
     ce_weight_power: float = 0.0  # cross-entropy weighs a class by frequency ** -power, counted once over the training labels; 0: all alike
     select: str = "last"  # last, or best on the validation cases
+    mirror: bool = False  # also mirror left-right where labels have sides; elsewhere that is always done
     rotate_prob: float = 0.2  # quarter turns in the axial plane, where crops are square there
     intensity_prob: float = 0.1
     intensity_scale: float = 0.1
@@ -109,7 +110,23 @@ def load_preset(name: str) -> dict[str, Any]:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must be a mapping with sections all, TASK, got {type(content).__name__}")
+    for name, section in content.items():
+        if name != "all":
+            _known_task(name, path)
+        for where, part in (
+            (name, section),
+            *((f"{name}: {stage}", (section or {}).get(stage)) for stage in STAGES if isinstance(section, dict)),
+        ):
+            if part is not None and not isinstance(part, dict):
+                raise UserError(f"section {where} of {path} must be a mapping of settings, got {part!r}")
     return content
+
+
+def _known_task(name: str, path: Path) -> None:
+    try:
+        get_task(name)
+    except UserError as error:
+        raise UserError(f"{path} has a section {name!r}: {error}") from None
 
 
 def resolve(task: Task, stage: str, preset: str, arm: str = "scratch", overrides: dict[str, Any] | None = None) -> Settings:

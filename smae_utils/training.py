@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +140,31 @@ def _config(stage: str, task: str, data_dir: str | Path, preset: str, settings: 
     return {**base, "cases": cases, "provenance": provenance()}
 
 
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Within it Ctrl-C and SIGTERM only set what the yielded function returns: stop between two steps, never inside an update.
+
+    A second one interrupts at once. Outside the main thread, which gets no signals, this does nothing.
+    """
+    asked = False
+
+    def ask(number, frame) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: asked
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Loop:
     """The loop over steps: schedule, clipping, logging, checks, state. Knows neither task nor method."""
 
@@ -194,7 +222,7 @@ class Loop:
         started, first = time.monotonic() - state["seconds"], state["step"]
         begin = time.monotonic()
         model.train()
-        try:
+        with deferred_interrupt() as interrupted:
             for step, batch in enumerate(loader, start=first + 1):
                 schedule.step_update(step)
                 loss = self._step(accelerator, model, optimizer, batch, step)
@@ -216,12 +244,11 @@ class Loop:
                     left = (self.steps - step) * (time.monotonic() - begin) / (step - first)
                     shown = "  ".join(f"{k} {v:.4f}" for k, v in entry.items() if k not in ("step", "lr"))
                     report(f"step {step:>6}/{self.steps}  {shown}  lr {entry['lr']:.2e}  {left:.0f} s left")
-                if last or step % settings.save_every == 0:
+                if last or interrupted() or step % settings.save_every == 0:
                     accel.save_state(accelerator, run, state)
-        except KeyboardInterrupt:
-            accel.save_state(accelerator, run, state)
-            report(f"interrupted after step {state['step']}: the run is saved, go on with --resume")
-            raise
+                if interrupted() and not last:
+                    report(f"interrupted after step {step}: the run is saved, go on with --resume (in Python: resume=True)")
+                    raise KeyboardInterrupt
         if main:
             if best and (run.path / "best.safetensors").is_file():
                 (run.path / "best.safetensors").replace(run.path / WEIGHTS)

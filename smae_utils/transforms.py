@@ -72,8 +72,8 @@ def augment_finetune(task: Task, settings: FinetuneSettings) -> Compose:
         mt.RandCropByLabelClassesd(
             keys, label_key="label", spatial_size=size, num_classes=task.label_values, num_samples=settings.crops_per_scan, warn=False
         ),
-        # Mirroring left-right would call a right kidney left.
-        *_flips(keys, settings.flip_prob, axes=(1, 2) if task.sided else (0, 1, 2)),
+        # Mirroring left-right would call a right kidney left; so would front-back followed by half a turn.
+        *_flips(keys, settings.flip_prob, axes=(2,) if task.sided and not settings.mirror else (0, 1, 2)),
     ]
     if settings.rotate_prob and size[0] == size[1]:
         steps.append(mt.RandRotate90d(keys, prob=settings.rotate_prob, spatial_axes=(0, 1)))

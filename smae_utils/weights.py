@@ -112,6 +112,8 @@ def _fold_class_position(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     The decoder's class row is fixed at zero in facebookresearch/mae, so it is dropped.
     """
     patch = tensors.get("encoder.patch_embed.proj.weight")
+    if "encoder.cls_token" not in tensors:
+        return tensors
     for table in ("encoder.pos_embed", "decoder_pos_embed"):
         positions = tensors.get(table)
         if positions is None or patch is None or not _has_class_row(positions.shape[1], patch.ndim - 2):
@@ -145,7 +147,7 @@ def load_weights(model: nn.Module, source: str | Path, require: str = "encoder."
         require: every tensor of the model whose name starts so must be loaded; "" requires all (to evaluate, not to fine-tune).
 
     Raises:
-        UserError: if the file cannot be read, a tensor has another shape, or a required one is missing.
+        UserError: if the file cannot be read, a required tensor is missing or has another shape, or the file's encoder is larger.
     """
     tensors, old_grid = read_weights(source)
     own = model.state_dict()
@@ -155,10 +157,12 @@ def load_weights(model: nn.Module, source: str | Path, require: str = "encoder."
         if name not in own:
             report.unexpected.append(name)
             continue
-        if name.endswith("pos_embed") and value.shape != own[name].shape and value.shape[-1] == own[name].shape[-1]:
-            old = old_grid or _guess_grid(value.shape[1], len(model.encoder.grid))
-            value = resize_positions(value, old, model.encoder.grid)
-            report.resized.append(name)
+        new_grid = model.encoder.grid
+        if name.endswith("pos_embed") and value.shape[-1] == own[name].shape[-1] and len(old_grid or new_grid) == len(new_grid):
+            old = old_grid or (new_grid if value.shape == own[name].shape else _guess_grid(value.shape[1], len(new_grid)))
+            if old != tuple(new_grid):
+                value = resize_positions(value, old, new_grid)
+                report.resized.append(name)
         if value.shape != own[name].shape:
             clashes.append(f"{name} is {tuple(value.shape)}, the model wants {tuple(own[name].shape)}")
             continue
@@ -166,8 +170,12 @@ def load_weights(model: nn.Module, source: str | Path, require: str = "encoder."
         report.loaded.append(name)
     report.missing = [name for name in own if name not in report.loaded]
     needed = [name for name in report.missing if name.startswith(require)]
-    if needed:
-        why = "; ".join(c for c in clashes if c.split(" ")[0] in needed) or f"{len(needed)} tensors are not in the file, the first is {needed[0]}"
+    surplus = [name for name in report.unexpected if name.startswith("encoder.blocks.")]
+    if needed or surplus:
+        why = "; ".join(c for c in clashes if c.split(" ")[0] in needed)
+        if needed and not why:
+            why = f"{len(needed)} tensors are not in the file, the first is {needed[0]}"
+        why = why or f"the model has no place for {len(surplus)} tensors of the file, the first is {surplus[0]}"
         raise UserError(f"{source} does not fit this model: {why}. Use the same preset (width, depth, patch size, channels) for both runs")
     model.load_state_dict(own)
     return report

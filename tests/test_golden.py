@@ -27,8 +27,16 @@ def mae(name, ndim, size, width, depth, heads):
     """The model of `configs.json` in this package's arguments, all of its tensors loaded."""
     c = CONFIGS[name]
     model = MaskedAutoencoder(
-        (c[size],) * ndim, c["patch_size"], c["in_chans"], c[width], c[depth], c[heads],
-        c["decoder_embed_dim"], c["decoder_depth"], c["decoder_num_heads"], mask_ratio=c["mask_ratio"],
+        (c[size],) * ndim,
+        c["patch_size"],
+        c["in_chans"],
+        c[width],
+        c[depth],
+        c[heads],
+        c["decoder_embed_dim"],
+        c["decoder_depth"],
+        c["decoder_num_heads"],
+        mask_ratio=c["mask_ratio"],
     )
     report = load_weights(model, GOLDEN / f"{name}.weights.safetensors", require="")
     assert not report.missing and not report.unexpected and not report.resized

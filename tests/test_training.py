@@ -238,7 +238,9 @@ def test_layer_decay_scales_the_lr_of_each_block_as_timm_does(task, tiny):
     vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=settings.depth, num_heads=2, num_classes=3)
     theirs = {id(p): g["lr_scale"] for g in param_groups_layer_decay(vit, layer_decay=0.75) for p in g["params"]}
     expected = {f"encoder.{name}": theirs[id(p)] for name, p in vit.named_parameters()}
-    compared = [n for n in scale if n in expected and n.startswith(("encoder.blocks.", "encoder.patch_embed.", "encoder.cls_token", "encoder.pos_embed"))]
+    compared = [
+        n for n in scale if n in expected and n.startswith(("encoder.blocks.", "encoder.patch_embed.", "encoder.cls_token", "encoder.pos_embed"))
+    ]
     assert len(compared) > 12 * settings.depth
     assert {n: scale[n] for n in compared} == pytest.approx({n: expected[n] for n in compared})
     assert scale["encoder.blocks.0.attn.qkv.weight"] == pytest.approx(0.75**settings.depth)

@@ -136,7 +136,14 @@ def test_a_sided_task_is_never_flipped_left_right_and_is_flipped_otherwise():
             augment.set_random_state(seed=seed)
             label = augment(landmarks())[0]["label"]
             assert sign * (centre(label, 2) - centre(label, 3))[0] > 4
-            assert centre(label, 8)[1] > centre(label, 6)[1]  # front and back did change places
+            assert centre(label, 6)[2] < centre(label, 8)[2]  # head and foot did change places
+            assert sign * (centre(label, 8) - centre(label, 6))[1] < 0  # front-back is left-right after half a turn
+
+
+def test_a_preset_may_ask_for_mirroring():
+    settings = FinetuneSettings(**SIZES, crops_per_scan=1, flip_prob=1.0, rotate_prob=0, intensity_prob=0, mirror=True)
+    label = augment_finetune(BTCV, settings)(landmarks())[0]["label"]
+    assert centre(label, 2)[0] < centre(label, 3)[0]
 
 
 def test_flips_and_quarter_turns_together_never_make_a_mirrored_sided_scan():

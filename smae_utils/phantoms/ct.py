@@ -11,6 +11,7 @@ each is then about four voxels of 7 mm thick. "full" size draws them a fifth to 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
