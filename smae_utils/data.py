@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,21 @@ class Steps(Sampler):
             yield list(range(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world))
 
 
+class Batches(DataLoader):
+    """A loader whose processes leave Ctrl-C to the training loop, and whose errors stay one line."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            # torch wraps the error of a loading process into its whole traceback; the message is its last line.
+            raise UserError(str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")) from None
+
+
+def _ignore_interrupt(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def training_loader(scans: Scans, augment: Compose, settings: Settings, start: int, stop: int, rank: int = 0, world: int = 1) -> DataLoader:
     """Batches for steps `start` .. `stop` - 1.
 
@@ -131,11 +147,12 @@ def training_loader(scans: Scans, augment: Compose, settings: Settings, start: i
         raise UserError(f"batch_size {settings.batch_size} is smaller than the {world} processes: use --set batch_size={world} or more")
     steps = Steps(start, stop, settings.batch_size, rank, world)
     workers = settings.num_workers
-    return DataLoader(
+    return Batches(
         Crops(scans, augment, settings.seed),
         batch_sampler=steps,
         collate_fn=join,
         num_workers=workers,
+        worker_init_fn=_ignore_interrupt,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
     )

@@ -80,11 +80,25 @@ def _classification_rows(model, cases, task: Task, settings, device) -> pd.DataF
     return pd.DataFrame(rows)
 
 
+def read_label(case: dict) -> tuple[nib.Nifti1Image, np.ndarray]:
+    """A case's label image and its voxels, as stored.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    try:
+        stored = nib.load(case["label"])
+        return stored, np.asarray(stored.dataobj)
+    except (OSError, EOFError, ValueError, nib.filebasedimages.ImageFileError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot read {case['label']}: {line}. The file may be cut short: copy or unpack it again") from None
+
+
 def _segmentation_rows(model, cases, task: Task, settings, device, folder: Path | None, report: Say) -> pd.DataFrame:
     rows = []
     for number, case in enumerate(cases, start=1):
-        stored = nib.load(case["label"])
-        truth = task.class_masks(np.asarray(stored.dataobj))
+        stored, values = read_label(case)
+        truth = task.class_masks(values)
         masks = segment(model, case, task, settings, device)
         if masks[0].shape != truth[0].shape:
             raise UserError(f"{case['label']} has shape {truth[0].shape}, its image {masks[0].shape}: they must lie on one grid")

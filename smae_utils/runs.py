@@ -118,7 +118,14 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """The content of config.yaml."""
-        return yaml.safe_load((self.path / "config.yaml").read_text())
+        file = self.path / "config.yaml"
+        try:
+            content = yaml.safe_load(file.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{file} is damaged ({' '.join(str(error).split())[:120]}): make the run again") from None
+        if not isinstance(content, dict) or not {"stage", "task", "settings"} <= set(content):
+            raise UserError(f"{file} is no run's configuration (stage, task and settings expected): make the run again")
+        return content
 
     @property
     def finished(self) -> bool:

@@ -7,6 +7,7 @@ A preset is a YAML file that holds only what differs from the defaults below, in
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -89,6 +90,21 @@ class FinetuneSettings(Settings):
     overlap: float = 0.5  # of the sliding window
 
 
+# The smallest value of a number (of each, in a list) that makes sense, and the largest; what is not named here may be any.
+AT_LEAST: dict[str, float] = {
+    **dict.fromkeys(("crop_size", "patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads"), 1),
+    **dict.fromkeys(("feature_size", "batch_size", "crops_per_scan", "log_every", "save_every"), 1),
+    **dict.fromkeys(("fold", "num_workers", "steps", "epochs", "warmup_steps", "warmup_epochs", "val_every"), 0),
+    **dict.fromkeys(("base_lr", "weight_decay", "clip_grad", "betas", "layer_decay", "ce_weight_power"), 0.0),
+    **dict.fromkeys(("cache_rate", "flip_prob", "rotate_prob", "intensity_prob", "intensity_scale", "drop_path", "overlap"), 0.0),
+    **dict.fromkeys(("spacing_mm", "crop_area"), 1e-3),
+}
+AT_MOST: dict[str, float] = {
+    **dict.fromkeys(("cache_rate", "flip_prob", "rotate_prob", "intensity_prob", "layer_decay", "crop_area"), 1.0),
+    **dict.fromkeys(("drop_path", "overlap"), 0.99),
+    **dict.fromkeys(("betas",), 0.999999),
+}
+
 STAGE_SETTINGS: dict[str, type[Settings]] = {"pretrain": PretrainSettings, "finetune": FinetuneSettings}
 
 
@@ -155,7 +171,17 @@ def make_settings(cls: type[Settings], values: dict[str, Any], where: str) -> Se
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise UserError(f"unknown setting {unknown[0]!r} ({where} or --set): expected one of {', '.join(sorted(hints))}")
-    return cls(**{name: coerce(value, hints[name], name) for name, value in values.items()})
+    made = {name: coerce(value, hints[name], name) for name, value in values.items()}
+    for name, value in made.items():
+        low, high = AT_LEAST.get(name, -math.inf), AT_MOST.get(name, math.inf)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, (int, float)) and not low <= number <= high:
+                raise UserError(f"{name} must be {_range(low, high)}, got {list(value) if isinstance(value, tuple) else value}")
+    return cls(**made)
+
+
+def _range(low: float, high: float) -> str:
+    return f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
 
 
 def parse_overrides(items: list[str]) -> dict[str, Any]:

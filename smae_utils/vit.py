@@ -13,10 +13,10 @@ from smae_utils.patches import as_tuple, grid_size, sincos_positions
 from smae_utils.timm_glue import Block
 
 
-def transformer_blocks(dim: int, depth: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, norm_eps: float, drop_path: float = 0.0):
-    """`depth` pre-norm blocks of timm; stochastic depth grows linearly from 0 to `drop_path`."""
+def transformer_blocks(dim: int, depth: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, norm_eps: float, drop_path: float = 0.0, of: str = ""):
+    """`depth` pre-norm blocks of timm; stochastic depth grows linearly from 0 to `drop_path`. `of` goes before names in errors."""
     if dim % num_heads:
-        raise UserError(f"width {dim} does not divide into {num_heads} heads")
+        raise UserError(f"{of}embed_dim {dim} does not divide into {of}num_heads {num_heads}")
     rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
     norm = partial(nn.LayerNorm, eps=norm_eps)
     return nn.ModuleList(Block(dim, num_heads, mlp_ratio, qkv_bias=qkv_bias, drop_path=rate, norm_layer=norm) for rate in rates)

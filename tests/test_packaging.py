@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -84,5 +85,5 @@ def test_repository_is_small_and_stored_clean():
 
 def test_code_passes_ruff():
     for command in (["check"], ["format", "--check"]):
-        done = subprocess.run(["python", "-m", "ruff", *command, "smae_utils", "tests"], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", "ruff", *command], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
