@@ -189,6 +189,7 @@ def test_a_broken_test_case_is_named_by_evaluate(smae, brats, spoil, tmp_path):
     Path(case["label"]).write_bytes(whole)
     cut(case["label"])
     refused(smae("evaluate", tmp_path / "run"), case["label"])
+    Path(case["label"]).write_bytes(whole)
     cut(case["image"])
     refused(smae("evaluate", tmp_path / "run"), case["image"])
     assert not (tmp_path / "run" / "metrics.csv").exists()
