@@ -12,6 +12,7 @@ from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
+from smae_utils.environment import shipped
 from smae_utils.errors import UserError
 from smae_utils.settings import coerce, parse_value
 
@@ -24,7 +25,7 @@ def notebook_path(name: str | Path) -> Path:
     Raises:
         UserError: listing the notebooks there are.
     """
-    folder = Path(__file__).parent.parent / "notebooks"
+    folder = shipped("notebooks")
     for path in (Path(name), folder / str(name), folder / f"{name}.ipynb"):
         if path.is_file():
             return path

@@ -90,7 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--task", nargs="*", default=[])
     command.add_argument("--out", type=Path, default=Path("build/benchmark"))
 
-    add("readme", _readme, "write the figures of README.md anew from results/")
+    command = add("readme", _readme, "write the figures of README.md anew from results/")
+    command.add_argument("--picture", type=Path, metavar="RUN", help="draw docs/reconstruction.png anew from this pre-training run")
     add("env", _env, "make the environment .venv (nothing needs to be installed for it)")
     for name, function, text in (("test", _test, "run the tests (arguments go to pytest)"), ("lab", _lab, "open JupyterLab on the notebooks")):
         command = add(name, function, text)
@@ -100,8 +101,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _readme(args) -> None:
     from smae_utils.environment import ROOT
-    from smae_utils.readme import render
+    from smae_utils.readme import draw_reconstruction, render
 
+    if args.picture:
+        draw_reconstruction(args.picture, ROOT / "docs" / "reconstruction.png")
     file = ROOT / "README.md"
     file.write_text(render(file.read_text(), ROOT))
 

@@ -89,7 +89,7 @@ def _summary_rows(task: str, table: pd.DataFrame, seed: int) -> list[tuple]:
 
 def pivot(summary: pd.DataFrame) -> pd.DataFrame:
     """summary -> a row a task and metric: scratch | self | difference."""
-    wide = summary.pivot_table(index=["task", "metric"], columns="init", values="value", sort=False, dropna=False).reset_index()
+    wide = summary.set_index(["task", "metric", "init"])["value"].unstack("init", sort=False).reset_index()
     wide.columns.name = None
     return wide.assign(difference=wide["self"] - wide["scratch"])
 

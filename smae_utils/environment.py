@@ -15,6 +15,17 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 
 
+def shipped(folder: str) -> Path:
+    """`presets` or `notebooks`: inside an installed package, or beside it in a clone."""
+    inside = Path(__file__).parent / folder
+    return inside if inside.is_dir() else ROOT / folder
+
+
+def work_root() -> Path:
+    """Where `data/` and `runs/` go: the clone, or the current folder when the package was installed without one."""
+    return ROOT if (ROOT / "pyproject.toml").is_file() else Path.cwd()
+
+
 def venv_python() -> Path:
     """The environment's interpreter."""
     return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")

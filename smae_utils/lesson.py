@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smae_utils.build import build_mae, build_model
 from smae_utils.data import read_case
+from smae_utils.environment import work_root
 from smae_utils.phantoms import DEFAULT_N, write_phantoms
 from smae_utils.settings import Settings, resolve, total_steps
 from smae_utils.tasks import Task, get_task
@@ -24,7 +25,7 @@ def data_folder(task: str, data_dir: str = "", seed: int = 0) -> Path:
         return Path(data_dir)
     if packaged := get_task(task).packaged:
         return packaged()
-    folder = Path(__file__).parent.parent / "data" / f"phantom-{task}-seed{seed}"
+    folder = work_root() / "data" / f"phantom-{task}-seed{seed}"
     if not folder.exists():
         # Written beside and renamed: a kill leaves no half data set that looks whole.
         part = folder.with_name(folder.name + ".part")
@@ -37,7 +38,7 @@ def data_folder(task: str, data_dir: str = "", seed: int = 0) -> Path:
 
 def run_folder(task: str, run_dir: str = "", preset: str = "demo", seed: int = 0) -> Path:
     """`run_dir`, or `runs/TASK-PRESET-seedN` below the project."""
-    return Path(run_dir) if run_dir else Path(__file__).parent.parent / "runs" / f"{task}-{Path(preset).stem}-seed{seed}"
+    return Path(run_dir) if run_dir else work_root() / "runs" / f"{task}-{Path(preset).stem}-seed{seed}"
 
 
 def versions() -> str:

@@ -8,8 +8,16 @@ from pathlib import Path
 
 import pandas as pd
 
+from smae_utils.build import build_mae
+from smae_utils.data import read_splits
 from smae_utils.demo import pivot
 from smae_utils.errors import UserError
+from smae_utils.lesson import load_crop
+from smae_utils.plots import show_reconstruction
+from smae_utils.runs import Run
+from smae_utils.settings import PretrainSettings, make_settings
+from smae_utils.tasks import get_task
+from smae_utils.weights import load_weights
 
 
 def _facts(file: Path) -> str:
@@ -35,6 +43,19 @@ def paper_block(root: Path) -> str:
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {"demo": demo_block, "paper": paper_block}
+
+
+def draw_reconstruction(run_dir: str | Path, target: Path) -> None:
+    """The README's picture: the first validation image of a pre-training run."""
+    run = Run.open(run_dir, "pretrain")
+    task = get_task(run.config["task"])
+    settings = make_settings(PretrainSettings, run.config["settings"], str(run.path))
+    model = build_mae(task, settings).eval()
+    load_weights(model, run.path, require="")
+    case = read_splits(task, run.config["data"], settings)["val"][0]
+    figure = show_reconstruction(model, load_crop(task, settings, case), seed=0)
+    target.parent.mkdir(exist_ok=True)
+    figure.savefig(target, dpi=80, pil_kwargs={"optimize": True})
 
 
 def render(text: str, root: Path) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from smae_utils.environment import shipped
 from smae_utils.errors import UserError
 from smae_utils.tasks import Task, get_task
 
@@ -41,6 +42,7 @@ class Settings:
     cache_rate: float = 1.0  # share of the training scans kept in memory after resampling
     num_workers: int = 0
     flip_prob: float = 0.2  # per axis
+    crop_area: tuple[float, ...] = (0.08, 1.0)  # share of a radiograph that a random crop covers
     # The optimiser: lr = base_lr * batch_size / 256.
     seed: int = 0
     steps: int = 0  # 0: take `epochs`
@@ -86,7 +88,6 @@ class FinetuneSettings(Settings):
     intensity_scale: float = 0.1
     intensity_shift: float = 0.1
     rand_augment: str = ""  # timm policy for radiographs, as "rand-m9-mstd0.5-inc1"; empty: none
-    crop_area: tuple[float, ...] = (0.08, 1.0)  # share of a radiograph that a random crop covers
     overlap: float = 0.5  # of the sliding window
 
 
@@ -108,17 +109,11 @@ AT_MOST: dict[str, float] = {
 STAGE_SETTINGS: dict[str, type[Settings]] = {"pretrain": PretrainSettings, "finetune": FinetuneSettings}
 
 
-def preset_dir() -> Path:
-    """Folder of the shipped presets: inside an installed package, or beside it in a clone."""
-    here = Path(__file__).parent
-    return here / "presets" if (here / "presets").is_dir() else here.parent / "presets"
-
-
 def load_preset(name: str) -> dict[str, Any]:
     """A preset by name, or by the path of a YAML file."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else preset_dir() / f"{name}.yaml"
+    path = Path(name) if name.endswith((".yaml", ".yml")) else shipped("presets") / f"{name}.yaml"
     if not path.is_file():
-        known = sorted(p.stem for p in preset_dir().glob("*.yaml"))
+        known = sorted(p.stem for p in shipped("presets").glob("*.yaml"))
         raise UserError(f"unknown preset {name!r}: expected one of {', '.join(known)}, or the path of a YAML file")
     try:
         content = yaml.safe_load(path.read_text()) or {}

@@ -206,7 +206,7 @@ class Loop:
         self.model.to(memory_format=accel.memory_format(len(settings.crop_size)))
         model, optimizer = accelerator.prepare(self.model, optimizer)
         schedule = CosineLRScheduler(
-            optimizer, t_initial=max(1, self.steps - self.warmup), warmup_t=self.warmup, warmup_prefix=True, t_in_epochs=False
+            optimizer, t_initial=max(2, self.steps - self.warmup), warmup_t=self.warmup, warmup_prefix=True, t_in_epochs=False
         )
         state = {"step": 0, "losses": [], "best": None, "seconds": 0.0}
         if folder := run.state():

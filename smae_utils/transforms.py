@@ -53,7 +53,7 @@ def is_foreground(image: torch.Tensor) -> torch.Tensor:
 def augment_pretrain(task: Task, settings: Settings) -> Compose:
     """Random crops around intensity foreground, and flips. Images only."""
     if task.spatial_dims == 2:
-        return Compose([RandomRadiograph(settings.crop_size, settings.flip_prob, (0.08, 1.0), "")])
+        return Compose([RandomRadiograph(settings.crop_size, settings.flip_prob, settings.crop_area, "")])
     return Compose(
         [
             AddForeground(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from smae_utils.environment import shipped
 from smae_utils.errors import UserError
 from smae_utils.settings import (
     FinetuneSettings,
@@ -13,7 +14,6 @@ from smae_utils.settings import (
     load_preset,
     make_settings,
     parse_overrides,
-    preset_dir,
     resolve,
     total_steps,
 )
@@ -122,7 +122,7 @@ def test_an_unknown_preset_is_refused_with_the_list():
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_every_shipped_preset_holds_only_known_settings(stage):
-    presets = sorted(p.stem for p in preset_dir().glob("*.yaml"))
+    presets = sorted(p.stem for p in shipped("presets").glob("*.yaml"))
     assert "demo" in presets
     for name in presets:
         content = load_preset(name)
