@@ -57,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
         ("finetune", _finetune, "fine-tune a ViT classifier or a UNETR"),
     ):
         command = add(name, function, text)
-        command.add_argument("--task", required=True)
-        command.add_argument("--data", required=True, type=Path, help="folder of the download")
+        command.add_argument("--task", required=True, help="cxr14, btcv, brats, or a list file (.json, .csv) of your own scans")
+        command.add_argument("--data", default="", help="folder of the download; of a list file: what its paths are relative to (its own folder)")
         command.add_argument("--preset", default="demo", help="demo, small, paper, or a YAML file")
         command.add_argument("--out", required=True, type=Path, metavar="RUN")
         command.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value", help="override settings of the preset")

@@ -53,6 +53,8 @@ def evaluate(
     cases = read_splits(task, data_dir or run.config["data"], settings).get(split)
     if not cases:
         raise UserError(f"no cases in split {split!r} of {data_dir or run.config['data']}: expected test, or val when train_on_val is off")
+    if unlabelled := [c["case"] for c in cases if "label" not in c]:
+        raise UserError(f"{len(unlabelled)} {split} cases have no label, {unlabelled[0]} for one: they cannot be scored, only predicted")
     accelerator, _ = accel.make_accelerator(run.config.get("precision", "auto"))
     model.to(accelerator.device, memory_format=accel.memory_format(task.spatial_dims))
     started = time.monotonic()

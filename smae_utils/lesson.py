@@ -16,6 +16,7 @@ from smae_utils.environment import work_root
 from smae_utils.phantoms import DEFAULT_N, write_phantoms
 from smae_utils.settings import Settings, resolve, total_steps
 from smae_utils.tasks import Task, get_task
+from smae_utils.tasks.lists import is_list
 from smae_utils.transforms import ResizeRadiograph, prepare
 
 
@@ -23,6 +24,8 @@ def data_folder(task: str, data_dir: str = "", seed: int = 0) -> Path:
     """`data_dir`, or, when it is empty, scans that come with a package or a folder of demo phantoms below `data/`, written at the first call."""
     if data_dir:
         return Path(data_dir)
+    if is_list(task):
+        return Path(task).resolve().parent
     if packaged := get_task(task).packaged:
         return packaged()
     folder = work_root() / "data" / f"phantom-{task}-seed{seed}"
@@ -38,7 +41,7 @@ def data_folder(task: str, data_dir: str = "", seed: int = 0) -> Path:
 
 def run_folder(task: str, run_dir: str = "", preset: str = "demo", seed: int = 0) -> Path:
     """`run_dir`, or `runs/TASK-PRESET-seedN` below the project."""
-    return Path(run_dir) if run_dir else work_root() / "runs" / f"{task}-{Path(preset).stem}-seed{seed}"
+    return Path(run_dir) if run_dir else work_root() / "runs" / f"{Path(task).stem}-{Path(preset).stem}-seed{seed}"
 
 
 def versions() -> str:

@@ -141,7 +141,7 @@ def _known_task(name: str, path: Path) -> None:
 
 
 def resolve(task: Task, stage: str, preset: str, arm: str = "scratch", overrides: dict[str, Any] | None = None) -> Settings:
-    """Defaults <- preset (all, then the task; general, then the stage, then the arm) <- overrides.
+    """Defaults <- preset (all, then the task; general, then the stage, then the arm) <- a list file's own settings <- overrides.
 
     Raises:
         UserError: for an unknown key or a value of the wrong type, naming the right ones.
@@ -150,7 +150,7 @@ def resolve(task: Task, stage: str, preset: str, arm: str = "scratch", overrides
     content = load_preset(preset)
     values: dict[str, Any] = {}
     layers = []
-    for section in (content.get("all") or {}, content.get(task.name) or {}):
+    for section in (content.get("all") or {}, content.get(task.like) or {}, content.get(task.name) or {}, task.settings):
         layers += [section, section.get(stage) or {}]
         if stage == "finetune":
             layers.append((section.get(stage) or {}).get(arm) or {})

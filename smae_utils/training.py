@@ -76,7 +76,7 @@ def pretrain(
         losses = [loss_of(net, {**b, "image": b["image"].to(next(net.parameters()).device)}).item() for b in fixed]
         return {"val_loss": sum(losses) / len(losses)}
 
-    config = _config("pretrain", task, data_dir, preset, settings, images)
+    config = _config("pretrain", record.name, data_dir, preset, settings, images)
     loop = Loop(config, out, model, scans, augment_pretrain(record, settings), settings, loss_of, report)
     return loop.run(resume, validate if images["val"] else None)
 
@@ -107,6 +107,13 @@ def finetune(
     if not scratch:
         weights_file(init)
     splits = read_splits(record, data_dir, settings)
+    for part in splits:
+        labelled = [c for c in splits[part] if "label" in c]
+        if len(labelled) < len(splits[part]):
+            report(f"{len(splits[part]) - len(labelled)} of {len(splits[part])} {part} cases have no label and are left out of fine-tuning")
+        splits[part] = labelled
+    if not splits["train"]:
+        raise UserError(f"no training case of {task} has a label: fine-tuning needs labels, pre-training does not")
     if settings.select not in ("last", "best"):
         raise UserError(f"select must be last or best, got {settings.select!r}")
     if settings.select == "best" and not splits["val"]:
@@ -129,7 +136,7 @@ def finetune(
     def validate(net: nn.Module) -> dict[str, float]:
         return {"val_score": score_cases(net, record, settings, splits["val"])}
 
-    config = {**_config("finetune", task, data_dir, preset, settings, splits), "init": str(init)}
+    config = {**_config("finetune", record.name, data_dir, preset, settings, splits), "init": str(init)}
     loop = Loop(config, out, model, scans, augment_finetune(record, settings), settings, loss_of, report, layer_decay=settings.layer_decay)
     return loop.run(resume, validate if splits["val"] else None, best=settings.select == "best")
 

@@ -151,13 +151,13 @@ def load_weights(model: nn.Module, source: str | Path, require: str = "encoder."
     """
     tensors, old_grid = read_weights(source)
     own = model.state_dict()
+    new_grid = getattr(getattr(model, "encoder", None), "grid", ())
     report = LoadReport(str(source))
     clashes = []
     for name, value in tensors.items():
         if name not in own:
             report.unexpected.append(name)
             continue
-        new_grid = model.encoder.grid
         if name.endswith("pos_embed") and value.shape[-1] == own[name].shape[-1] and len(old_grid or new_grid) == len(new_grid):
             old = old_grid or (new_grid if value.shape == own[name].shape else _guess_grid(value.shape[1], len(new_grid)))
             if old != tuple(new_grid):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -31,6 +31,8 @@ class Task:
         regions: label values that make up each class, when classes overlap (then each class has its own sigmoid);
             None: class i has label i + 1 and classes exclude each other (softmax with background).
         sided: labels tell left from right, so images are not mirrored left-right.
+        like: for a task made from a list: the task whose sections of the presets it takes.
+        settings: what such a task wants differently, shaped like a preset's section.
         packaged: for scans that come inside a Python package: where they lie.
         subset: classes of which the mean is reported too (the 8 organs of the paper).
     """
@@ -49,6 +51,8 @@ class Task:
     subset: tuple[str, ...] = ()
     packaged: Callable[[], Path] | None = None
     source: str = ""
+    like: str = ""
+    settings: dict = field(default_factory=dict, hash=False)
 
     @property
     def in_chans(self) -> int:
@@ -86,13 +90,17 @@ def task_names() -> list[str]:
 
 
 def get_task(name: str) -> Task:
-    """The record of a task.
+    """The record of a task, by name or by the path of a list file (JSON, CSV) that makes one, see `tasks.lists`.
 
     Raises:
         UserError: if the name is unknown.
     """
+    from smae_utils.tasks.lists import is_list, task_from_list
+
+    if is_list(name):
+        return task_from_list(name)
     if name not in _registry():
-        raise UserError(f"unknown task {name!r}: expected one of {', '.join(task_names())}")
+        raise UserError(f"unknown task {name!r}: expected one of {', '.join(task_names())}, or the path of a list file (.json, .csv)")
     return _registry()[name]
 
 

@@ -1,0 +1,265 @@
+"""A task from one list file: JSON in the style of the Medical Segmentation Decathlon and MONAI, or CSV. No code to edit.
+
+JSON:
+    {"name": "liver_ct", "labels": {"0": "background", "1": "liver", "2": "tumour"}, "modality": {"0": "CT"},
+     "window": [-100, 240], "spacing_mm": [1.5, 1.5, 2], "sided": false,
+     "training": [{"image": "img/1.nii.gz", "label": "lab/1.nii.gz", "patient": "p1"}, ...], "validation": [...], "test": [...]}
+    `image` may be a list of files, one a channel. `labels` may also be nnU-Net's {"liver": 1, "whole": [1, 2]}, lists making
+    overlapping regions. Classification: `label` is a class, a list of classes, or zeros and ones; `classes` names them.
+    `like` names a task whose presets fit (btcv, brats, cxr14); `settings` holds what they should have differently.
+CSV:
+    columns `image`, and `label` (a mask file) or `class` (one word, several joined by |) or one 0/1 column a class; `split`
+    (train, val, test) and `patient` may follow.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smae_utils.errors import UserError
+from smae_utils.tasks import Case, Splits, Task, get_task, hold_out
+
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
+MASK_ENDINGS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".png")
+FLAT_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+KEYS = (
+    "name",
+    "title",
+    "description",
+    "like",
+    "labels",
+    "classes",
+    "modality",
+    "channel_names",
+    "window",
+    "spacing_mm",
+    "sided",
+    "settings",
+    "spatial_dims",
+)
+
+
+def is_list(name: str) -> bool:
+    """Whether a task's name is the path of a list file."""
+    return str(name).lower().endswith((".json", ".csv"))
+
+
+def task_from_list(path: str | Path) -> Task:
+    """The record of the task that a list file describes.
+
+    Raises:
+        UserError: naming the file and the entry, for whatever is missing or contradictory in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"list file {path} does not exist: expected a JSON or CSV list of scans, see the documentation of own data")
+    content = _read_json(path) if path.suffix.lower() == ".json" else _read_csv(path)
+    cases = content["cases"]
+    if not any(cases.values()):
+        raise UserError(f"{path} lists no scans: expected a list 'training' of entries with 'image' and 'label'")
+    if like := content.get("like"):
+        base = get_task(like)
+    else:
+        base = _guess_task(path, content)
+    over = {key: content[key] for key in ("window", "spacing_mm") if key in content}
+    over = {key: tuple(map(float, _list_of_numbers(path, key, value))) for key, value in over.items() if value is not None}
+    if "channels" in content:
+        over["channels"] = content["channels"]
+    return replace(
+        base,
+        name=str(path.resolve()),
+        title=str(content.get("title") or content.get("description") or content.get("name") or path.stem),
+        read_splits=partial(_splits, path, cases, base.kind, base.classes),
+        like=base.name if like else base.like,
+        settings=_mapping(path, content.get("settings") or {}),
+        **({"sided": bool(content["sided"])} if "sided" in content else {}),
+        **over,
+    )
+
+
+def _mapping(path: Path, value: Any) -> dict:
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: 'settings' must be a mapping like a task's section of a preset, got {value!r}")
+    return value
+
+
+def _list_of_numbers(path: Path, key: str, value: Any) -> list:
+    if not isinstance(value, list) or not all(isinstance(v, (int, float)) for v in value):
+        raise UserError(f"{path}: {key!r} must be a list of numbers, got {value!r}")
+    return value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold an object with 'training' and more, got a {type(content).__name__}")
+    cases: dict[str, list[dict]] = {"train": [], "val": [], "test": []}
+    for key, entries in content.items():
+        if key not in SPLITS:
+            continue
+        if not isinstance(entries, list):
+            raise UserError(f"{path}: {key!r} must be a list of entries, got {type(entries).__name__}")
+        for number, entry in enumerate(entries):
+            entry = {"image": entry} if isinstance(entry, (str, list)) else entry
+            if not isinstance(entry, dict) or "image" not in entry:
+                raise UserError(f"{path}: entry {number} of {key!r} must be an object with 'image', got {entry!r}")
+            cases[SPLITS[key]].append(entry)
+    out = {key: content[key] for key in KEYS if key in content}
+    channels = content.get("channel_names", content.get("modality"))
+    if isinstance(channels, dict):
+        out["channels"] = tuple(str(channels[key]) for key in sorted(channels, key=lambda k: int(k) if str(k).isdigit() else 0))
+    return {**out, "cases": cases}
+
+
+def _read_csv(path: Path) -> dict[str, Any]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as handle:
+            reader = csv.DictReader(handle)
+            header, rows = [h.strip() for h in reader.fieldnames or []], [{k.strip(): (v or "").strip() for k, v in r.items() if k} for r in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is no readable CSV: {error}: save it as UTF-8") from None
+    if "image" not in header:
+        raise UserError(f"{path} has the columns {', '.join(header) or '(none)'}: a column 'image' is needed, and 'label', 'class' or 0/1 columns")
+    own = [h for h in header if h not in ("image", "label", "class", "split", "patient", "case")]
+    cases: dict[str, list[dict]] = {"train": [], "val": [], "test": []}
+    for line, row in enumerate(rows, start=2):
+        if not row["image"]:
+            raise UserError(f"{path}, line {line}: the column 'image' is empty")
+        split = row.get("split") or "train"
+        if split.lower() not in SPLITS:
+            raise UserError(f"{path}, line {line}: split {split!r} is none of train, val, test")
+        entry: dict[str, Any] = {"image": row["image"].split("|") if "|" in row["image"] else row["image"]}
+        entry.update({key: row[key] for key in ("patient", "case", "label") if row.get(key)})
+        if "class" in header:
+            entry["label"] = [name for name in row["class"].split("|") if name]
+        elif own and "label" not in header:
+            if bad := [name for name in own if row[name] not in ("0", "1", "0.0", "1.0")]:
+                raise UserError(f"{path}, line {line}: column {bad[0]!r} holds {row[bad[0]]!r}, expected 0 or 1")
+            entry["label"] = [name for name in own if float(row[name])]
+        cases[SPLITS[split.lower()]].append(entry)
+    content: dict[str, Any] = {"cases": cases}
+    if "class" in header:
+        content["classes"] = sorted({name for entries in cases.values() for e in entries for name in e["label"]})
+    elif own and "label" not in header:
+        content["classes"] = own
+    return content
+
+
+def _guess_task(path: Path, content: dict[str, Any]) -> Task:
+    """Kind, dimensions, classes and channels from what the entries look like."""
+    entries = [e for part in content["cases"].values() for e in part]
+    first = entries[0]["image"]
+    files = first if isinstance(first, list) else [first]
+    flat = content.get("spatial_dims", 2 if str(files[0]).lower().endswith(FLAT_ENDINGS) else 3) == 2
+    labels = [e["label"] for e in entries if "label" in e]
+    masks = bool(labels) and all(isinstance(v, str) and v.lower().endswith(MASK_ENDINGS) for v in labels)
+    channels = content.get("channels") or tuple(f"channel {i + 1}" for i in range(len(files)))
+    if masks or not labels:
+        if flat and masks:
+            raise UserError(f"{path}: masks of 2D images cannot be segmented here yet: expected 3D scans, or classes for 2D images")
+        classes, regions = _classes(path, content.get("labels"), bool(labels))
+        kind = "segmentation" if not flat else "classification"
+        return Task("", "", kind, 2 if flat else 3, channels, classes, _no_reader, regions=regions, like="cxr14" if flat else "btcv")
+    classes = content.get("classes") or sorted({name for v in labels for name in (v if isinstance(v, list) else [v]) if isinstance(name, str)})
+    if not flat:
+        raise UserError(f"{path}: classes of 3D scans cannot be learned here yet: expected masks for 3D scans, or 2D images")
+    if not classes:
+        raise UserError(f'{path}: labels are zeros and ones without names: add "classes": [...] in their order')
+    return Task("", "", "classification", 2, channels, tuple(map(str, classes)), _no_reader, like="cxr14")
+
+
+def _no_reader(*_) -> Splits:
+    raise NotImplementedError
+
+
+def _classes(path: Path, labels: Any, labelled: bool) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...] | None]:
+    """MSD's {"1": "liver"} or nnU-Net's {"liver": 1, "whole": [1, 2]} -> class names, and regions where lists overlap."""
+    if not labelled:
+        return (), None
+    if not isinstance(labels, dict) or not labels:
+        raise UserError(f'{path}: "labels" must say what the mask values mean, for example {{"0": "background", "1": "liver"}}')
+    pairs: list[tuple[str, tuple[int, ...]]] = []
+    try:
+        for key, value in labels.items():
+            if isinstance(value, str):
+                pairs.append((value, (int(key),)))
+            else:
+                pairs.append((str(key), tuple(int(v) for v in (value if isinstance(value, list) else [value]))))
+    except (TypeError, ValueError):
+        raise UserError(f'{path}: "labels" must map numbers to names or names to numbers, got {labels!r}') from None
+    pairs = [(name, values) for name, values in pairs if values != (0,)]
+    if all(len(values) == 1 for _, values in pairs):
+        pairs.sort(key=lambda p: p[1])
+        if [v for _, (v,) in pairs] != list(range(1, len(pairs) + 1)):
+            raise UserError(f"{path}: mask values {[v for _, (v,) in pairs]} must be 1 .. {len(pairs)} without gaps: renumber the masks")
+        return tuple(name for name, _ in pairs), None
+    for (wide, outer), (narrow, inner) in zip(pairs, pairs[1:]):
+        if not set(inner) < set(outer):
+            raise UserError(f"{path}: regions must be nested, from the widest to the narrowest: {narrow} {inner} is not inside {wide} {outer}")
+    return tuple(name for name, _ in pairs), tuple(values for _, values in pairs)
+
+
+def _splits(path: Path, cases: dict[str, list[dict]], kind: str, classes: tuple[str, ...], data_dir: Path, seed: int = 0, fold: int = 0) -> Splits:
+    """Paths relative to `data_dir`, or to the list file where that is its own folder; a tenth of the patients is held out when nothing is."""
+    root = path.parent if str(data_dir) in ("", ".") else Path(data_dir)
+    out: Splits = {}
+    seen: dict[str, str] = {}
+    for split, entries in cases.items():
+        out[split] = []
+        for entry in entries:
+            case = _case(path, root, entry, kind, classes)
+            if case["case"] in seen:
+                raise UserError(f"{path} lists {case['case']} twice ({seen[case['case']]} and {split}): each scan once; add 'case' where names clash")
+            seen[case["case"]] = split
+            out[split].append(case)
+    if not out["val"] and len({c["patient"] for c in out["train"]}) > 1:
+        out["train"], out["val"] = hold_out(out["train"], 0.1, seed)
+    patients = {split: {c["patient"] for c in cases} for split, cases in out.items()}
+    for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
+        if shared := patients[a] & patients[b]:
+            raise UserError(f"{path}: patient {min(shared)} is in {a} and in {b}: the figures would flatter; keep a patient in one split")
+    return out
+
+
+def _case(path: Path, root: Path, entry: dict, kind: str, classes: tuple[str, ...]) -> Case:
+    images = [str(root / name) for name in (entry["image"] if isinstance(entry["image"], list) else [entry["image"]])]
+    for name in images:
+        if not Path(name).exists():
+            raise UserError(f"{path} names {name}, which does not exist: paths are relative to {root}")
+    stem = Path(images[0]).name.split(".")[0]
+    case: Case = {"case": str(entry.get("case", stem)), "image": images if len(images) > 1 else images[0]}
+    case["patient"] = str(entry.get("patient", case["case"]))
+    if "label" not in entry:
+        return case
+    if kind == "segmentation":
+        case["label"] = str(root / str(entry["label"]))
+        if not Path(case["label"]).is_file():
+            raise UserError(f"{path} names {case['label']}, which does not exist: paths are relative to {root}")
+    else:
+        case["label"] = _vector(path, case["case"], entry["label"], classes)
+    return case
+
+
+def _vector(path: Path, case: str, label: Any, classes: tuple[str, ...]) -> np.ndarray:
+    values = label if isinstance(label, list) else [label]
+    if len(values) == len(classes) and all(isinstance(v, (int, float)) for v in values):
+        if set(values) <= {0, 1}:
+            return np.asarray(values, np.float32)
+        raise UserError(f"{path}: label of {case} is {values}, expected zeros and ones")
+    unknown = [v for v in values if v not in classes]
+    if unknown:
+        raise UserError(f"{path}: label of {case} holds {unknown[0]!r}, expected some of {', '.join(classes)}")
+    return np.asarray([name in values for name in classes], np.float32)
+
+
+__all__ = ["is_list", "task_from_list"]
