@@ -38,10 +38,14 @@ def pick_precision(wanted: str, device: torch.device) -> str:
     return "bf16" if able else "fp32"
 
 
+def best_device() -> torch.device:
+    """The GPU that torch sees, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
 def make_accelerator(precision: str) -> tuple[Accelerator, str]:
     """An accelerator for this process, and the precision it computes in ("fp32" or "bf16")."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    chosen = pick_precision(precision, device)
+    chosen = pick_precision(precision, best_device())
     # accelerate keeps its first precision for the whole process; a notebook may want another one in the next cell.
     AcceleratorState._reset_state()
     return Accelerator(mixed_precision="bf16" if chosen == "bf16" else "no"), chosen

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from monai.losses import DiceLoss
+from monai.networks.nets import DenseNet, UNet
 from torch import Tensor, nn
 
 from smae_utils.errors import UserError
@@ -41,10 +42,31 @@ def build_mae(task: Task, settings: PretrainSettings) -> MaskedAutoencoder:
     )
 
 
-def build_model(task: Task, settings: FinetuneSettings) -> ViTClassifier | UNETR:
-    """The network that is fine-tuned: a ViT classifier or a UNETR."""
+def build_model(task: Task, settings: FinetuneSettings) -> nn.Module:
+    """The network that is fine-tuned: a ViT classifier or a UNETR; with `network=cnn` a small DenseNet or U-Net of MONAI."""
     if not task.classes:
         raise UserError(f"task {task.name} has images and no labels: it can be pre-trained, not fine-tuned")
+    if settings.network == "cnn":
+        return build_cnn(task)
+    if settings.network != "vit" or settings.encoder not in ("trained", "frozen", "zeroed"):
+        raise UserError(f"expected network vit or cnn and encoder trained, frozen or zeroed, got {settings.network!r} and {settings.encoder!r}")
+    model = _build_vit(task, settings)
+    if settings.encoder == "frozen":
+        model.encoder.requires_grad_(False)
+    if settings.encoder == "zeroed":
+        model.encoder.register_forward_hook(lambda module, args, out: (out[0] * 0, [t * 0 for t in out[1]]))
+    return model
+
+
+def build_cnn(task: Task) -> nn.Module:
+    """The plain convolutional network that a transformer has to be compared with, about as large as the demo's transformers."""
+    sizes = {"spatial_dims": task.spatial_dims, "in_channels": task.in_chans, "out_channels": task.out_chans}
+    if task.kind == "classification":
+        return DenseNet(**sizes, init_features=32, growth_rate=16, block_config=(4, 6, 8))
+    return UNet(**sizes, channels=(16, 32, 64, 128), strides=(2, 2, 2), num_res_units=2, norm="instance")
+
+
+def _build_vit(task: Task, settings: FinetuneSettings) -> ViTClassifier | UNETR:
     common = {**_encoder_args(task, settings), "drop_path": settings.drop_path}
     if task.kind == "classification":
         return ViTClassifier(**common, num_classes=len(task.classes), pool=settings.pool)

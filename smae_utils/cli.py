@@ -90,6 +90,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--task", nargs="*", default=[])
     command.add_argument("--out", type=Path, default=Path("build/benchmark"))
 
+    command = add("evidence", _evidence, "does self pre-training help here? the study of docs/protocol.md; goes on where it stopped")
+    command.add_argument("--task", nargs="*", default=[], help="cxr14, btcv, brats; all when left out")
+    command.add_argument("--part", nargs="*", default=[], help="tune, gates, main, controls, budget, sweeps; all when left out")
+    command.add_argument("--seeds", nargs="*", type=int, default=[], help="the protocol's five when left out")
+    command.add_argument("--data", help="folder of a real download (with one --task), instead of phantoms")
+    command.add_argument("--out", type=Path, default=Path("build/evidence"), help="folder of phantoms and runs")
+    command.add_argument("--results", type=Path, default=Path("results/evidence"), help="folder of the tables")
+    command.add_argument("--jobs", type=int, default=1, help="processes at a time; they share the cores")
+    command.add_argument("--quick", type=int, default=1, help="divide steps and cases by this: for tests, such figures mean nothing")
+
     command = add("readme", _readme, "write the figures of README.md anew from results/")
     command.add_argument("--picture", type=Path, metavar="RUN", help="draw docs/reconstruction.png anew from this pre-training run")
     add("env", _env, "make the environment .venv (nothing needs to be installed for it)")
@@ -170,6 +180,12 @@ def _demo(args) -> None:
     from smae_utils.demo import demo
 
     demo(args.out, args.task, args.preset, args.seed)
+
+
+def _evidence(args) -> None:
+    from smae_utils.evidence.run import evidence
+
+    evidence(args.out, args.results, args.task, args.part, args.seeds, args.data, args.jobs, args.quick)
 
 
 def _benchmark(args) -> None:

@@ -13,7 +13,7 @@ from smae_utils.batch import run_notebook
 from smae_utils.errors import UserError
 from smae_utils.evaluation import compare
 from smae_utils.phantoms import DEFAULT_N, write_phantoms
-from smae_utils.runs import machine_name, provenance, write_text
+from smae_utils.runs import Run, machine_name, provenance, write_text
 from smae_utils.tasks import get_task
 from smae_utils.training import finetune, pretrain
 
@@ -55,13 +55,14 @@ def demo(out: str | Path, tasks: list[str], preset: str = "demo", seed: int = 0,
         tables[task] = compare(runs / "scratch", runs / "self")
         rows += _summary_rows(task, tables[task], seed)
         times[task] = time.monotonic() - start
+        precision = Run.open(runs / "self").config["precision"]
     summary = pd.DataFrame(rows, columns=["task", "init", "seed", "metric", "value"])
     took = time.monotonic() - begin
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1024**2
     source = provenance()
     facts = [
         f"{took / 60:.1f} minutes ({', '.join(f'{t} {s / 60:.1f}' for t, s in times.items())}), peak memory at most {peak:.1f} GB",
-        f"{machine_name()}, {source['date']}, commit {source['commit']}, preset {preset}, seed {seed}",
+        f"{machine_name()}, {source['date']}, commit {source['commit']}, preset {preset}, {precision}, seed {seed}",
     ]
     write_text(out / "summary.csv", "".join(f"# {fact}\n" for fact in facts) + summary.to_csv(index=False))
     _write_index(out, summary, pages, facts)

@@ -14,7 +14,7 @@ from smae_utils.build import build_mae, build_model
 from smae_utils.data import read_case
 from smae_utils.environment import work_root
 from smae_utils.phantoms import DEFAULT_N, write_phantoms
-from smae_utils.settings import Settings, resolve, total_steps
+from smae_utils.settings import PretrainSettings, Settings, resolve, total_steps
 from smae_utils.tasks import Task, get_task
 from smae_utils.tasks.lists import is_list
 from smae_utils.transforms import ResizeRadiograph, prepare
@@ -59,15 +59,15 @@ def load_crop(task: Task, settings: Settings, case: dict) -> torch.Tensor:
     return image[(slice(None), *(slice(o, o + c) for o, c in zip(corner, settings.crop_size)))]
 
 
-def step_flops(task: Task, stage: str, preset: str) -> float:
+def crop_flops(task: Task, settings: Settings) -> float:
     """Counted FLOPs of one forward and backward pass of one crop, without allocating weights or data."""
-    settings = resolve(task, stage, preset)
+    pretraining = isinstance(settings, PretrainSettings)
     # The meta device does the shapes and none of the arithmetic.
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = build_mae(task, settings) if stage == "pretrain" else build_model(task, settings)
+        model = build_mae(task, settings) if pretraining else build_model(task, settings)
         image = torch.zeros(1, task.in_chans, *settings.crop_size)
         out = model(image)
-        (out.loss if stage == "pretrain" else out.float().mean()).backward()
+        (out.loss if pretraining else out.float().mean()).backward()
     return float(counter.get_total_flops())
 
 
@@ -76,7 +76,7 @@ def run_flops(task: str, stage: str, preset: str, n_train: int) -> tuple[float, 
     record = get_task(task)
     settings = resolve(record, stage, preset)
     steps, _ = total_steps(settings, n_train)
-    return step_flops(record, stage, preset) * steps * settings.batch_size * settings.crops_per_scan, steps
+    return crop_flops(record, settings) * steps * settings.batch_size * settings.crops_per_scan, steps
 
 
 def measured_flops_per_second(device: torch.device, seconds: float = 0.5) -> float:

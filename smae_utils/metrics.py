@@ -6,6 +6,7 @@ as HD95; absent in both is NaN and left out of means; a class that cannot be sco
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,7 +52,10 @@ def hd95_mm(pred: np.ndarray, label: np.ndarray, spacing_mm: Sequence[float]) ->
         return float(np.linalg.norm([n * s for n, s in zip(pred.shape, spacing_mm)]))
     # Padding makes voxels at the border of the scan surface voxels like any other.
     both = [torch.from_numpy(np.pad(a, 1))[None, None] for a in (pred, label)]
-    distance = compute_hausdorff_distance(*both, include_background=True, percentile=95, spacing=[float(s) for s in spacing_mm])
+    with warnings.catch_warnings():
+        # MONAI warns of an argument that it passes to itself.
+        warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
+        distance = compute_hausdorff_distance(*both, include_background=True, percentile=95, spacing=[float(s) for s in spacing_mm])
     return float(distance.item())
 
 

@@ -25,7 +25,7 @@ def _facts(file: Path) -> str:
 
 
 def _table(frame: pd.DataFrame) -> str:
-    text = frame.map(lambda v: f"{v:.3f}" if isinstance(v, float) else str(v))
+    text = frame.map(lambda v: (f"{v:.3f}" if abs(v) < 10 else f"{v:.1f}") if isinstance(v, float) else str(v))
     lines = [list(text.columns), ["---"] * len(text.columns), *text.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

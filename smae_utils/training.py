@@ -19,7 +19,7 @@ from smae_utils.build import build_loss, build_mae, build_model, build_optimizer
 from smae_utils.data import Crops, Scans, derive_seed, join, read_splits, training_loader
 from smae_utils.errors import UserError
 from smae_utils.inference import score_cases
-from smae_utils.patches import mask_noise
+from smae_utils.patches import mask_noise, shuffle_patches
 from smae_utils.runs import Run, provenance
 from smae_utils.settings import FinetuneSettings, PretrainSettings, Settings, as_dict, resolve, total_steps
 from smae_utils.tasks import Case, get_task
@@ -66,6 +66,8 @@ def pretrain(
     fixed: list[dict] = []
 
     def loss_of(net: nn.Module, batch: dict) -> Tensor:
+        if settings.shuffle_patches:
+            batch = {**batch, "image": shuffle_patches(batch["image"], model.patch_size, batch["noise_seed"])}
         return net(batch["image"], mask_noise(batch["noise_seed"], length).to(batch["image"].device)).loss
 
     def validate(net: nn.Module) -> dict[str, float]:

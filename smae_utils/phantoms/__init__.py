@@ -13,11 +13,12 @@ SIZES = ("demo", "full")
 DEFAULT_N = {"btcv": 30, "cxr14": 700, "brats": 36}
 
 
-def write_phantoms(task: str, out: str | Path, n: int, seed: int = 0, size: str = "demo", context: float = 1.0) -> list[Path]:
+def write_phantoms(task: str, out: str | Path, n: int, seed: int = 0, size: str = "demo", context: float = 1.0, clean: bool = False) -> list[Path]:
     """Write `n` phantom scans of a task in the layout of its real download; the same seed gives the same bytes.
 
     Args:
         size: "demo" (small, for a CPU) or "full" (the real data's matrix sizes).
+        clean: leave the noise out: the twin that says how much of an image can be predicted at all.
         context: 1 ties every structure to the patient's latents, 0 draws each on its own.
 
     Returns:
@@ -33,4 +34,4 @@ def write_phantoms(task: str, out: str | Path, n: int, seed: int = 0, size: str 
         raise UserError(f"expected size in {SIZES}, n >= 1 and 0 <= context <= 1, got size={size!r}, n={n}, context={context}")
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out, so that no data is mixed or overwritten")
-    return importlib.import_module(f"{__name__}.{MODULES[task]}").write(out, n, seed, size, context)
+    return importlib.import_module(f"{__name__}.{MODULES[task]}").write(out, n, seed, size, context, clean)

@@ -411,7 +411,7 @@ def case_ids(n: int) -> list[int]:
     return (official + list(range(41, 41 + max(n - 30, 0))))[:n]
 
 
-def write(out: Path, n: int, seed: int, size: str = "demo", context: float = 1.0) -> list[Path]:
+def write(out: Path, n: int, seed: int, size: str = "demo", context: float = 1.0, clean: bool = False) -> list[Path]:
     """Write `n` cases as BTCV does, img/imgNNNN.nii.gz (int16 HU) and label/labelNNNN.nii.gz under out/RawData/Training.
 
     Storage orientation, origin and, in one case of three, a tilt of 2 to 5 degrees differ by case. Returns the image paths.
@@ -419,7 +419,7 @@ def write(out: Path, n: int, seed: int, size: str = "demo", context: float = 1.0
     folder = Path(out) / "RawData" / "Training"
     paths = []
     for case in case_ids(n):
-        phantom = make_case(seed, case, size, context)
+        phantom = make_case(seed, case, size, context, clean)
         rng = case_rng(seed, case, 3)
         tilt = rotation((np.deg2rad(rng.uniform(2, 5)) * rng.choice((-1, 1)), 0, 0)) if rng.random() < 1 / 3 else None
         store = {"axcodes": str(rng.choice(AXCODES)), "origin_mm": tuple(np.round(rng.uniform(-300, 0, 3), 1)), "tilt": tilt}

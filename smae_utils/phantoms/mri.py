@@ -385,7 +385,7 @@ def make_case(seed: int, case: int, size: str = "demo", context: float = 1.0, cl
     return Case(image, label, spacing_mm)
 
 
-def write(out: Path, n: int, seed: int, size: str = "demo", context: float = 1.0) -> list[Path]:
+def write(out: Path, n: int, seed: int, size: str = "demo", context: float = 1.0, clean: bool = False) -> list[Path]:
     """Write `n` cases as the decathlon does, with a dataset.json, under out/Task01_BrainTumour; returns the image paths.
 
     Images are int16 (X, Y, Z, 4). Storage orientation, origin and, in one case of three, a tilt of 2 to 5 degrees differ by case.
@@ -394,7 +394,7 @@ def write(out: Path, n: int, seed: int, size: str = "demo", context: float = 1.0
     folder = Path(out) / "Task01_BrainTumour"
     paths, training = [], []
     for case in range(1, n + 1):
-        phantom = make_case(seed, case, size, context)
+        phantom = make_case(seed, case, size, context, clean)
         rng = case_rng(seed, case, 3)
         tilt = rotation((np.deg2rad(rng.uniform(2, 5)) * rng.choice((-1, 1)), 0, 0)) if rng.random() < 1 / 3 else None
         store = {"axcodes": str(rng.choice(AXCODES)), "origin_mm": tuple(np.round(rng.uniform(-150, -50, 3), 1)), "tilt": tilt}

@@ -534,7 +534,7 @@ def make_case(
     return np.clip(np.rint(grey), 0, 255).astype(np.uint8), tuple(found)
 
 
-def write(out: Path, n: int, seed: int, size: str = "demo", context: float = 1.0) -> list[Path]:
+def write(out: Path, n: int, seed: int, size: str = "demo", context: float = 1.0, clean: bool = False) -> list[Path]:
     """Write `n` radiographs, the table and the two lists as NIH ships them; returns the paths of the images."""
     out = Path(out)
     paths, rows, lists = [], [HEADER], {"train_val_list.txt": [], "test_list.txt": []}
@@ -546,7 +546,7 @@ def write(out: Path, n: int, seed: int, size: str = "demo", context: float = 1.0
         sex = "F" if Latents.draw(case_rng(seed, patient, 0)).breast > 0 else "M"
         subset = lists["test_list.txt" if patient % 10 in (3, 6, 9) else "train_val_list.txt"]
         for visit in range(min(visits, n - len(paths))):
-            image, found = make_case(seed, patient, visit, size, context)
+            image, found = make_case(seed, patient, visit, size, context, clean)
             path = out / f"images_{1 + len(paths) * folders // n:03d}" / "images" / f"{patient:08d}_{visit:03d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             picture = Image.fromarray(image)

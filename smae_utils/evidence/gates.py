@@ -1,0 +1,226 @@
+"""What must hold before two arms are compared, measured on the development seed: the phantoms are worth learning and can be learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from smae_utils.build import build_mae, build_model
+from smae_utils.data import derive_seed, read_case, read_splits
+from smae_utils.evaluation import load_finetuned
+from smae_utils.evidence.study import DEV_SEED, DEV_TEST_SEED, GATES, MAIN, N_TEST, PRESET, Arm, Unit, phantom_folder
+from smae_utils.mae import sanity_band
+from smae_utils.metrics import mean_auc
+from smae_utils.patches import mask_noise, patch_statistics, patchify
+from smae_utils.runs import Run
+from smae_utils.settings import resolve
+from smae_utils.tasks import get_task
+from smae_utils.transforms import ResizeRadiograph, prepare
+from smae_utils.weights import load_weights
+
+CROPS_PER_SCAN = 12
+ATLAS_LIMIT, FLOOR_LIMIT = 0.8, 0.2
+
+
+def run_gates(where: tuple, task: str, tuned: dict[str, tuple[float, float]]) -> pd.DataFrame:
+    """All gates of one task: task, gate, what, value, limit, holds ("" where the figure is for information)."""
+    from smae_utils.evidence.run import make_unit
+
+    unit = make_unit(where, task, DEV_SEED)
+    rows = [*_context(unit, tuned), *([] if unit.real else _floor(unit)), *_encoder_matters(unit, tuned)]
+    return pd.DataFrame(rows, columns=["gate", "what", "value", "limit", "holds"]).assign(task=task)
+
+
+def budget(where: tuple, task: str, tuned: dict[str, tuple[float, float]]) -> pd.DataFrame:
+    """Gate (d): both arms at one and four times the fine-tuning steps. It holds when four times adds less than a tenth."""
+    from smae_utils.evidence.run import make_unit
+
+    unit = make_unit(where, task, DEV_SEED)
+    steps = resolve(unit.record, "finetune", PRESET).steps
+    rows = []
+    for arm in MAIN[:2]:
+        score = {}
+        for times in (1, 4):
+            longer = Arm(arm.name, arm.init, arm.tuned_as, (("steps", steps * times),))
+            score[times] = _score(unit.run_arm(longer, tuned, name=f"budget{times}x-{arm.name}"))
+            rows.append(("d", f"{arm.name} at {times}x steps", score[times], "", ""))
+        gain = score[4] / score[1] - 1
+        rows.append(("d", f"{arm.name}: relative gain of 4x steps", gain, "<= 0.1", gain <= 0.1))
+    return pd.DataFrame(rows, columns=["gate", "what", "value", "limit", "holds"]).assign(task=task)
+
+
+def _score(scores: dict[str, float]) -> float:
+    return scores.get("mauc", scores.get("dsc"))
+
+
+def _encoder_matters(unit: Unit, tuned: dict[str, tuple[float, float]]) -> list[tuple]:
+    """Gate (c): without what the ViT says, or with a random ViT, the network loses."""
+    scratch = _score(unit.run_arm(MAIN[0], tuned))
+    rows = [("c", "scratch", scratch, "", "")]
+    for arm in GATES:
+        value = _score(unit.run_arm(arm, tuned))
+        rows.append(("c", arm.name, value, f"< {scratch:.3f} - 0.03", value < scratch - 0.03))
+    return rows
+
+
+def _floor(unit: Unit) -> list[tuple]:
+    """Gate (b): how far the normalised target can be predicted at all, and how far the masked autoencoder has come."""
+    settings = resolve(unit.record, "pretrain", PRESET)
+    n = max(6, N_TEST[unit.task] // unit.quick // 3)
+    images = []
+    for how in ({}, {"clean": True}):
+        folder = phantom_folder(unit.root, unit.task, n, DEV_TEST_SEED, **how)
+        cases = sorted((c for part in unit.record.read_splits(folder, 0, 0).values() for c in part), key=lambda c: c["case"])
+        images.append([_crop(unit, case, settings) for case in cases])
+    pairs = [(a, b) for a, b in zip(*images) if a.shape == b.shape]
+    noisy, clean = (torch.stack(part) for part in zip(*pairs))
+    targets = []
+    for batch in (noisy, clean):
+        patches = patchify(batch, settings.patch_size)
+        mean, std = patch_statistics(patches)
+        targets.append((patches - mean) / std)
+    floor = float((targets[0] - targets[1]).square().mean())
+    model = build_mae(unit.record, settings).eval()
+    load_weights(model, unit.pretrained("self"), require="")
+    noise = mask_noise(range(len(noisy)), model.encoder.pos_embed.shape[1])
+    with torch.inference_mode():
+        out = model(noisy, noise)
+    band = sanity_band(noisy, out.mask, model.patch_size, settings.norm_pix_loss)["patch_mean"]
+    loss, halfway = float(out.loss), band - 0.5 * (band - floor)
+    return [
+        ("b", "clean against noisy phantom, MSE of the target", floor, f"<= {FLOOR_LIMIT}", floor <= FLOOR_LIMIT),
+        ("b", "loss of predicting the patch mean", band, "", ""),
+        ("b", "loss of the masked autoencoder, unseen images", loss, f"<= {halfway:.3f} (halfway)", loss <= halfway),
+    ]
+
+
+def _crop(unit: Unit, case: dict, settings) -> torch.Tensor:
+    from smae_utils.lesson import load_crop
+
+    return load_crop(unit.record, settings, case)
+
+
+def _context(unit: Unit, tuned: dict[str, tuple[float, float]]) -> list[tuple]:
+    """Gate (0): position alone, and a linear model on a patch's own pixels and position, do worse than the trained network."""
+    unit.run_arm(MAIN[0], tuned)
+    return _context_2d(unit) if unit.record.spatial_dims == 2 else _context_3d(unit)
+
+
+def _context_2d(unit: Unit) -> list[tuple]:
+    settings = resolve(unit.record, "finetune", PRESET)
+    task = get_task(unit.list_file())
+    splits = read_splits(task, unit.real or "", settings)
+    read = [ResizeRadiograph((32, 32)), prepare(task, settings, with_label=False)]
+    sets = {}
+    for part in ("train", "test"):
+        pixels = np.stack([read[0](read_case(read[1], c))["image"].numpy().ravel() for c in splits[part]])
+        sets[part] = pixels, np.stack([c["label"] for c in splits[part]])
+    linear = _linear_auc(*sets["train"], *sets["test"])
+    network = _score(unit.run_arm(MAIN[0], {}))
+    return [
+        ("0", "linear model on pixels, mAUC", linear, f"< {network:.3f} (network)", linear < network - 0.02),
+        ("0", "trained network, mAUC", network, "", ""),
+    ]
+
+
+def patch_table(unit: Unit, part: str, features: Callable[[torch.Tensor], torch.Tensor] | None = None) -> dict[str, np.ndarray]:
+    """Random crops of a split, patch by patch: pixels (N, p^d C) or features, index of the patch, presence of each class (N, classes)."""
+    settings = resolve(unit.record, "finetune", PRESET)
+    task = get_task(unit.list_file())
+    transform = prepare(task, settings, with_label=True)
+    rng = np.random.default_rng(derive_seed(DEV_SEED, len(part)))
+    crops, labels = [], []
+    for case in read_splits(task, unit.real or "", settings)[part]:
+        data = read_case(transform, case)
+        image, label = data["image"].as_tensor(), data["label"].as_tensor()
+        for _ in range(CROPS_PER_SCAN):
+            corner = [int(rng.integers(n - c + 1)) for n, c in zip(image.shape[1:], settings.crop_size)]
+            cut = (slice(None), *(slice(o, o + c) for o, c in zip(corner, settings.crop_size)))
+            crops.append(image[cut])
+            labels.append(torch.from_numpy(np.stack(task.class_masks(label[cut][0].numpy()))).float())
+    crops, labels = torch.stack(crops), torch.stack(labels)
+    patches = patchify(crops, settings.patch_size)
+    inside = patchify(labels, settings.patch_size).unflatten(-1, (-1, len(task.classes))).mean(-2)
+    length = patches.shape[1]
+    return {
+        "crops": crops,
+        "x": (patches if features is None else features(crops)).flatten(0, 1).numpy(),
+        "index": np.tile(np.arange(length), len(crops)),
+        "y": (inside > 0.05).flatten(0, 1).numpy(),
+    }
+
+
+def _context_3d(unit: Unit) -> list[tuple]:
+    train, test = patch_table(unit, "train"), patch_table(unit, "test")
+    length = int(train["index"].max()) + 1
+    frequency = np.stack([train["y"][train["index"] == i].mean(0) for i in range(length)])
+    atlas = mean_auc(test["y"], frequency[test["index"]])[0]
+    one_hot = np.eye(length, dtype=np.float32)
+    linear = _linear_auc(train["x"], train["y"], test["x"], test["y"], one_hot[train["index"]], one_hot[test["index"]])
+    model, task, settings = load_finetuned(Run(unit.folder / "scratch"))
+    scores = []
+    with torch.inference_mode():
+        for batch in test["crops"].split(16):
+            logits = model(batch).float()
+            probs = logits.softmax(1)[:, 1:] if task.exclusive else logits.sigmoid()
+            scores.append(patchify(probs, settings.patch_size).unflatten(-1, (-1, len(task.classes))).mean(-2).flatten(0, 1))
+    network = mean_auc(test["y"], torch.cat(scores).numpy())[0]
+    return [
+        ("0", "class of a patch from its position alone, AUC", atlas, f"<= {ATLAS_LIMIT}", atlas <= ATLAS_LIMIT),
+        ("0", "class of a patch from its pixels and position, linear, AUC", linear, f"< {network:.3f} (network)", linear < network - 0.02),
+        ("0", "class of a patch by the trained network, AUC", network, "", ""),
+    ]
+
+
+def _linear_auc(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray, extra=None, extra_test=None) -> float:
+    """Mean AUC of a logistic regression a class on 64 principal components (and extra columns)."""
+    reduce = make_pipeline(StandardScaler(), PCA(min(64, *x.shape), random_state=0), StandardScaler()).fit(x)
+    a, b = reduce.transform(x), reduce.transform(x_test)
+    if extra is not None:
+        a, b = np.hstack([a, extra]), np.hstack([b, extra_test])
+    scores = np.zeros(y_test.shape)
+    for i in range(y.shape[1]):
+        if 0 < y[:, i].sum() < len(y):
+            scores[:, i] = LogisticRegression(C=0.1, max_iter=300).fit(a, y[:, i]).decision_function(b)
+    return mean_auc(y_test, scores)[0]
+
+
+def probe(where: tuple, task: str, seed: int) -> pd.DataFrame:
+    """A linear probe of the encoder's tokens, random against pre-trained: what can be read off them without fine-tuning?"""
+    from smae_utils.evidence.run import make_unit
+
+    unit = make_unit(where, task, seed)
+    settings = resolve(unit.record, "finetune", PRESET)
+    rows = []
+    for arm in ("random", "pretrained"):
+        torch.manual_seed(derive_seed(seed, 40))
+        model = build_model(unit.record, settings).eval()
+        if arm == "pretrained":
+            load_weights(model, unit.pretrained("self"))
+        rows.append({"task": task, "arm": f"probe_{arm}", "seed": seed, "metric": "linear_probe_auc", "value": _probe_auc(unit, model.encoder)})
+    return pd.DataFrame(rows)
+
+
+def _probe_auc(unit: Unit, encoder: torch.nn.Module) -> float:
+    @torch.inference_mode()
+    def tokens(crops: torch.Tensor) -> torch.Tensor:
+        return torch.cat([encoder(batch)[0][:, encoder.prefix_tokens :] for batch in crops.split(32)])
+
+    if unit.record.spatial_dims == 3:
+        train, test = (patch_table(unit, part, tokens) for part in ("train", "test"))
+        return _linear_auc(train["x"], train["y"], test["x"], test["y"])
+    settings = resolve(unit.record, "finetune", PRESET)
+    task = get_task(unit.list_file())
+    splits = read_splits(task, unit.real or "", settings)
+    sets = []
+    for part in ("train", "test"):
+        images = torch.stack([_crop(unit, case, settings) for case in splits[part]])
+        sets += [tokens(images).mean(1).numpy(), np.stack([c["label"] for c in splits[part]])]
+    return _linear_auc(*sets)

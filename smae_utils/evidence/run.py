@@ -1,0 +1,101 @@
+"""The command: tune on the development seed, check the gates, run the fresh seeds, write the tables. Everything done is found again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from smae_utils.errors import UserError
+from smae_utils.evidence import gates, study, tables
+from smae_utils.evidence.study import CONTROLS, DEV_SEED, MAIN, SEEDS, SWEEPS, TASKS, Arm, Unit
+
+PARTS = ("tune", "gates", "main", "controls", "budget", "sweeps")
+Tuned = dict[str, dict[str, tuple[float, float]]]
+
+
+def evidence(
+    out: Path, results: Path, tasks: Iterable[str] = (), parts: Iterable[str] = (), seeds: Iterable[int] = (), data: str | None = None,
+    jobs: int = 1, quick: int = 1,
+) -> None:  # fmt: skip
+    """Run the study, or parts of it, and write its tables.
+
+    Args:
+        out: folder of phantoms and runs; what is finished there is not done again.
+        results: folder of the CSV files.
+        data: folder of a real download instead of phantoms; needs one task. Seeds are then seeds of the training alone.
+        jobs: processes at a time, which share the cores.
+        quick: divides steps and cases; such figures mean nothing.
+
+    Raises:
+        UserError: for an unknown task or part.
+    """
+    tasks, parts, seeds = list(tasks) or list(TASKS), list(parts) or list(PARTS), list(seeds) or list(SEEDS)
+    for name, known, given in (("task", TASKS, tasks), ("part", PARTS, parts)):
+        for wrong in set(given) - set(known):
+            raise UserError(f"the evidence study has no {name} {wrong!r}: expected some of {', '.join(known)}")
+    if data and len(tasks) != 1:
+        raise UserError("--data is the folder of one task's download: name it with --task")
+    where = (out, data, quick, max(1, (os.cpu_count() or 1) // jobs))
+    tables_to = tables.Writer(results, jobs, quick)
+    units = [(task, seed) for seed in seeds for task in tasks]
+    if "tune" in parts:
+        jobs_of(jobs, _tune, [(where, task, arm) for task in tasks for arm in ("scratch", "self", "cnn")], tables_to.tuning)
+    tuned = tables.read_tuned(results)
+    for task in tasks:
+        if set(tuned.get(task, {})) < {"scratch", "self", "cnn"}:
+            raise UserError(f"{results / 'tuning.csv'} has no learning rates for {task}: run the part tune first")
+    if "gates" in parts:
+        jobs_of(jobs, gates.run_gates, [(where, task, tuned[task]) for task in tasks], tables_to.gates)
+    for part, arms in (("main", MAIN), ("controls", CONTROLS), ("budget", ()), ("sweeps", SWEEPS)):
+        if part in parts and arms:
+            jobs_of(jobs, _arms, [(where, task, seed, arms, tuned[task]) for task, seed in units], tables_to.part(part))
+        if part == "controls" and part in parts:
+            jobs_of(jobs, gates.probe, [(where, task, seed) for task, seed in units], tables_to.part(part))
+        if part == "budget" and part in parts:
+            jobs_of(jobs, gates.budget, [(where, task, tuned[task]) for task in tasks], tables_to.gates)
+    tables_to.finish()
+
+
+def jobs_of(jobs: int, function: Callable, arguments: list[tuple], receive: Callable[[pd.DataFrame], None]) -> None:
+    """Call `function` for each tuple, `jobs` at a time in processes of their own; `receive` gets each table when it is there."""
+    if jobs == 1:
+        for values in arguments:
+            receive(function(*values))
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(function, *values) for values in arguments]
+        for future in futures:
+            receive(future.result())
+
+
+def make_unit(where: tuple, task: str, seed: int) -> Unit:
+    """A unit in this process, with its share of the cores."""
+    out, data, quick, threads = where
+    torch.set_num_threads(threads)
+    return Unit(out, task, seed, data, quick)
+
+
+def _tune(where: tuple, task: str, arm: str) -> pd.DataFrame:
+    """Scores of the learning-rate grid of one arm on the development seed."""
+    unit = make_unit(where, task, DEV_SEED)
+    base = {a.name: a for a in MAIN}[arm]
+    rows = []
+    for factor, decay in study.CNN_GRID if arm == "cnn" else study.GRID:
+        scores = unit.run_arm(base, {arm: (factor, decay)}, name=f"tune-{arm}-lr{factor}-decay{decay}")
+        rows.append({"task": task, "arm": arm, "lr_factor": factor, "layer_decay": decay, "score": scores.get("mauc", scores.get("dsc"))})
+    return pd.DataFrame(rows)
+
+
+def _arms(where: tuple, task: str, seed: int, arms: tuple[Arm, ...], tuned: dict[str, tuple[float, float]]) -> pd.DataFrame:
+    unit = make_unit(where, task, seed)
+    rows = []
+    for arm in arms:
+        scores = unit.run_arm(arm, tuned)
+        rows += [{"task": task, "arm": arm.name, "seed": seed, "metric": k, "value": v} for k, v in scores.items()]
+    return pd.DataFrame(rows)

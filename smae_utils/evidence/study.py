@@ -1,0 +1,196 @@
+"""What the study consists of: data of each seed, the arms, and the runs they need. Numbers are fixed here before any run (docs/protocol.md)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from smae_utils.data import read_splits
+from smae_utils.evaluation import evaluate, read_metrics
+from smae_utils.lesson import crop_flops
+from smae_utils.phantoms import write_phantoms
+from smae_utils.runs import write_text
+from smae_utils.settings import FinetuneSettings, PretrainSettings, resolve, total_steps
+from smae_utils.tasks import get_task
+from smae_utils.training import finetune, pretrain
+from smae_utils.weights import WEIGHTS
+
+PRESET = "evidence"
+TASKS = ("cxr14", "btcv", "brats")
+N_TRAIN = {"btcv": 18, "brats": 24, "cxr14": 400}
+N_TEST = {"btcv": 60, "brats": 60, "cxr14": 600}
+SEEDS = (101, 102, 103, 104, 105)
+DEV_SEED, DEV_TEST_SEED, TEST_SEED = 77, 78, 100
+# Grids of one size for every arm: factors of the preset's learning rate, and layer decay.
+GRID = ((1.0, 1.0), (2.0, 1.0), (1.0, 0.75))
+CNN_GRID = ((1.0, 1.0), (2.0, 1.0), (0.5, 1.0))  # a CNN has no blocks to decay
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to fine-tune.
+
+    Attributes:
+        init: "scratch", or the name of a pre-training of this seed.
+        tuned_as: whose learning rate and layer decay it takes.
+        overrides: settings it has of its own.
+        equal_compute: as many more fine-tuning steps as the pre-training cost, by counted FLOPs.
+    """
+
+    name: str
+    init: str = "scratch"
+    tuned_as: str = "scratch"
+    overrides: tuple[tuple[str, Any], ...] = ()
+    equal_compute: bool = False
+
+
+PRETRAININGS: dict[str, dict[str, Any]] = {
+    "self": {},
+    "shuffled": {"shuffle_patches": True},
+    **{f"mask{ratio}": {"mask_ratio": ratio} for ratio in (0.125, 0.25, 0.5, 0.9)},
+    "raw_pixels": {"norm_pix_loss": False},
+}
+MAIN = (
+    Arm("scratch"),
+    Arm("self", "self", "self"),
+    Arm("scratch_equal_compute", equal_compute=True),
+    Arm("cnn", tuned_as="cnn", overrides=(("network", "cnn"),)),
+)
+CONTROLS = (
+    Arm("shuffled_patches", "shuffled", "self"),
+    Arm("permuted_weights", "permuted", "self"),
+)
+SWEEPS = tuple(Arm(name, name, "self") for name in PRETRAININGS if name not in ("self", "shuffled"))
+GATES = (
+    Arm("encoder_zeroed", overrides=(("encoder", "zeroed"),)),
+    Arm("encoder_frozen_random", overrides=(("encoder", "frozen"),)),
+)
+
+
+class Unit:
+    """One task and seed: its data, its pre-trainings and its arms, in folders below `root`; everything is done once and found again.
+
+    Args:
+        data: folder of the real download; None draws phantoms.
+        quick: divides steps and cases, for tests only.
+    """
+
+    def __init__(self, root: Path, task: str, seed: int, data: str | None = None, quick: int = 1):
+        self.root, self.task, self.seed, self.real, self.quick = Path(root).resolve(), task, seed, data, quick
+        self.folder = self.root / task / f"seed{seed}"
+        self.dev = seed == DEV_SEED
+        self.record = get_task(task)
+
+    def list_file(self) -> str:
+        """The task whose cases these are: the real task, or a list of freshly drawn training phantoms and the fixed test phantoms."""
+        if self.real:
+            return self.task
+        file = self.folder / "cases.json"
+        if not file.exists():
+            parts = {"training": self._entries(N_TRAIN, self.seed), "test": self._entries(N_TEST, DEV_TEST_SEED if self.dev else TEST_SEED)}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps({"name": f"{self.task} phantoms, seed {self.seed}", "like": self.task, **parts}, indent=0))
+        return str(file)
+
+    def _entries(self, counts: dict[str, int], seed: int) -> list[dict]:
+        folder = phantom_folder(self.root, self.task, max(6, counts[self.task] // self.quick), seed)
+        splits = self.record.read_splits(folder, 0, 0)
+        cases = sorted((c for part in splits.values() for c in part), key=lambda c: c["case"])
+        plain = {"image": str, "label": lambda v: v if isinstance(v, str) else [int(x) for x in v]}
+        return [{"case": f"{seed}-{c['case']}", "patient": f"{seed}-{c['patient']}", **{k: make(c[k]) for k, make in plain.items()}} for c in cases]
+
+    def overrides(self, stage: str, values: dict[str, Any]) -> dict[str, Any]:
+        """Settings on top of the preset: the seed, and in a quick run fewer steps."""
+        out = {"seed": self.seed, **values}
+        if self.quick > 1:
+            steps = out.get("steps") or total_steps(resolve(self.record, stage, PRESET), 1)[0]
+            out |= {"steps": max(2, steps // self.quick), "warmup_steps": 1}
+            out |= {"batch_size": min(resolve(self.record, stage, PRESET).batch_size, max(2, N_TRAIN[self.task] // self.quick))}
+        return out
+
+    def pretrained(self, name: str) -> Path:
+        """Run folder of a pre-training, or the file of a control made from one; trains it when it is not there."""
+        if name == "permuted":
+            return self._permuted(self.pretrained("self"))
+        folder = self.folder / f"pretrain-{name}"
+        values = self.overrides("pretrain", PRETRAININGS[name])
+        pretrain(self.list_file(), self.real or "", folder, PRESET, values, resume=True, report=self._say)
+        return folder
+
+    def _permuted(self, source: Path) -> Path:
+        """The pre-trained encoder with the numbers of each tensor in random order: same size and spread, nothing learned."""
+        target = self.folder / "permuted.safetensors"
+        if not target.exists():
+            with safe_open(source / WEIGHTS, framework="pt") as handle:
+                tensors = {name: handle.get_tensor(name) for name in handle.keys() if name.startswith("encoder.")}  # noqa: SIM118 (no mapping)
+                metadata = handle.metadata()
+            rng = np.random.default_rng(self.seed)
+            save_file({name: _permute(value, rng) for name, value in tensors.items()}, target, metadata=metadata)
+        return target
+
+    def arm_settings(self, arm: Arm, tuned: dict[str, tuple[float, float]]) -> dict[str, Any]:
+        """Overrides of an arm: its learning rate and layer decay, its own settings, its number of steps."""
+        factor, decay = tuned[arm.tuned_as]
+        base = resolve(self.record, "finetune", PRESET, overrides=dict(arm.overrides))
+        values = {**dict(arm.overrides), "base_lr": base.base_lr * factor, "layer_decay": decay}
+        if arm.equal_compute:
+            values["steps"] = equal_compute_steps(self.task)
+        return self.overrides("finetune", values)
+
+    def run_arm(self, arm: Arm, tuned: dict[str, tuple[float, float]], name: str = "") -> dict[str, float]:
+        """Fine-tune and score an arm on the test cases; returns the mean figures and the number of dead classes."""
+        folder = self.folder / (name or arm.name)
+        if not (folder / "metrics.json").exists():
+            init = "scratch" if arm.init == "scratch" else self.pretrained(arm.init)
+            finetune(self.list_file(), self.real or "", folder, init, PRESET, self.arm_settings(arm, tuned), resume=True, report=self._say)
+            evaluate(folder, save_masks=False, report=self._say)
+        metrics = read_metrics(folder)
+        out = {k: v for k, v in metrics["mean"].items() if v is not None}
+        if self.record.kind == "segmentation":
+            out["dead_classes"] = float(sum(c["dsc"] == 0 for c in metrics["classes"].values()))
+        return out
+
+    def _say(self, line: str) -> None:
+        if not line.startswith("  "):
+            print(f"[{self.task} {self.seed}] {line}", flush=True)
+
+
+def _permute(tensor: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    return tensor.flatten()[torch.from_numpy(rng.permutation(tensor.numel()))].reshape(tensor.shape)
+
+
+def phantom_folder(root: Path, task: str, n: int, seed: int, **how) -> Path:
+    """Phantoms of a seed, written once; a kill leaves no half folder."""
+    name = "-".join([f"{task}-n{n}-seed{seed}", *(f"{k}{v}" for k, v in how.items())])
+    folder = Path(root).resolve() / "data" / name
+    if not folder.exists():
+        part = folder.with_name(f"{name}.part{torch.initial_seed() % 997}-{np.random.SeedSequence().entropy % 10**6}")
+        write_phantoms(task, part, n, seed, **how)
+        try:
+            part.rename(folder)
+        except OSError:  # another process was faster; its folder holds the same bytes
+            import shutil
+
+            shutil.rmtree(part)
+    return folder
+
+
+def equal_compute_steps(task: str) -> int:
+    """Fine-tuning steps from scratch that cost what pre-training and fine-tuning cost together, by counted FLOPs."""
+    record = get_task(task)
+    pre, fine = (resolve(record, stage, PRESET) for stage in ("pretrain", "finetune"))
+    assert isinstance(pre, PretrainSettings) and isinstance(fine, FinetuneSettings)
+    cost = [crop_flops(record, s) * s.steps * s.batch_size * s.crops_per_scan for s in (pre, fine)]
+    return round(fine.steps * (1 + cost[0] / cost[1]))
+
+
+def test_cases(unit: Unit) -> list[dict]:
+    """The cases on which the arms of a unit are scored."""
+    return read_splits(get_task(unit.list_file()), unit.real or "", resolve(unit.record, "finetune", PRESET))["test"]

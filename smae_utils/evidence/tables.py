@@ -1,0 +1,120 @@
+"""The result files of the study: CSV with machine, date, commit, precision and command in `#` lines; intervals; the figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from scipy import stats
+
+from smae_utils import accel
+from smae_utils.runs import provenance, write_text
+
+ARM_COLOURS = {"self": "#0072B2", "scratch_equal_compute": "#E69F00", "cnn": "#009E73"}
+KEYS = {"tuning": ["task", "arm", "lr_factor", "layer_decay"], "gates": ["task", "gate", "what"], "main": ["task", "arm", "seed", "metric"]}
+
+
+def read(file: Path) -> pd.DataFrame:
+    """A result file without its `#` lines; empty when it is not there."""
+    return pd.read_csv(file, comment="#") if file.is_file() else pd.DataFrame()
+
+
+def read_tuned(results: Path) -> dict[str, dict[str, tuple[float, float]]]:
+    """task -> arm -> (factor of the learning rate, layer decay) with the best score on the development seed."""
+    table = read(Path(results) / "tuning.csv")
+    out: dict = {}
+    if not table.empty:
+        for row in table.sort_values("score").itertuples():
+            out.setdefault(row.task, {})[row.arm] = (row.lr_factor, row.layer_decay)
+    return out
+
+
+class Writer:
+    """Adds rows to the result files as they come; a row of the same key replaces the old one."""
+
+    def __init__(self, results: Path, jobs: int = 1, quick: int = 1):
+        self.results, self.jobs, self.quick = Path(results), jobs, quick
+        self.results.mkdir(parents=True, exist_ok=True)
+
+    def tuning(self, rows: pd.DataFrame) -> None:
+        """Scores of the learning-rate grids."""
+        self._add("tuning", rows, KEYS["tuning"])
+
+    def gates(self, rows: pd.DataFrame) -> None:
+        """What must hold before arms are compared."""
+        self._add("gates", rows, KEYS["gates"])
+
+    def part(self, name: str) -> Callable[[pd.DataFrame], None]:
+        """The receiver of main, controls or sweeps."""
+        return lambda rows: self._add(name, rows, KEYS["main"])
+
+    def _add(self, name: str, rows: pd.DataFrame, keys: list[str]) -> None:
+        file = self.results / f"{name}.csv"
+        table = pd.concat([read(file), rows], ignore_index=True).drop_duplicates(keys, keep="last").sort_values(keys, kind="stable")
+        source = provenance()
+        precision = accel.pick_precision("auto", accel.best_device())
+        head = [
+            f"python -m smae_utils evidence --jobs {self.jobs}"
+            + (f" --quick {self.quick} (figures of a quick run mean nothing)" if self.quick > 1 else ""),
+            f"{source['machine']}, {source['date']}, commit {source['commit']}, torch {source['packages']['torch']}, {accel.device_name(accel.best_device())}, {precision}",
+        ]
+        write_text(file, "".join(f"# {line}\n" for line in head) + table.to_csv(index=False, float_format="%.6g"))
+
+    def finish(self) -> None:
+        """Intervals and the figure, from whatever is there."""
+        main = read(self.results / "main.csv")
+        if main.empty:
+            return
+        table = intervals(pd.concat([main, *(read(self.results / f"{name}.csv") for name in ("controls", "sweeps"))]))
+        write_text(
+            self.results / "intervals.csv",
+            f"# paired t intervals over seeds, from main.csv, controls.csv, sweeps.csv\n{table.to_csv(index=False, float_format='%.4g')}",
+        )
+        figure = show_differences(main)
+        figure.savefig(self.results / "main.png", dpi=90)
+        plt.close(figure)
+
+
+def intervals(table: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
+    """Mean difference of each arm to scratch, paired by seed, with its t interval.
+
+    Returns:
+        task, metric, arm, seeds, scratch, value, difference, low, high; the interval is NaN with fewer than two seeds.
+    """
+    rows = []
+    for (task, metric), part in table.groupby(["task", "metric"], sort=False):
+        wide = part.pivot(index="seed", columns="arm", values="value")
+        if "scratch" not in wide or metric in ("dead_classes",):
+            continue
+        for arm in (a for a in wide.columns if a != "scratch"):
+            both = wide[["scratch", arm]].dropna()
+            change = both[arm] - both["scratch"]
+            n = len(change)
+            half = stats.t.ppf(0.5 + level / 2, n - 1) * change.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
+            rows.append((task, metric, arm, n, both["scratch"].mean(), both[arm].mean(), change.mean(), change.mean() - half, change.mean() + half))
+    return pd.DataFrame(rows, columns=["task", "metric", "arm", "seeds", "scratch", "value", "difference", "low", "high"])
+
+
+def show_differences(main: pd.DataFrame) -> Figure:
+    """Difference to scratch of each seed (dots), mean and 95 % interval of each arm; a panel a task."""
+    table = intervals(main)
+    tasks = list(main.task.unique())
+    figure, axes = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks), 3.2), squeeze=False, layout="constrained")
+    for axis, task in zip(axes[0], tasks):
+        metric = "mauc" if "mauc" in set(main[main.task == task].metric) else "dsc"
+        wide = main[(main.task == task) & (main.metric == metric)].pivot(index="seed", columns="arm", values="value")
+        arms = [a for a in ARM_COLOURS if a in wide]
+        for x, arm in enumerate(arms):
+            row = table[(table.task == task) & (table.metric == metric) & (table.arm == arm)].iloc[0]
+            axis.plot([x] * len(wide), wide[arm] - wide["scratch"], "o", color=ARM_COLOURS[arm], alpha=0.5)
+            axis.errorbar(
+                x + 0.15, row.difference, [[row.difference - row.low], [row.high - row.difference]], fmt="D", color="black", capsize=4, ms=4
+            )
+        axis.axhline(0, color="#777777", linewidth=1)
+        axis.set(title=f"{task}, {len(wide)} seeds", xticks=range(len(arms)), xlim=(-0.5, len(arms) - 0.5), ylabel=f"{metric} - scratch")
+        axis.set_xticklabels([a.replace("_", "\n") for a in arms], fontsize=8)
+    return figure
