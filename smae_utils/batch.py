@@ -96,9 +96,15 @@ def run_notebook(notebook: str | Path, out_dir: str | Path, parameters: dict[str
 
 
 def _drop_widget_state(notebook: Path) -> None:
-    """A slider in an executed copy is dead; its state is bulk. (papermill's own switch for it breaks cells with output widgets.)"""
+    """A slider in an executed copy is dead; its state is bulk. (papermill's own switch for it breaks cells with output widgets.)
+
+    Where a widget brought a picture along, as the explorer does, the picture stays.
+    """
     content = nbformat.read(notebook, as_version=4)
     content.metadata.pop("widgets", None)
+    for output in (o for cell in content.cells for o in cell.get("outputs", ())):
+        if "image/png" in output.get("data", {}):
+            output.data.pop("application/vnd.jupyter.widget-view+json", None)
     nbformat.write(content, notebook)
 
 

@@ -171,6 +171,10 @@ class Run:
         new.rename(final)
         shutil.rmtree(old, ignore_errors=True)
 
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, weights) that `keep_every` kept, oldest first."""
+        return sorted((int(p.stem.removeprefix("step")), p) for p in (self.path / "checkpoints").glob("step*.safetensors"))
+
     def state(self) -> Path | None:
         """Folder of the newest whole state, if any."""
         for name in ("last", "last.new"):  # last.new is whole whenever `last` is gone, see `swap_in`

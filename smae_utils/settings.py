@@ -59,6 +59,7 @@ class Settings:
     log_every: int = 50
     save_every: int = 500
     val_every: int = 0  # 0: never
+    keep_every: int = 0  # keep the weights of each so manyth step too, to watch a network learn; 0: only the last
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class FinetuneSettings(Settings):
 AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("crop_size", "patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads"), 1),
     **dict.fromkeys(("feature_size", "batch_size", "crops_per_scan", "log_every", "save_every"), 1),
-    **dict.fromkeys(("fold", "num_workers", "steps", "epochs", "warmup_steps", "warmup_epochs", "val_every"), 0),
+    **dict.fromkeys(("fold", "num_workers", "steps", "epochs", "warmup_steps", "warmup_epochs", "val_every", "keep_every"), 0),
     **dict.fromkeys(("base_lr", "weight_decay", "clip_grad", "betas", "layer_decay", "ce_weight_power"), 0.0),
     **dict.fromkeys(("cache_rate", "flip_prob", "rotate_prob", "intensity_prob", "intensity_scale", "drop_path", "overlap"), 0.0),
     **dict.fromkeys(("spacing_mm", "crop_area"), 1e-3),

@@ -253,6 +253,9 @@ class Loop:
                     left = (self.steps - step) * (time.monotonic() - begin) / (step - first)
                     shown = "  ".join(f"{k} {v:.4f}" for k, v in entry.items() if k not in ("step", "lr"))
                     report(f"step {step:>6}/{self.steps}  {shown}  lr {entry['lr']:.2e}  {left:.0f} s left")
+                if main and settings.keep_every and step % settings.keep_every == 0:
+                    (run.path / "checkpoints").mkdir(exist_ok=True)
+                    save_weights(self.model, run.path / "checkpoints" / f"step{step:07d}.safetensors")
                 if last or interrupted() or step % settings.save_every == 0:
                     accel.save_state(accelerator, run, state)
                 if interrupted() and not last:
