@@ -79,14 +79,14 @@ class Explorer(widgets.VBox):
         self.by_hand = widgets.Checkbox(value=False, description="hide a box by hand: what does it think is under here?", indent=False)
         axes = ("left to right", "back to front", "foot to head") if len(source.grid) == 3 else ("rows", "columns")
         self.box = [
-            widgets.IntRangeSlider(value=(g // 3, max(g // 3, 2 * g // 3 - 1)), min=0, max=g - 1, description=name, disabled=True, **slow)
+            widgets.IntRangeSlider(value=(g // 4, max(g // 4, g // 2)), min=0, max=g - 1, description=name, disabled=True, **slow)
             for g, name in zip(source.grid, axes)
         ]
         self.window = widgets.FloatRangeSlider(value=(0, 1), min=-1, max=2, step=0.01, description="grey window", readout_format=".2f")
         self.mode = widgets.ToggleButtons(options=[("intensities", False), ("normalised target", True)], value=False)
         self.outlines = widgets.SelectMultiple(options=[], description="outlines", rows=2)
         self.views = list(PLANES) if source.ndim == 3 else [""]
-        self.slices = {view: widgets.IntSlider(value=0, min=0, max=0, description=view) for view in self.views}
+        self.slices = {view: widgets.IntSlider(value=1, min=1, max=1, description=view) for view in self.views}
         self.images = {view: widgets.Image(format="jpeg") for view in self.views}
         self.note, self.line, self.legend = widgets.HTML(), widgets.HTML(), widgets.HTML()
         super().__init__(self._arrange())
@@ -96,6 +96,7 @@ class Explorer(widgets.VBox):
     def _arrange(self) -> list[widgets.Widget]:
         for control in (self.case, self.channel, self.step, self.ratio, self.window, *self.box, *self.slices.values()):
             control.style.description_width = "7em"
+        self.window.layout.width, self.by_hand.layout.width = "32em", "max-content"
         rows: list[widgets.Widget] = [widgets.HBox([w for w in (self.case, self.channel, self.step) if len(w.options) > 1 or w is self.case])]
         if self.source.model is not None:
             rows += [widgets.HBox([self.ratio, self.seed, self.renew]), widgets.HBox([self.by_hand, *self.box]), self.mode]
@@ -126,7 +127,7 @@ class Explorer(widgets.VBox):
 
     def _go(self, view: str, by: int) -> None:
         slider = self.slices[view]
-        slider.value = min(max(slider.value + by, 0), slider.max)
+        slider.value = min(max(slider.value + by, 1), slider.max)
 
     def _another_seed(self) -> None:
         self.by_hand.value = False
@@ -150,8 +151,8 @@ class Explorer(widgets.VBox):
         self.window.min, self.window.max, self.window.step = low - span, high + span, span / 100
         for view, axis in PLANES.items():
             if view in self.slices:
-                self.slices[view].max = self.image.shape[1 + axis] - 1
-                self.slices[view].value = self.image.shape[1 + axis] // 2
+                self.slices[view].max = self.image.shape[1 + axis]
+                self.slices[view].value = self.image.shape[1 + axis] // 2 + 1
         # The label and one prediction: more at a time is a thicket.
         self.outlines.options, self.outlines.value = list(labels), tuple(dict.fromkeys([*list(labels)[:1], *list(labels)[-1:]]))
         self._busy = False
@@ -168,6 +169,7 @@ class Explorer(widgets.VBox):
             grid = self.source.grid
             if self.by_hand.value and 0 < np.prod([b - a + 1 for a, b in (s.value for s in self.box)]) < np.prod(grid):
                 noise, ratio = hide_box(grid, [slider.value for slider in self.box])
+                self._show_box()
             else:
                 length = int(np.prod(grid))
                 noise, ratio = hide_random(length, min(max(self.ratio.value, 1 / length), 1 - 1 / length), self.seed.value)
@@ -175,6 +177,17 @@ class Explorer(widgets.VBox):
         self.scene.labels = self.labels
         self.seconds = time.perf_counter() - started
         self._draw_all()
+
+    def _show_box(self) -> None:
+        """Move slices that do not cut the hidden box into its middle."""
+        self._busy = True
+        for view, axis in PLANES.items():
+            if view in self.slices:
+                size = self.image.shape[1 + axis] // self.source.grid[axis]
+                low, high = self.box[axis].value
+                if not low * size < self.slices[view].value <= (high + 1) * size:
+                    self.slices[view].value = (low + high + 1) * size // 2 + 1
+        self._busy = False
 
     def _draw_all(self) -> None:
         if self._busy:
@@ -191,7 +204,7 @@ class Explorer(widgets.VBox):
     def _draw(self, view: str) -> None:
         if self._busy:
             return
-        index = self.slices[view].value if view else 0
+        index = self.slices[view].value - 1 if view else 0
         self.images[view].value = encode(strip(self.scene, view, index, self.look))
         self.line.value = f'<div role="status" aria-live="polite">{html.escape(self.text())}</div>'
 
@@ -214,7 +227,7 @@ class Explorer(widgets.VBox):
         for view in self.views:
             if view:
                 slider = self.slices[view]
-                parts.append(f"{view} slice {slider.value + 1} of {slider.max + 1} ({slider.value * spacing[PLANES[view]]:.0f} mm)")
+                parts.append(f"{view} slice {slider.value} of {slider.max} ({(slider.value - 1) * spacing[PLANES[view]]:.0f} mm)")
         if self.source.model is not None:
             parts.append(f"{self.scene.hidden.mean():.0%} hidden")
             parts.append(f"loss on hidden patches {self.scene.loss:.3f}, predicting each patch's mean {self.scene.baseline:.3f}")
@@ -222,7 +235,7 @@ class Explorer(widgets.VBox):
 
     def still(self) -> Still:
         """The static twin: a contact sheet and a text."""
-        at = [self.slices[view].value for view in ("sagittal", "coronal", "axial")] if self.source.ndim == 3 else [0, 0]
+        at = [self.slices[view].value - 1 for view in ("sagittal", "coronal", "axial")] if self.source.ndim == 3 else [0, 0]
         columns = ", ".join(self.scene.rows)
         text = f"Contact sheet, columns {columns}; lines {', '.join(v for v in self.views if v) or 'one image'}. {self.text()}"
         return Still(encode(sheet(self.scene, at, self.look), "PNG"), text)

@@ -126,7 +126,7 @@ def picture(scene: Scene, row: str, view: str, index: int, look: Look) -> Image.
     panel = Image.fromarray(rgb).resize(_size(values.shape, mm, scene.shape, look), Image.Resampling.NEAREST)
     if row != "error":
         panel = _outline(panel, scene, view, index, look)
-    _annotate(panel, view, mm, values.shape)
+    _annotate(panel, row, view, mm, values.shape)
     return panel
 
 
@@ -172,16 +172,17 @@ def colour(value: int) -> tuple[int, ...]:
     return tuple(int(text[i : i + 2], 16) for i in (1, 3, 5))
 
 
-def _annotate(panel: Image.Image, view: str, mm: tuple[float, float], pixels: tuple[int, int]) -> None:
-    """Letters of the patient's sides, and a scale bar of 10, 20, 50 or 100 mm."""
+def _annotate(panel: Image.Image, row: str, view: str, mm: tuple[float, float], pixels: tuple[int, int]) -> None:
+    """What the panel shows, letters of the patient's sides, and a scale bar of 10, 20, 50 or 100 mm."""
     draw = ImageDraw.Draw(panel)
     width, height = panel.size
 
     def write(x: int, y: int, text: str) -> None:
         draw.text((x, y), text, fill=(255, 214, 90), stroke_width=1, stroke_fill=(0, 0, 0))
 
+    write(3, 1, row)
     sides = SIDES[view]
-    places = ((2, height // 2 - 6), (width - 9, height // 2 - 6), (width // 2 - 3, 1), (width // 2 - 3, height - 13))
+    places = ((2, height // 2 - 6), (width - 9, height // 2 - 6), (width // 2 + 20, 12), (width // 2 + 20, height - 13))
     for letter, (x, y) in zip(sides, places):
         write(x, y, letter)
     per_mm = width / (pixels[1] * mm[1])
@@ -204,14 +205,11 @@ def strip(scene: Scene, view: str, index: int, look: Look) -> Image.Image:
 
 
 def sheet(scene: Scene, at: Sequence[int], look: Look) -> Image.Image:
-    """Contact sheet: a column a row name, a line a view, with headings."""
+    """Contact sheet: a column each row of the scene, a line a view."""
     views = [("", 0)] if len(scene.shape) == 2 else [(name, at[axis]) for name, axis in PLANES.items()]
     strips = [strip(scene, view, index, look) for view, index in views]
-    head = 16
-    out = Image.new("RGB", (max(s.width for s in strips), head + sum(s.height + 4 for s in strips)), (24, 24, 24))
-    draw, y = ImageDraw.Draw(out), head
-    for i, row in enumerate(scene.rows):
-        draw.text((i * (strips[0].width + 4) // len(scene.rows) + 4, 2), row, fill=(235, 235, 235))
+    out = Image.new("RGB", (max(s.width for s in strips), sum(s.height + 4 for s in strips) - 4), (127, 127, 127))
+    y = 0
     for image in strips:
         out.paste(image, (0, y))
         y += image.height + 4

@@ -71,7 +71,7 @@ def test_the_slice_on_screen_is_that_slice_of_the_image():
     e = explore(model((16, 16, 16), chans=1), image)
     e.window.value = (0, 1)
     for index, bright in ((4, False), (5, True), (6, False)):
-        e.slices["axial"].value = index
+        e.slices["axial"].value = index + 1  # slices are counted from 1
         grey = np.median(panels(e.images["axial"].value)[0])
         assert (grey > 200) == bright
 
@@ -119,7 +119,7 @@ def test_rows_hold_what_the_model_says_and_the_loss_is_its_own():
 
 def test_hidden_patches_are_painted_and_visible_ones_are_not():
     e = explore(model((16, 16, 16), chans=1), torch.rand(1, 16, 16, 16))
-    e.slices["axial"].value = 4
+    e.slices["axial"].value = 5
     visible = panels(e.images["axial"].value)[1]
     painted = (np.abs(visible - np.array(HIDDEN_COLOUR)).max(-1) < 20).mean()
     assert painted == pytest.approx(e.scene.hidden[:, :, 4].mean(), abs=0.12)
@@ -144,11 +144,12 @@ def test_a_box_by_hand_hides_exactly_these_patches():
     expected = np.zeros((16, 16, 24), bool)
     expected[:8, :8, 8:] = True
     assert np.array_equal(e.scene.hidden, expected) and "17% hidden" in e.text()
+    assert e.slices["sagittal"].value <= 8 and e.slices["axial"].value > 8  # the slices cut the box
 
 
 def test_the_text_says_what_is_on_screen():
     e = explore(model(), torch.rand(2, 16, 16, 24), spacing_mm=(2, 2, 5))
-    e.slices["axial"].value = 7
+    e.slices["axial"].value = 8
     text = e.text()
     assert "axial slice 8 of 24 (35 mm)" in text and "75% hidden" in text
     assert f"loss on hidden patches {e.scene.loss:.3f}" in text and "each patch's mean 1.000" in text
