@@ -61,6 +61,13 @@ def memory_format(ndim: int) -> torch.memory_format:
     return torch.channels_last if ndim == 2 else torch.channels_last_3d
 
 
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether `flag` is set in any process: all have to stop at the same step."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)).item())
+
+
 def save_state(accelerator: Accelerator, run: Run, state: dict[str, Any]) -> None:
     """Write model, optimiser and `state` to the run's `last/`; whole at any moment."""
     new = run.path / "last.new"

@@ -8,7 +8,10 @@ from typing import Any
 
 import nbformat
 import papermill
+from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
+from nbformat.reader import NotJSONError
+from nbformat.validator import ValidationError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
@@ -39,7 +42,10 @@ def check_parameters(notebook: Path, given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: for an unknown parameter or a wrong type, listing the right ones.
     """
-    known = papermill.inspect_notebook(str(notebook))
+    try:
+        known = papermill.inspect_notebook(str(notebook))
+    except (NotJSONError, ValidationError, ValueError, NotImplementedError, AttributeError) as error:
+        raise UserError(f"{notebook} is no notebook ({' '.join(str(error).split())[:120]}): expected an .ipynb file") from None
     listing = "; ".join(f"{name}: {p['inferred_type_name']} = {p['default']}  ({p['help']})" for name, p in known.items())
     out = {}
     for name, value in given.items():
@@ -77,7 +83,6 @@ def run_notebook(notebook: str | Path, out_dir: str | Path, parameters: dict[str
             str(source),
             str(target),
             parameters=values,
-            cwd=str(source.parent),
             progress_bar=False,
             stdout_file=sys.stdout,
             coalesce_streams=True,
@@ -88,6 +93,8 @@ def run_notebook(notebook: str | Path, out_dir: str | Path, parameters: dict[str
         # A UserError's text is the whole story; anything else needs its type.
         text = error.evalue if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
         failure = f"{source.name} stopped at cell {error.exec_count}: {' '.join(text.split())[:600]}. The executed copy is {target}"
+    except DeadKernelError:
+        failure = f"the kernel of {source.name} died, most likely for lack of memory: use a smaller preset or batch. The executed copy is {target}"
     _drop_widget_state(target)
     write_html(target)
     if failure:

@@ -15,7 +15,12 @@ from smae_utils.errors import UserError
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 a mistake of the user's, 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    passed_on: list[str] = []
+    if argv[:1] in (["test"], ["lab"]):  # what follows is for pytest or JupyterLab, options too
+        argv, passed_on = argv[:1], argv[1:]
     args = _parser().parse_args(argv)
+    args.args = passed_on
     # A scheduler's SIGTERM means what Ctrl-C means: save and stop.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -104,8 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--picture", type=Path, metavar="RUN", help="draw docs/reconstruction.png anew from this pre-training run")
     add("env", _env, "make the environment .venv (nothing needs to be installed for it)")
     for name, function, text in (("test", _test, "run the tests (arguments go to pytest)"), ("lab", _lab, "open JupyterLab on the notebooks")):
-        command = add(name, function, text)
-        command.add_argument("args", nargs=argparse.REMAINDER)
+        add(name, function, text)
     return parser
 
 

@@ -14,10 +14,12 @@ from smae_utils.errors import UserError
 from smae_utils.evaluation import compare
 from smae_utils.phantoms import DEFAULT_N, write_phantoms
 from smae_utils.runs import Run, machine_name, provenance, write_text
+from smae_utils.settings import STAGES, resolve
 from smae_utils.tasks import get_task
 from smae_utils.training import finetune, pretrain
 
 TASKS = ("btcv", "cxr14", "brats")
+MARKER = "delete-me-freely.txt"
 METRICS = {"segmentation": ("dsc", "hd95_mm"), "classification": ("mauc",)}
 
 
@@ -39,6 +41,8 @@ def demo(out: str | Path, tasks: list[str], preset: str = "demo", seed: int = 0,
     for task in tasks:
         if task not in TASKS:
             raise UserError(f"the demo has no task {task!r}: expected one of {', '.join(TASKS)}")
+        for stage in STAGES:  # a mistyped preset is said before an earlier demo is deleted
+            resolve(get_task(task), stage, preset)
     begin = time.monotonic()
     rows, tables, pages, times = [], {}, [], {}
     for task in tasks:
@@ -77,10 +81,11 @@ def _clear(folder: Path) -> None:
     import shutil
 
     if folder.exists():
-        if not (folder / "data").exists() and any(folder.iterdir()):
-            raise UserError(f"{folder} holds something that is no earlier demo: choose another --out")
+        if not (folder / MARKER).is_file() and any(folder.iterdir()):
+            raise UserError(f"{folder} holds something that this command did not make: choose another --out")
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
+    (folder / MARKER).write_text("made by python -m smae_utils, which deletes this folder when it runs again\n")
 
 
 def _summary_rows(task: str, table: pd.DataFrame, seed: int) -> list[tuple]:

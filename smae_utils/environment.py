@@ -46,7 +46,7 @@ def make_environment() -> None:
     stamp = VENV / "installed.txt"
     if stamp.is_file() and stamp.read_text() == digest and venv_python().exists():
         return
-    print(f"making the environment in {VENV} (a few minutes, about 2 GB without a GPU)", flush=True)
+    print(f"making the environment in {VENV} (a few minutes; 2 GB with a CPU-only torch, several more with CUDA)", flush=True)
     try:
         venv.create(VENV, with_pip=True, clear=VENV.exists())
     except subprocess.CalledProcessError:

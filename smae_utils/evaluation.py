@@ -21,6 +21,7 @@ from smae_utils.runs import Run, write_text
 from smae_utils.settings import FinetuneSettings, make_settings
 from smae_utils.tasks import Task, get_task
 from smae_utils.training import Say, say
+from smae_utils.transforms import check_label_values, check_same_place
 from smae_utils.weights import load_weights
 
 
@@ -53,6 +54,12 @@ def evaluate(
     cases = read_splits(task, data_dir or run.config["data"], settings).get(split)
     if not cases:
         raise UserError(f"no cases in split {split!r} of {data_dir or run.config['data']}: expected test, or val when train_on_val is off")
+    recorded = run.config["cases"]
+    trained = set(recorded["train"]) | (set(recorded["val"]) if split == "test" else set())
+    if seen := sorted(trained & {c["case"] for c in cases}):
+        raise UserError(
+            f"{len(seen)} of the {split} cases were used in training this run, {seen[0]} for one: evaluate on the data it was trained with"
+        )
     if unlabelled := [c["case"] for c in cases if "label" not in c]:
         raise UserError(f"{len(unlabelled)} {split} cases have no label, {unlabelled[0]} for one: they cannot be scored, only predicted")
     accelerator, _ = accel.make_accelerator(run.config.get("precision", "auto"))
@@ -96,6 +103,11 @@ def read_label(case: dict) -> tuple[nib.Nifti1Image, np.ndarray]:
         raise UserError(f"cannot read {case['label']}: {line}. The file may be cut short: copy or unpack it again") from None
 
 
+def first_file(image: str | list[str]) -> str:
+    """The file that says where a scan lies; channels in several files share one grid."""
+    return image if isinstance(image, str) else image[0]
+
+
 def _segmentation_rows(model, cases, task: Task, settings, device, folder: Path | None, report: Say) -> pd.DataFrame:
     rows = []
     for number, case in enumerate(cases, start=1):
@@ -104,6 +116,8 @@ def _segmentation_rows(model, cases, task: Task, settings, device, folder: Path 
         masks = segment(model, case, task, settings, device)
         if masks[0].shape != truth[0].shape:
             raise UserError(f"{case['label']} has shape {truth[0].shape}, its image {masks[0].shape}: they must lie on one grid")
+        check_same_place(stored.affine, nib.load(first_file(case["image"])).affine, truth[0].shape, case["label"], first_file(case["image"]))
+        check_label_values(values, task, case["label"])
         spacing = [float(s) for s in stored.header.get_zooms()[: truth[0].ndim]]
         for name, pred, label in zip(task.classes, masks, truth):
             rows.append(
@@ -169,6 +183,11 @@ def _mean(values) -> float:
     return float(np.mean(finite)) if finite else float("nan")
 
 
+def per_class(run_dir: str | Path) -> pd.DataFrame:
+    """The figures of each class of an evaluated run, a row a class."""
+    return pd.DataFrame(read_metrics(run_dir)["classes"]).T.astype(float).round(3)
+
+
 def read_metrics(run_dir: str | Path) -> dict[str, Any]:
     """metrics.json of an evaluated run."""
     import json
@@ -195,6 +214,11 @@ def compare(scratch: str | Path, self_pretrained: str | Path) -> pd.DataFrame:
         names = ", ".join(different or ["precision"])
         raise UserError(f"{scratch} and {self_pretrained} differ in {names}: only {', '.join(free)} may differ between arms")
     a, b = (read_metrics(p) for p in (scratch, self_pretrained))
+    if a["split"] != b["split"]:
+        raise UserError(f"{scratch} was scored on {a['split']} cases, {self_pretrained} on {b['split']}: evaluate both on the same")
+    inits = [config["init"] == "scratch" for config in runs]
+    if inits == [False, True]:
+        raise UserError(f"{scratch} is the self pre-trained run, {self_pretrained} the one from scratch: give scratch first")
     key = "auc" if "mauc" in a["mean"] else "dsc"
     rows = [("mean", metric, a["mean"][metric], b["mean"][metric]) for metric in a["mean"]]
     rows += [(name, key, a["classes"][name][key], b["classes"][name][key]) for name in a["classes"]]

@@ -47,7 +47,9 @@ def segment(model: nn.Module, case: Case, task: Task, settings: FinetuneSettings
     transform = prepare(task, settings, with_label=False)
     prepared = read_case(transform, {"image": case["image"], "case": case["case"]})["image"]
     probs = probabilities(model, prepared.as_tensor(), task, settings, device)
-    together = max(1, CHANNEL_VOXELS // probs[0].numel())
+    # Whichever grid is larger has to fit.
+    own = int(np.prod(prepared.meta["spatial_shape"]))
+    together = max(1, CHANNEL_VOXELS // max(own, probs[0].numel()))
     winner, best, masks = None, None, []
     for start in range(0, len(probs), together):
         values = to_scan_grid(probs[start : start + together], prepared, transform)
@@ -60,7 +62,15 @@ def segment(model: nn.Module, case: Case, task: Task, settings: FinetuneSettings
                 continue
             ahead = value > best
             winner[ahead], best = i, np.where(ahead, value, best)
-    return task.class_masks(winner) if task.exclusive else masks
+    return task.class_masks(winner) if task.exclusive else nest(masks)
+
+
+def nest(masks: list[np.ndarray]) -> list[np.ndarray]:
+    """Regions from the widest to the narrowest, each cut to what the wider ones hold: enhancing tumour outside the tumour is none."""
+    out = masks[:1]
+    for mask in masks[1:]:
+        out.append(out[-1] & mask)
+    return out
 
 
 def classify(model: nn.Module, cases: list[Case], task: Task, settings: FinetuneSettings, device: torch.device, batch_size: int = 64) -> np.ndarray:
@@ -88,7 +98,7 @@ def score_cases(model: nn.Module, task: Task, settings: FinetuneSettings, cases:
             pred = task.class_masks(probs.argmax(0).numpy())
             true = task.class_masks(label[0].numpy())
         else:
-            pred = list((probs > 0.5).numpy())
+            pred = nest(list((probs > 0.5).numpy()))
             true = list(region_targets(label[None], task)[0].bool().numpy())
         scores.append([dsc(p, t) for p, t in zip(pred, true)])
     return float(np.nanmean(scores))

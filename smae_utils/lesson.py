@@ -13,9 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from smae_utils.build import build_mae, build_model
 from smae_utils.data import read_case
 from smae_utils.environment import work_root
+from smae_utils.errors import UserError
 from smae_utils.phantoms import DEFAULT_N, write_phantoms
 from smae_utils.settings import PretrainSettings, Settings, resolve, total_steps
-from smae_utils.tasks import Task, get_task
+from smae_utils.tasks import Task
+from smae_utils.tasks import get_task as find_task
 from smae_utils.tasks.lists import is_list
 from smae_utils.transforms import ResizeRadiograph, prepare
 
@@ -26,7 +28,7 @@ def data_folder(task: str, data_dir: str = "", seed: int = 0) -> Path:
         return Path(data_dir)
     if is_list(task):
         return Path(task).resolve().parent
-    if packaged := get_task(task).packaged:
+    if packaged := find_task(task).packaged:
         return packaged()
     folder = work_root() / "data" / f"phantom-{task}-seed{seed}"
     if not folder.exists():
@@ -42,6 +44,19 @@ def data_folder(task: str, data_dir: str = "", seed: int = 0) -> Path:
 def run_folder(task: str, run_dir: str = "", preset: str = "demo", seed: int = 0) -> Path:
     """`run_dir`, or `runs/TASK-PRESET-seedN` below the project."""
     return Path(run_dir) if run_dir else work_root() / "runs" / f"{Path(task).stem}-{Path(preset).stem}-seed{seed}"
+
+
+def get_task(task: str, kind: str = "") -> Task:
+    """The record of a task, of one kind where a notebook is for that kind only.
+
+    Raises:
+        UserError: naming the notebook of the other kind.
+    """
+    record = find_task(task)
+    if kind and record.kind != kind:
+        other = {"classification": "03_classification", "segmentation": "04_segmentation"}[record.kind]
+        raise UserError(f"task {task} is a {record.kind} task: use notebook {other}")
+    return record
 
 
 def versions() -> str:
@@ -73,19 +88,21 @@ def crop_flops(task: Task, settings: Settings) -> float:
 
 def run_flops(task: str, stage: str, preset: str, n_train: int) -> tuple[float, int]:
     """(FLOPs of a whole run, steps) of a preset on `n_train` scans."""
-    record = get_task(task)
+    record = find_task(task)
     settings = resolve(record, stage, preset)
     steps, _ = total_steps(settings, n_train)
     return crop_flops(record, settings) * steps * settings.batch_size * settings.crops_per_scan, steps
 
 
-def measured_flops_per_second(device: torch.device, seconds: float = 0.5) -> float:
-    """What this device reaches on a matrix product in fp32 (bf16 on a GPU): an upper bound for training."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    a = torch.randn(1024, 1024, device=device, dtype=dtype)
+def measured_flops_per_second(device: torch.device, precision: str = "fp32", seconds: float = 0.5) -> float:
+    """What this device reaches on a plain matrix product in this precision: more than training will."""
+    size, together = (8192, 8) if device.type == "cuda" else (1024, 1)
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     (a @ a).sum().item()
     count, begin = 0, time.monotonic()
     while time.monotonic() - begin < seconds:
-        (a @ a).sum().item()
-        count += 1
-    return 2 * 1024**3 * count / (time.monotonic() - begin)
+        for _ in range(together):  # a GPU works while Python goes on: wait for it once in a while, not each time
+            b = a @ a
+        b[0, 0].item()
+        count += together
+    return 2 * size**3 * count / (time.monotonic() - begin)

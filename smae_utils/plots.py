@@ -206,15 +206,19 @@ def show_curves(
     return figure
 
 
-def show_overlay(image: np.ndarray, label: np.ndarray, predictions: dict[str, np.ndarray], classes: Sequence[str], title: str = "") -> Figure:
-    """One scan (X, Y, Z): the label, then each arm's prediction, outlined in the planes with most labelled voxels."""
+def show_overlay(
+    image: np.ndarray, label: np.ndarray, predictions: dict[str, np.ndarray], classes: Sequence[str], title: str = "",
+    spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),
+) -> Figure:  # fmt: skip
+    """One scan (X, Y, Z): the label, then each arm's prediction, outlined in the planes with most labelled voxels, in true proportions."""
     shown = {"label": label, **predictions}
     figure, axes = _grid(len(shown), 3)
     at = centre_of(label) if label.any() else None
     low, high = _scale(image)
     for row, (name, values) in zip(axes, shown.items()):
         for axis, (view, picture), outline in zip(row, pictures(image, at=at).items(), pictures(values, at=at).values()):
-            axis.imshow(picture, cmap="gray", vmin=low, vmax=high, interpolation="nearest")
+            across, up = (spacing_mm[a] for a in range(3) if a != PLANES[view])
+            axis.imshow(picture, cmap="gray", vmin=low, vmax=high, interpolation="nearest", aspect=up / across)
             draw_outlines(axis, outline, len(classes))
             axis.set_title(f"{name}, {view}", fontsize=8)
     figure.suptitle(title, fontsize=10)
@@ -229,8 +233,10 @@ def show_comparison(table, metric: str) -> Figure:
     place = np.arange(len(rows))
     figure, axis = plt.subplots(figsize=(6.5, 0.32 * len(rows) + 1.2), layout="constrained")
     for offset, arm in ((0.2, "scratch"), (-0.2, "self")):
-        axis.barh(place + offset, rows[arm].fillna(0), height=0.38, label=arm, color=ARM_COLOURS[arm])
-    axis.set_yticks(place, rows["class"])
+        axis.barh(place + offset, rows[arm], height=0.38, label=arm, color=ARM_COLOURS[arm])
+    # No bar is no figure, not 0: the class cannot be scored.
+    names = [f"{r['class']} (n/a)" if np.isnan(r["scratch"]) or np.isnan(r["self"]) else r["class"] for _, r in rows.iterrows()]
+    axis.set_yticks(place, names)
     axis.invert_yaxis()
     axis.set(xlabel=metric, xlim=(0, 1))
     axis.grid(axis="x", alpha=0.3)
@@ -242,7 +248,7 @@ def show_test_case(task: Task, case: dict, runs: dict[str, Path], tables: dict, 
     """One test case: the scan with label and each arm's prediction, or the radiograph beside targets and scores."""
     if task.kind == "classification":
         return _show_scores(task, case, tables, title)
-    image = nib.as_closest_canonical(nib.load(case["image"]))
+    image = nib.as_closest_canonical(nib.load(case["image"] if isinstance(case["image"], str) else case["image"][0]))
     values = np.asarray(image.dataobj, np.float32)
     picture = values[..., 0] if values.ndim == 4 else values
     if task.window:
@@ -253,7 +259,7 @@ def show_test_case(task: Task, case: dict, runs: dict[str, Path], tables: dict, 
 
     predicted = {arm: labels(run / "predictions" / f"{case['case']}.nii.gz") for arm, run in runs.items()}
     names = task.classes if task.exclusive else [f"label {i}" for i in range(1, task.label_values)]
-    return show_overlay(picture, labels(case["label"]), predicted, names, title)
+    return show_overlay(picture, labels(case["label"]), predicted, names, title, image.header.get_zooms()[:3])
 
 
 def _show_scores(task: Task, case: dict, tables: dict, title: str) -> Figure:

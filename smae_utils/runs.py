@@ -18,6 +18,7 @@ import subprocess
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -75,8 +76,8 @@ class Run:
         self.path = Path(path)
 
     @classmethod
-    def start(cls, path: str | Path, config: dict[str, Any], resume: bool = False) -> Run:
-        """Create the folder, or open it again to go on.
+    def start(cls, path: str | Path, config: dict[str, Any], resume: bool = False, defaults: dict[str, Any] = MappingProxyType({})) -> Run:
+        """Create the folder, or open it again to go on; `defaults` fills settings that an older run does not have.
 
         Raises:
             UserError: if the folder already holds a run and `resume` is off, or if it was made with other settings.
@@ -92,7 +93,9 @@ class Run:
         if not resume:
             raise UserError(f"{run.path} already holds a run: go on with --resume, or choose another --out")
         old = run.config
-        for key in ("stage", "task", "data", "init", "settings"):
+        # Settings that are newer than the run have their defaults in it.
+        old["settings"] = {**defaults, **old["settings"]}
+        for key in ("stage", "task", "data", "init", "settings", "cases"):
             if old.get(key) != config.get(key):
                 before, now = old.get(key), config.get(key)
                 if isinstance(before, dict) and isinstance(now, dict):
@@ -177,10 +180,13 @@ class Run:
 
     def state(self) -> Path | None:
         """Folder of the newest whole state, if any."""
-        for name in ("last", "last.new"):  # last.new is whole whenever `last` is gone, see `swap_in`
-            if (self.path / name / "state.json").is_file():
-                return self.path / name
-        return None
+        last, new, old = (self.path / name for name in ("last", "last.new", "last.old"))
+        if not last.exists():  # killed between the two renames of `swap_in`: finish what it was doing
+            for folder in (new, old):
+                if (folder / "state.json").is_file():
+                    folder.rename(last)
+                    break
+        return last if (last / "state.json").is_file() else None
 
 
 def _no_nan(value: Any) -> Any:

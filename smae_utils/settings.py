@@ -99,7 +99,7 @@ class FinetuneSettings(Settings):
 AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("crop_size", "patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads"), 1),
     **dict.fromkeys(("feature_size", "batch_size", "crops_per_scan", "log_every", "save_every"), 1),
-    **dict.fromkeys(("fold", "num_workers", "steps", "epochs", "warmup_steps", "warmup_epochs", "val_every", "keep_every"), 0),
+    **dict.fromkeys(("seed", "split_seed", "fold", "num_workers", "steps", "epochs", "warmup_steps", "warmup_epochs", "val_every", "keep_every"), 0),
     **dict.fromkeys(("base_lr", "weight_decay", "clip_grad", "betas", "layer_decay", "ce_weight_power"), 0.0),
     **dict.fromkeys(("cache_rate", "flip_prob", "rotate_prob", "intensity_prob", "intensity_scale", "drop_path", "overlap"), 0.0),
     **dict.fromkeys(("spacing_mm", "crop_area"), 1e-3),
@@ -134,6 +134,9 @@ def load_preset(name: str) -> dict[str, Any]:
         ):
             if part is not None and not isinstance(part, dict):
                 raise UserError(f"section {where} of {path} must be a mapping of settings, got {part!r}")
+            for arm in ARMS:
+                if isinstance((part or {}).get(arm), (str, int, float, list)):
+                    raise UserError(f"section {where}: {arm} of {path} must be a mapping of settings, got {part[arm]!r}")
     return content
 
 
@@ -160,7 +163,11 @@ def resolve(task: Task, stage: str, preset: str, arm: str = "scratch", overrides
             layers.append((section.get(stage) or {}).get(arm) or {})
     for layer in layers:
         values.update({k: v for k, v in layer.items() if k not in (*STAGES, *ARMS)})
-    values.update(overrides or {})
+    given = dict(overrides or {})
+    for name, other in (("epochs", "steps"), ("steps", "epochs"), ("warmup_steps", "warmup_epochs"), ("warmup_epochs", "warmup_steps")):
+        if name in given and other not in given:  # the one that was asked for counts, also where the preset says the other
+            values[other] = 0
+    values.update(given)
     return make_settings(cls, values, where=f"preset {preset!r}")
 
 
@@ -171,6 +178,9 @@ def make_settings(cls: type[Settings], values: dict[str, Any], where: str) -> Se
     if unknown:
         raise UserError(f"unknown setting {unknown[0]!r} ({where} or --set): expected one of {', '.join(sorted(hints))}")
     made = {name: coerce(value, hints[name], name) for name, value in values.items()}
+    for name in ("betas", "crop_area"):
+        if name in made and (len(made[name]) != 2 or list(made[name]) != sorted(made[name])):
+            raise UserError(f"{name} must be two numbers, the smaller first, got {list(made[name])}")
     for name, value in made.items():
         low, high = AT_LEAST.get(name, -math.inf), AT_MOST.get(name, math.inf)
         for number in value if isinstance(value, tuple) else (value,):

@@ -28,6 +28,8 @@ from smae_utils.transforms import augment_finetune, augment_pretrain, prepare
 from smae_utils.weights import WEIGHTS, load_weights, parameter_count, save_weights, weights_file
 
 Say = Callable[[str], None]
+# At most so many crops are scored, and kept in memory, for the validation loss of pre-training.
+VALIDATION_CROPS = 128
 
 
 def say(line: str) -> None:
@@ -74,7 +76,8 @@ def pretrain(
         # The same crops and the same masks every time, so that the curve shows the model and not the draw.
         if not fixed:
             crops = Crops(Scans(images["val"], transform), augment_pretrain(record, settings), seed=derive_seed(settings.split_seed, 11))
-            fixed.extend(join([crops[i]]) for i in range(len(images["val"]) * max(1, 4 // settings.crops_per_scan)))
+            wanted = min(len(images["val"]) * max(1, 4 // settings.crops_per_scan), max(1, VALIDATION_CROPS // settings.crops_per_scan))
+            fixed.extend(join([crops[i]]) for i in range(wanted))
         losses = [loss_of(net, {**b, "image": b["image"].to(next(net.parameters()).device)}).item() for b in fixed]
         return {"val_loss": sum(losses) / len(losses)}
 
@@ -109,6 +112,8 @@ def finetune(
     if not scratch:
         weights_file(init)
     splits = read_splits(record, data_dir, settings)
+    if not scratch:
+        _check_unseen(init, splits)
     for part in splits:
         labelled = [c for c in splits[part] if "label" in c]
         if len(labelled) < len(splits[part]):
@@ -141,6 +146,20 @@ def finetune(
     config = {**_config("finetune", record.name, data_dir, preset, settings, splits), "init": str(init)}
     loop = Loop(config, out, model, scans, augment_finetune(record, settings), settings, loss_of, report, layer_decay=settings.layer_decay)
     return loop.run(resume, validate if splits["val"] else None, best=settings.select == "best")
+
+
+def _check_unseen(init: str | Path, splits: dict[str, list[Case]]) -> None:
+    """Refuse an encoder that has seen this run's test images, as one of another fold has.
+
+    Cases are compared by name, so only runs of the same data are.
+    """
+    if not (Path(init) / "config.yaml").is_file():
+        return
+    seen = set(Run.open(init).config["cases"]["train"]) & {c["case"] for c in splits["test"]}
+    if seen:
+        raise UserError(
+            f"{init} was pre-trained on {len(seen)} of this run's test cases, {min(seen)} for one: pre-train with the same split and fold"
+        )
 
 
 def _config(stage: str, task: str, data_dir: str | Path, preset: str, settings: Settings, splits: dict[str, list[Case]]) -> dict[str, Any]:
@@ -202,7 +221,7 @@ class Loop:
         report = self.report if main else (lambda line: None)
         training_loader(self.scans, self.augment, settings, 0, 0, 0, accelerator.num_processes)  # its checks, before a folder is made
         if main:
-            Run.start(self.out, self.config, resume)
+            Run.start(self.out, self.config, resume, as_dict(type(settings)()))
         accelerator.wait_for_everyone()
         run = Run(self.out)
         if run.finished:
@@ -241,6 +260,10 @@ class Loop:
                 scores = {}
                 if validate and (last or (settings.val_every and step % settings.val_every == 0)):
                     scores = self._validate(accelerator, model, validate)
+                    if best and math.isnan(scores["val_score"]):
+                        raise UserError(
+                            "no validation case can be scored (no class with both outcomes): use --set select=last, or more validation cases"
+                        )
                     better = "val_score" in scores and (state["best"] is None or scores["val_score"] > state["best"])
                     if best and better and main:
                         state["best"] = scores["val_score"]
@@ -256,9 +279,10 @@ class Loop:
                 if main and settings.keep_every and step % settings.keep_every == 0:
                     (run.path / "checkpoints").mkdir(exist_ok=True)
                     save_weights(self.model, run.path / "checkpoints" / f"step{step:07d}.safetensors")
-                if last or interrupted() or step % settings.save_every == 0:
+                stop = accel.any_process(accelerator, interrupted())
+                if last or stop or step % settings.save_every == 0:
                     accel.save_state(accelerator, run, state)
-                if interrupted() and not last:
+                if stop and not last:
                     report(f"interrupted after step {step}: the run is saved, go on with --resume (in Python: resume=True)")
                     raise KeyboardInterrupt
         if main:
@@ -281,16 +305,21 @@ class Loop:
             loss = self.loss_of(model, batch)
         value = accelerator.gather(loss.detach().reshape(1)).mean().item()
         if not math.isfinite(value):
-            raise UserError(
-                f"the loss is {value} at step {step} with cases {', '.join(sorted(set(batch['case'])))}: look at these scans, "
-                f"or lower base_lr (now {self.settings.base_lr}). The run folder holds the last good state"
-            )
+            raise UserError(self._diverged("loss", value, step, batch))
         optimizer.zero_grad()
         accelerator.backward(loss)
-        if self.settings.clip_grad:
-            accelerator.clip_grad_norm_(model.parameters(), self.settings.clip_grad)
+        norm = accelerator.clip_grad_norm_(model.parameters(), self.settings.clip_grad or math.inf)
+        if not math.isfinite(float(norm)):
+            raise UserError(self._diverged("gradient", float(norm), step, batch))
         optimizer.step()
         return value
+
+    def _diverged(self, what: str, value: float, step: int, batch: dict) -> str:
+        kept = "The run folder holds an earlier state" if Run(self.out).state() else "Nothing was saved before that"
+        return (
+            f"the {what} is {value} at step {step} with cases {', '.join(sorted(set(batch['case'])))}: look at these scans, "
+            f"or lower base_lr (now {self.settings.base_lr}). {kept}"
+        )
 
     def _validate(self, accelerator, model: nn.Module, validate: Callable[[nn.Module], dict[str, float]]) -> dict[str, float]:
         model.eval()

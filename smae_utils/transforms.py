@@ -66,7 +66,8 @@ def augment_pretrain(task: Task, settings: Settings) -> Compose:
 def augment_finetune(task: Task, settings: FinetuneSettings) -> Compose:
     """Crops balanced over the labels, flips, quarter turns, intensity scale and shift."""
     if task.spatial_dims == 2:
-        return Compose([RandomRadiograph(settings.crop_size, settings.flip_prob, settings.crop_area, settings.rand_augment)])
+        flip = 0.0 if task.sided and not settings.mirror else settings.flip_prob
+        return Compose([RandomRadiograph(settings.crop_size, flip, settings.crop_area, settings.rand_augment)])
     keys, size = ["image", "label"], settings.crop_size
     steps = [
         mt.RandCropByLabelClassesd(
@@ -106,12 +107,27 @@ class CheckCase(mt.Transform):
             label, path = data["label"], data["label"].meta["filename_or_obj"]
             if label.shape[1:] != image.shape[1:]:
                 raise UserError(f"{path} has shape {tuple(label.shape[1:])}, its image {name} {tuple(image.shape[1:])}: they must lie on one grid")
-            values = torch.unique(label.as_tensor())
-            if (values != values.round()).any() or values.min() < 0 or values.max() >= self.task.label_values:
-                raise UserError(
-                    f"{path} holds values {values.tolist()[:8]}: task {self.task.name} expects integers 0 .. {self.task.label_values - 1}"
-                )
+            check_same_place(np.asarray(label.affine), np.asarray(image.affine), image.shape[1:], path, name)
+            check_label_values(label.as_tensor().numpy(), self.task, path)
         return data
+
+
+def check_same_place(label: np.ndarray, image: np.ndarray, shape: Sequence[int], label_path: str, image_path: str) -> None:
+    """Refuse a label whose affine (4, 4) puts its corners half a voxel or more away from where the image has them."""
+    corners = np.array([[*c, 1] for c in np.ndindex(2, 2, 2)]) * [*(n - 1 for n in shape[:3]), 1]
+    off = np.abs(corners @ (label - image).T)[:, :3].max()
+    voxel = np.linalg.norm(image[:3, :3], axis=0).min()
+    if off > 0.5 * voxel:
+        raise UserError(
+            f"{label_path} lies up to {off:.1f} mm away from its image {image_path}, by their affines: resample the label onto the image's grid"
+        )
+
+
+def check_label_values(values: np.ndarray, task: Task, path: str) -> None:
+    """Refuse values that are no label of the task."""
+    found = np.unique(values)
+    if (found != np.round(found)).any() or found.min() < 0 or found.max() >= task.label_values:
+        raise UserError(f"{path} holds values {found.tolist()[:8]}: task {task.name} expects integers 0 .. {task.label_values - 1}")
 
 
 class AddForeground(mt.Transform):
@@ -160,7 +176,10 @@ class RandomRadiograph(mt.RandomizableTransform):
         super().__init__()
         self.crop = RandomResizedCropAndInterpolation(tuple(size), scale=tuple(area), interpolation="bicubic")
         self.flip_prob = flip_prob
-        self.augment = rand_augment_transform(policy, {"translate_const": int(0.45 * min(size)), "img_mean": (128,)}) if policy else None
+        try:
+            self.augment = rand_augment_transform(policy, {"translate_const": int(0.45 * min(size)), "img_mean": (128,)}) if policy else None
+        except (AssertionError, ValueError, KeyError):
+            raise UserError(f"rand_augment {policy!r} is no policy of timm: expected one as rand-m9-mstd0.5-inc1, or empty for none") from None
 
     def __call__(self, data: dict) -> list[dict]:
         # timm draws from Python's and numpy's global generators; they are seeded from this transform's own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import subprocess
 import sys
@@ -92,6 +93,8 @@ def test_unknown_words(smae, brats, tmp_path):
         ({"decoder_num_heads": 7}, ["decoder_num_heads", "7"]),
         ({"log_every": 0}, ["log_every"]),
         ({"cache_rate": 2}, ["cache_rate"]),
+        ({"seed": -1}, ["seed"]),
+        ({"betas": "[0.9]"}, ["betas", "two numbers"]),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
 )
@@ -155,6 +158,64 @@ def test_a_label_on_another_grid_and_labels_that_are_none(smae, btcv, spoil, tmp
     for name, wrong in (("value", np.full(label.shape, 14, np.int16)), ("float", label + 0.5), ("negative", label.astype(np.int16) - 1)):
         nib.save(nib.Nifti1Image(wrong, stored.affine), case["label"])
         refused(smae.train("finetune", "btcv", folder, tmp_path / name), case["label"], "0 .. 13")
+
+
+def test_a_label_that_lies_elsewhere_by_its_affine_is_refused_in_training_and_in_scoring(smae, brats, spoil, tmp_path):
+    folder = spoil(brats)
+    assert smae.train("finetune", "brats", folder, tmp_path / "run")[0] == 0
+    for part, command in (("train", ()), ("test", ("evaluate", tmp_path / "run"))):
+        case = first_case("brats", folder, part)
+        stored = nib.load(case["label"])
+        moved = stored.affine.copy()
+        moved[:3, 3] += 30
+        nib.save(nib.Nifti1Image(np.array(stored.dataobj), moved), case["label"])
+        answer = smae(*command) if command else smae.train("finetune", "brats", folder, tmp_path / "again")
+        refused(answer, case["label"], "mm away", "resample")
+
+
+def test_test_labels_with_values_that_are_none_are_refused(smae, brats, spoil, tmp_path):
+    folder = spoil(brats)
+    assert smae.train("finetune", "brats", folder, tmp_path / "run")[0] == 0
+    case = first_case("brats", folder, "test")
+    stored = nib.load(case["label"])
+    nib.save(nib.Nifti1Image(np.array(stored.dataobj) * 85, stored.affine), case["label"])
+    refused(smae("evaluate", tmp_path / "run"), case["label"], "0 .. 3")
+
+
+def test_cases_that_training_saw_are_not_scored_and_an_encoder_that_saw_test_cases_is_refused(smae, brats, spoil, tmp_path):
+    folder = spoil(brats)
+    assert smae.train("pretrain", "brats", folder, tmp_path / "pre")[0] == 0
+    refused(smae.train("finetune", "brats", folder, tmp_path / "run", "--init", tmp_path / "pre", fold=1), "pre", "test cases", "fold")
+    assert smae.train("finetune", "brats", folder, tmp_path / "run", "--init", tmp_path / "pre")[0] == 0
+    index = folder / "Task01_BrainTumour" / "dataset.json"
+    content = json.loads(index.read_text())
+    content["training"] = content["training"][::-1]  # the same cases in another order: another split
+    index.write_text(json.dumps(content))
+    refused(smae("evaluate", tmp_path / "run"), "used in training")
+
+
+def test_swapped_arms_are_refused(smae, brats, tmp_path):
+    assert smae.train("pretrain", "brats", brats, tmp_path / "pre")[0] == 0
+    for name, more in (("self", ("--init", tmp_path / "pre")), ("scratch", ())):
+        assert smae.train("finetune", "brats", brats, tmp_path / name, *more)[0] == 0
+        assert smae("evaluate", tmp_path / name)[0] == 0
+    refused(smae("compare", tmp_path / "self", tmp_path / "scratch"), "scratch first")
+
+
+def test_the_demo_deletes_only_what_it_made(smae, tmp_path):
+    mine = tmp_path / "demo" / "btcv" / "data"
+    mine.mkdir(parents=True)
+    (mine / "RawData.zip").write_text("mine")
+    refused(smae("demo", "--task", "btcv", "--out", tmp_path / "demo"), "did not make")
+    refused(smae("demo", "--task", "btcv", "--out", tmp_path / "demo", "--preset", "dmeo"), "dmeo")
+    assert (mine / "RawData.zip").read_text() == "mine"
+
+
+def test_a_file_that_is_no_notebook(smae, tmp_path):
+    (tmp_path / "text.md").write_text("# text")
+    (tmp_path / "cut.ipynb").write_text('{"cells": [')
+    for name in ("text.md", "cut.ipynb"):
+        refused(smae("run", tmp_path / name, "--out", tmp_path / "out"), name, "no notebook")
 
 
 def test_images_that_are_not_finite_or_of_another_kind(smae, brats, spoil, tmp_path):

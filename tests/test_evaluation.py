@@ -71,13 +71,13 @@ def test_written_masks_lie_on_the_scans_own_grid_and_give_the_reported_figures(t
             index = record.classes.index(row[2])
             values = record.regions[index] if record.regions else (index + 1,)
             pred, label = np.isin(a, values), np.isin(b, values)
-            assert (row.predicted, row.labelled) == (pred.any(), label.any()) or task == "brats"
-            if label.any() and pred.any() and task == "btcv":
+            assert (row.predicted, row.labelled) == (pred.any(), label.any())
+            if label.any() and pred.any():
                 assert row.dsc == pytest.approx(f1_score(label.ravel(), pred.ravel()))
                 if pred.sum() < 2000:
                     assert row.hd95_mm == pytest.approx(brute_hd95(pred, label, spacing), rel=1e-4)
                     checked += 1
-    assert checked > 3 or task == "brats"
+    assert checked > 3 or (task == "brats" and any(table.predicted))
 
 
 @pytest.mark.parametrize("task", ["btcv", "brats"])

@@ -228,7 +228,7 @@ def test_the_models_share_the_encoder_by_parameter_name_and_shape():
 
 
 def test_a_width_that_does_not_divide_into_its_heads_is_an_error():
-    with pytest.raises(UserError, match="24 .* 5 heads"):
+    with pytest.raises(UserError, match="24 .* num_heads 5"):
         ViTClassifier((16, 16), 8, 1, 24, 1, 5, 2)
 
 

@@ -16,7 +16,7 @@ from smae_utils.settings import Settings
 from smae_utils.tasks import get_task
 from smae_utils.transforms import ReadRadiograph, ResizeRadiograph, prepare
 
-# TransUNet's lists, as FACTS and the paper have them.
+# TransUNet's lists, which the paper used.
 TRAIN = {5, 6, 7, 9, 10, 21, 23, 24, 26, 27, 28, 30, 31, 33, 34, 37, 39, 40}
 TEST = {1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38}
 

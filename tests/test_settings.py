@@ -143,6 +143,12 @@ def test_steps_go_before_epochs_and_a_short_run_warms_up_at_most_half():
     assert total_steps(PretrainSettings(steps=20, warmup_steps=5), 3) == (20, 5)
 
 
+def test_what_is_asked_for_counts_also_where_the_preset_says_the_other():
+    assert total_steps(resolve(BTCV, "pretrain", "demo", overrides={"epochs": 3}), 15) == (12, 6)
+    assert total_steps(resolve(BTCV, "pretrain", "paper", overrides={"warmup_steps": 0}), 18)[1] == 0
+    assert total_steps(resolve(BTCV, "pretrain", "paper", overrides={"steps": 50}), 18)[0] == 50
+
+
 def test_a_run_without_length_is_refused():
     with pytest.raises(UserError, match="--set steps="):
         total_steps(PretrainSettings(), 5)

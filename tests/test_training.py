@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -271,6 +272,24 @@ def test_norms_biases_and_tokens_are_not_decayed_and_the_rest_is(tiny):
         if parameter.requires_grad:
             plain = parameter.ndim <= 1 or "pos_embed" in name or "cls_token" in name
             assert decay[id(parameter)] == (0 if plain else 0.3), name
+
+
+@pytest.mark.parametrize("left", ["last.new", "last.old", "last.new last.old"])
+def test_a_kill_between_two_renames_of_the_state_loses_nothing(left, brats, tiny, bare, tmp_path):
+    pretrain("brats", brats, tmp_path / "run", bare, tiny["brats", "pretrain"], report=quiet)
+    run = Run(tmp_path / "run")
+    for name in left.split():
+        shutil.copytree(run.path / "last", run.path / name)
+    shutil.rmtree(run.path / "last")
+    assert run.state() == run.path / "last" and (run.path / "last" / "state.json").is_file()
+
+
+def test_a_setting_newer_than_the_run_does_not_stop_its_resuming(brats, tiny, bare, tmp_path):
+    run = pretrain("brats", brats, tmp_path / "run", bare, tiny["brats", "pretrain"], report=quiet)
+    config = yaml.safe_load((run.path / "config.yaml").read_text())
+    del config["settings"]["keep_every"]
+    (run.path / "config.yaml").write_text(yaml.safe_dump(config))
+    pretrain("brats", brats, tmp_path / "run", bare, tiny["brats", "pretrain"], resume=True, report=quiet)
 
 
 def test_a_finished_run_is_not_trained_again(brats, tiny, bare, tmp_path, monkeypatch):

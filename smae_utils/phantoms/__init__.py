@@ -30,8 +30,8 @@ def write_phantoms(task: str, out: str | Path, n: int, seed: int = 0, size: str 
     out = Path(out)
     if task not in MODULES:
         raise UserError(f"no phantom for task {task!r}: expected one of {', '.join(MODULES)}")
-    if size not in SIZES or n < 1 or not 0 <= context <= 1:
-        raise UserError(f"expected size in {SIZES}, n >= 1 and 0 <= context <= 1, got size={size!r}, n={n}, context={context}")
+    if size not in SIZES or n < 1 or seed < 0 or not 0 <= context <= 1:
+        raise UserError(f"expected size in {SIZES}, n >= 1, seed >= 0 and 0 <= context <= 1, got {size!r}, n={n}, seed={seed}, context={context}")
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out, so that no data is mixed or overwritten")
     return importlib.import_module(f"{__name__}.{MODULES[task]}").write(out, n, seed, size, context, clean)

@@ -30,6 +30,7 @@ class Task:
         window: intensity range mapped to 0..1 (HU for CT); None standardises the non-zero voxels of each channel.
         regions: label values that make up each class, when classes overlap (then each class has its own sigmoid);
             None: class i has label i + 1 and classes exclude each other (softmax with background).
+        real_train: training scans of the real data set, for counting what a recipe costs there.
         sided: labels tell left from right, so images are not mirrored left-right.
         like: for a task made from a list: the task whose sections of the presets it takes.
         settings: what such a task wants differently, shaped like a preset's section.
@@ -47,6 +48,7 @@ class Task:
     spacing_mm: tuple[float, ...] = ()
     window: tuple[float, float] | None = None
     regions: tuple[tuple[int, ...], ...] | None = None
+    real_train: int = 0
     sided: bool = False
     subset: tuple[str, ...] = ()
     packaged: Callable[[], Path] | None = None

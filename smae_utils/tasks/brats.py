@@ -45,6 +45,7 @@ TASK = Task(
     spatial_dims=3,
     channels=("FLAIR", "T1w", "T1gd", "T2w"),
     classes=("WT", "TC", "ET"),
+    real_train=387,  # four of five folds of 484
     regions=((1, 2, 3), (2, 3), (3,)),
     read_splits=read_splits,
     spacing_mm=(1.0, 1.0, 1.0),

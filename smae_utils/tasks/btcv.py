@@ -48,6 +48,7 @@ TASK = Task(
     read_splits=read_splits,
     spacing_mm=(1.5, 1.5, 2.0),
     window=(-175.0, 250.0),
+    real_train=18,
     sided=True,
     source="Synapse syn3193805",
 )

@@ -41,13 +41,18 @@ def read_splits(data_dir: Path, seed: int = 0, fold: int = 0) -> Splits:
 
 def _read_table(path: Path) -> dict[str, tuple[np.ndarray, str]]:
     """Image name -> (14 zeros and ones, patient). Read by position up to the bracketed names, in which the header splits."""
-    with path.open(newline="", encoding="utf-8-sig") as handle:
-        reader = csv.reader(handle)
-        header = next(reader, [])
-        expected = ["Image Index", "Finding Labels", "Follow-up #", "Patient ID"]
-        if header[:4] != expected:
-            raise UserError(f"{path} starts with the columns {header[:4]}, expected {expected}")
-        return {row[0]: (_findings(row[1], path, row[0]), row[3]) for row in reader if row}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as handle:
+            header, *rows = list(csv.reader(handle)) or [[]]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not in UTF-8 ({error}): download it again") from None
+    expected = ["Image Index", "Finding Labels", "Follow-up #", "Patient ID"]
+    if header[:4] != expected:
+        raise UserError(f"{path} starts with the columns {header[:4]}, expected {expected}")
+    for line, row in enumerate(rows, start=2):
+        if row and len(row) < 4:
+            raise UserError(f"{path}, line {line}: {len(row)} columns, expected at least {', '.join(expected)}: download it again")
+    return {row[0]: (_findings(row[1], path, row[0]), row[3]) for row in rows if row}
 
 
 def _findings(text: str, path: Path, image: str) -> np.ndarray:
@@ -67,6 +72,7 @@ TASK = Task(
     spatial_dims=2,
     channels=("radiograph",),
     classes=FINDINGS,
+    real_train=86_524,
     read_splits=read_splits,
     source="NIH Clinical Center, ChestX-ray14",
 )
