@@ -76,6 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--data", type=Path, help="where the data lies now, if it was moved")
     command.add_argument("--split", default="test", help="test or val")
 
+    command = add("predict", _predict, "apply a fine-tuned run to scans: masks on each scan's own grid, volumes, pictures; or probabilities")
+    command.add_argument("run", type=Path, metavar="RUN")
+    command.add_argument("scans", nargs="+", metavar="SCAN", help="image files, DICOM folders or list files")
+    command.add_argument("--out", required=True, type=Path)
+    command.add_argument("--probabilities", action="store_true", help="write probabilities too (segmentation)")
+    command.add_argument("--occlusion", action="store_true", help="draw which places speak for the likeliest finding (radiographs)")
+
     command = add("compare", _compare, "table of two evaluated runs: scratch | self pre-trained | difference")
     command.add_argument("scratch", type=Path)
     command.add_argument("self", type=Path)
@@ -166,6 +173,12 @@ def _evaluate(args) -> None:
     from smae_utils.evaluation import evaluate
 
     evaluate(args.run, args.data, args.split)
+
+
+def _predict(args) -> None:
+    from smae_utils.predict import predict
+
+    predict(args.run, args.scans, args.out, args.probabilities, args.occlusion)
 
 
 def _compare(args) -> None:

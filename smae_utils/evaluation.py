@@ -17,11 +17,11 @@ from smae_utils.data import read_splits
 from smae_utils.errors import UserError
 from smae_utils.inference import classify, segment
 from smae_utils.metrics import dsc, hd95_mm, mean_auc
+from smae_utils.reading import check_label_values, check_same_place
 from smae_utils.runs import Run, write_text
 from smae_utils.settings import FinetuneSettings, make_settings
 from smae_utils.tasks import Task, get_task
 from smae_utils.training import Say, say
-from smae_utils.transforms import check_label_values, check_same_place
 from smae_utils.weights import load_weights
 
 

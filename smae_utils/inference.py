@@ -39,7 +39,14 @@ def to_scan_grid(channels: Tensor, prepared: MetaTensor, transform: Compose) -> 
 
 
 def segment(model: nn.Module, case: Case, task: Task, settings: FinetuneSettings, device: torch.device) -> list[np.ndarray]:
-    """One boolean mask a class, on the scan's own grid.
+    """One boolean mask a class, on the scan's own grid."""
+    return segment_probabilities(model, case, task, settings, device)[0]
+
+
+def segment_probabilities(
+    model: nn.Module, case: Case, task: Task, settings: FinetuneSettings, device: torch.device, keep: bool = False
+) -> tuple[list[np.ndarray], np.ndarray | None]:
+    """One boolean mask a class on the scan's own grid, and with `keep` the probabilities there (out_chans, *spatial).
 
     Probabilities, not labels, are carried back, so that edges stay smooth; a few classes at a time, so that memory stays
     at a few volumes. Outside the resampled body everything is background.
@@ -50,9 +57,11 @@ def segment(model: nn.Module, case: Case, task: Task, settings: FinetuneSettings
     # Whichever grid is larger has to fit.
     own = int(np.prod(prepared.meta["spatial_shape"]))
     together = max(1, CHANNEL_VOXELS // max(own, probs[0].numel()))
-    winner, best, masks = None, None, []
+    winner, best, masks, kept = None, None, [], []
     for start in range(0, len(probs), together):
         values = to_scan_grid(probs[start : start + together], prepared, transform)
+        if keep:
+            kept.append(values)
         if not task.exclusive:
             masks += list(values > 0.5)
             continue
@@ -62,7 +71,7 @@ def segment(model: nn.Module, case: Case, task: Task, settings: FinetuneSettings
                 continue
             ahead = value > best
             winner[ahead], best = i, np.where(ahead, value, best)
-    return task.class_masks(winner) if task.exclusive else nest(masks)
+    return (task.class_masks(winner) if task.exclusive else nest(masks)), (np.concatenate(kept) if keep else None)
 
 
 def nest(masks: list[np.ndarray]) -> list[np.ndarray]:

@@ -208,10 +208,10 @@ def show_curves(
 
 def show_overlay(
     image: np.ndarray, label: np.ndarray, predictions: dict[str, np.ndarray], classes: Sequence[str], title: str = "",
-    spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),
+    spacing_mm: Sequence[float] = (1.0, 1.0, 1.0), first: str = "label",
 ) -> Figure:  # fmt: skip
     """One scan (X, Y, Z): the label, then each arm's prediction, outlined in the planes with most labelled voxels, in true proportions."""
-    shown = {"label": label, **predictions}
+    shown = {first: label, **predictions}
     figure, axes = _grid(len(shown), 3)
     at = centre_of(label) if label.any() else None
     low, high = _scale(image)

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from monai import transforms as mt
 from monai.transforms import Compose
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from smae_utils.errors import UserError
+from smae_utils.reading import CheckCase, ReadRadiograph, ReadScan
 from smae_utils.settings import FinetuneSettings, Settings
 from smae_utils.tasks import Task
 from smae_utils.timm_glue import RandomResizedCropAndInterpolation, rand_augment_transform
@@ -23,7 +24,7 @@ from smae_utils.timm_glue import RandomResizedCropAndInterpolation, rand_augment
 def prepare(task: Task, settings: Settings, with_label: bool) -> Compose:
     """Read, orient, resample, normalise, crop to the body, pad to the crop size: {image: (C, *spatial)[, label: (1, *spatial)]}."""
     if task.spatial_dims == 2:
-        return Compose([ReadRadiograph()])
+        return Compose([ReadRadiograph(task.in_chans)])
     keys = ["image", "label"] if with_label else ["image"]
     modes = ["bilinear", "nearest"][: len(keys)]
     spacing = settings.spacing_mm or task.spacing_mm
@@ -33,7 +34,7 @@ def prepare(task: Task, settings: Settings, with_label: bool) -> Compose:
     else:
         normalise = mt.NormalizeIntensityd("image", nonzero=True, channel_wise=True)
     steps = [
-        mt.LoadImaged(keys, reader="NibabelReader", ensure_channel_first=True, image_only=True),
+        ReadScan(keys),
         CheckCase(task, with_label),
         mt.Orientationd(keys, axcodes="RAS", labels=(("L", "R"), ("P", "A"), ("I", "S"))),
         mt.Spacingd(keys, pixdim=spacing, mode=modes),
@@ -88,48 +89,6 @@ def _flips(keys: Sequence[str], prob: float, axes: Sequence[int]) -> list:
     return [mt.RandFlipd(keys, prob=prob, spatial_axis=axis) for axis in axes] if prob else []
 
 
-class CheckCase(mt.Transform):
-    """Refuse what would train silently wrong: other channels, another grid of the label, NaN, values that are no label."""
-
-    def __init__(self, task: Task, with_label: bool):
-        self.task, self.with_label = task, with_label
-
-    def __call__(self, data: dict) -> dict:
-        image, name = data["image"], data["image"].meta["filename_or_obj"]
-        if image.ndim - 1 != self.task.spatial_dims or image.shape[0] != self.task.in_chans:
-            raise UserError(
-                f"{name} has {image.shape[0]} channels of shape {tuple(image.shape[1:])}: task {self.task.name} expects "
-                f"{self.task.in_chans} ({', '.join(self.task.channels)}) in {self.task.spatial_dims}D"
-            )
-        if not torch.isfinite(image).all():
-            raise UserError(f"{name} holds NaN or infinite values: repair or leave out this scan")
-        if self.with_label:
-            label, path = data["label"], data["label"].meta["filename_or_obj"]
-            if label.shape[1:] != image.shape[1:]:
-                raise UserError(f"{path} has shape {tuple(label.shape[1:])}, its image {name} {tuple(image.shape[1:])}: they must lie on one grid")
-            check_same_place(np.asarray(label.affine), np.asarray(image.affine), image.shape[1:], path, name)
-            check_label_values(label.as_tensor().numpy(), self.task, path)
-        return data
-
-
-def check_same_place(label: np.ndarray, image: np.ndarray, shape: Sequence[int], label_path: str, image_path: str) -> None:
-    """Refuse a label whose affine (4, 4) puts its corners half a voxel or more away from where the image has them."""
-    corners = np.array([[*c, 1] for c in np.ndindex(2, 2, 2)]) * [*(n - 1 for n in shape[:3]), 1]
-    off = np.abs(corners @ (label - image).T)[:, :3].max()
-    voxel = np.linalg.norm(image[:3, :3], axis=0).min()
-    if off > 0.5 * voxel:
-        raise UserError(
-            f"{label_path} lies up to {off:.1f} mm away from its image {image_path}, by their affines: resample the label onto the image's grid"
-        )
-
-
-def check_label_values(values: np.ndarray, task: Task, path: str) -> None:
-    """Refuse values that are no label of the task."""
-    found = np.unique(values)
-    if (found != np.round(found)).any() or found.min() < 0 or found.max() >= task.label_values:
-        raise UserError(f"{path} holds values {found.tolist()[:8]}: task {task.name} expects integers 0 .. {task.label_values - 1}")
-
-
 class AddForeground(mt.Transform):
     """Adds `foreground` (1, *spatial): where crops may be centred, from the image alone."""
 
@@ -137,25 +96,11 @@ class AddForeground(mt.Transform):
         return {**data, "foreground": is_foreground(data["image"]).any(0, keepdim=True).float()}
 
 
-class ReadRadiograph(mt.Transform):
-    """PNG -> 8-bit grey PIL image with rows from the top, and the mean and std of the whole image in 0..1.
-
-    PIL, not MONAI's PILReader, which transposes: left and right would change places with up and down.
-    """
-
-    def __call__(self, data: dict) -> dict:
-        try:
-            with Image.open(data["image"]) as file:
-                image = file.convert("L")
-        except (UnidentifiedImageError, OSError) as error:
-            raise UserError(f"cannot read {data['image']}: {error}. Download or unpack it again") from None
-        pixels = np.asarray(image, np.float32) / 255
-        return {**data, "image": image, "mean": float(pixels.mean()), "std": float(max(pixels.std(), 1e-3))}
-
-
 def to_tensor(data: dict, image: Image.Image) -> torch.Tensor:
-    """PIL image -> (1, H, W), standardised by the statistics of the whole radiograph, not of the crop."""
-    return (torch.from_numpy(np.array(image, np.float32))[None] / 255 - data["mean"]) / data["std"]
+    """PIL image -> (C, H, W), standardised by the statistics of the whole radiograph, not of the crop."""
+    pixels = np.array(image, np.float32) / 255
+    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return (torch.from_numpy(np.ascontiguousarray(pixels)) - data["mean"]) / data["std"]
 
 
 class ResizeRadiograph(mt.Transform):

@@ -12,9 +12,10 @@ from PIL import Image
 
 from smae_utils.data import read_splits
 from smae_utils.errors import UserError
+from smae_utils.reading import ReadRadiograph
 from smae_utils.settings import Settings
 from smae_utils.tasks import get_task
-from smae_utils.transforms import ReadRadiograph, ResizeRadiograph, prepare
+from smae_utils.transforms import ResizeRadiograph, prepare
 
 # TransUNet's lists, which the paper used.
 TRAIN = {5, 6, 7, 9, 10, 21, 23, 24, 26, 27, 28, 30, 31, 33, 34, 37, 39, 40}

@@ -1,0 +1,148 @@
+"""Files to arrays, and the checks that refuse what would train or score silently wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai import transforms as mt
+from monai.data import MetaTensor, PydicomReader
+from PIL import Image, UnidentifiedImageError
+
+from smae_utils.errors import UserError
+from smae_utils.tasks import Task
+
+
+class ReadScan(mt.Transform):
+    """NIfTI and what else MONAI reads by its ending, a folder of one DICOM series, or several files as channels -> (C, X, Y, Z)."""
+
+    def __init__(self, keys: Sequence[str]):
+        self.keys = keys
+
+    def __call__(self, data: dict) -> dict:
+        out = dict(data)
+        for key in self.keys:
+            files = data[key] if isinstance(data[key], (list, tuple)) else [data[key]]
+            if all(str(f).endswith((".nii", ".nii.gz")) for f in files):
+                reader = mt.LoadImage("NibabelReader", image_only=True, ensure_channel_first=True)
+            elif Path(files[0]).is_dir():
+                reader = mt.LoadImage(_dicom_reader(files[0]), image_only=True, ensure_channel_first=True)
+            else:
+                raise UserError(f"{files[0]} is no NIfTI file (.nii, .nii.gz) and no folder of a DICOM series: convert it first")
+            parts = [reader(str(f)) for f in files]
+            for other, name in zip(parts[1:], files[1:]):
+                if other.shape != parts[0].shape:
+                    raise UserError(
+                        f"{name} has shape {tuple(other.shape[1:])}, {files[0]} {tuple(parts[0].shape[1:])}: channels must lie on one grid"
+                    )
+                check_same_place(np.asarray(other.affine), np.asarray(parts[0].affine), other.shape[1:], str(name), str(files[0]))
+            joined = torch.cat([p.as_tensor() for p in parts])
+            out[key] = MetaTensor(joined, meta={**parts[0].meta, "filename_or_obj": str(files[0])})
+        return out
+
+
+def _dicom_reader(folder: str):
+    try:
+        import pydicom  # noqa: F401 (MONAI asks for it only when a file is read)
+    except ImportError:
+        raise UserError(f"{folder} is a DICOM folder: pip install 'smae-utils[dicom]' to read it") from None
+    return PydicomReader()
+
+
+class CheckCase(mt.Transform):
+    """Refuse what would train silently wrong: other channels, another grid of the label, NaN, values that are no label."""
+
+    def __init__(self, task: Task, with_label: bool):
+        self.task, self.with_label = task, with_label
+
+    def __call__(self, data: dict) -> dict:
+        image, name = data["image"], data["image"].meta["filename_or_obj"]
+        if image.ndim - 1 != self.task.spatial_dims or image.shape[0] != self.task.in_chans:
+            raise UserError(
+                f"{name} has {image.shape[0]} channels of shape {tuple(image.shape[1:])}: task {self.task.name} expects "
+                f"{self.task.in_chans} ({', '.join(self.task.channels)}) in {self.task.spatial_dims}D"
+            )
+        if not torch.isfinite(image).all():
+            raise UserError(f"{name} holds NaN or infinite values: repair or leave out this scan")
+        if self.with_label:
+            label, path = data["label"], data["label"].meta["filename_or_obj"]
+            if label.shape[1:] != image.shape[1:]:
+                raise UserError(f"{path} has shape {tuple(label.shape[1:])}, its image {name} {tuple(image.shape[1:])}: they must lie on one grid")
+            check_same_place(np.asarray(label.affine), np.asarray(image.affine), image.shape[1:], path, name)
+            check_label_values(label.as_tensor().numpy(), self.task, path)
+        return data
+
+
+def check_same_place(label: np.ndarray, image: np.ndarray, shape: Sequence[int], label_path: str, image_path: str) -> None:
+    """Refuse a label whose affine (4, 4) puts its corners half a voxel or more away from where the image has them."""
+    corners = np.array([[*c, 1] for c in np.ndindex(2, 2, 2)]) * [*(n - 1 for n in shape[:3]), 1]
+    off = np.abs(corners @ (label - image).T)[:, :3].max()
+    voxel = np.linalg.norm(image[:3, :3], axis=0).min()
+    if off > 0.5 * voxel:
+        raise UserError(
+            f"{label_path} lies up to {off:.1f} mm away from its image {image_path}, by their affines: resample the label onto the image's grid"
+        )
+
+
+def check_label_values(values: np.ndarray, task: Task, path: str) -> None:
+    """Refuse values that are no label of the task."""
+    found = np.unique(values)
+    if (found != np.round(found)).any() or found.min() < 0 or found.max() >= task.label_values:
+        raise UserError(f"{path} holds values {found.tolist()[:8]}: task {task.name} expects integers 0 .. {task.label_values - 1}")
+
+
+class ReadRadiograph(mt.Transform):
+    """PNG, JPEG or DICOM -> 8-bit PIL image (grey, or RGB for three channels) with rows from the top, and the mean and std of the whole in 0..1.
+
+    PIL, not MONAI's PILReader, which transposes: left and right would change places with up and down.
+    """
+
+    def __init__(self, in_chans: int = 1):
+        if in_chans not in (1, 3):
+            raise UserError(f"2D images have 1 channel (grey) or 3 (RGB), the task wants {in_chans}")
+        self.mode = "L" if in_chans == 1 else "RGB"
+
+    def __call__(self, data: dict) -> dict:
+        image = read_image(data["image"]).convert(self.mode)
+        pixels = np.asarray(image, np.float32) / 255
+        return {**data, "image": image, "mean": float(pixels.mean()), "std": float(max(pixels.std(), 1e-3))}
+
+
+def read_image(path: str) -> Image.Image:
+    """A 2D image file as 8-bit PIL image; 16-bit ones are scaled by their own range.
+
+    Raises:
+        UserError: if it cannot be read, or is no 2D image.
+    """
+    try:
+        if str(path).lower().endswith((".dcm", ".dicom")):
+            return _read_dicom(path)
+        with Image.open(path) as file:
+            if not file.mode.startswith(("I", "F")):
+                return file.convert("RGB") if file.mode not in ("L", "1") else file.convert("L")
+            return _to_8_bit(np.asarray(file, np.float64))
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}. Download, copy or unpack it again") from None
+
+
+def _to_8_bit(values: np.ndarray) -> Image.Image:
+    if values.ndim != 2 or not np.isfinite(values).all():
+        raise ValueError(f"expected a grey 2D image of finite values, got shape {values.shape}")
+    low, high = values.min(), values.max()
+    return Image.fromarray(((values - low) / max(high - low, 1e-9) * 255).round().astype(np.uint8))
+
+
+def _read_dicom(path: str) -> Image.Image:
+    """Through pydicom; MONOCHROME1 (white is low) is turned round."""
+    try:
+        import pydicom
+    except ImportError:
+        raise UserError(f"{path} is DICOM: pip install 'smae-utils[dicom]' to read it") from None
+    try:
+        file = pydicom.dcmread(path)
+        values = np.asarray(file.pixel_array, np.float64)
+    except (pydicom.errors.InvalidDicomError, AttributeError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"no readable DICOM image: {error}") from None
+    return _to_8_bit(-values if file.get("PhotometricInterpretation") == "MONOCHROME1" else values)
