@@ -71,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
         if name == "finetune":
             command.add_argument("--init", default="scratch", metavar="scratch|RUN|FILE", help="where the encoder comes from")
 
+    command = add("check", _check, "look at a data set before training: faults, proposals, time and memory; exit code 2 when there are errors")
+    command.add_argument("list", metavar="LIST", help="list file (.json, .csv), or a task with --data")
+    command.add_argument("--data", default="", help="folder of a task's download; of a list file: what its paths are relative to")
+    command.add_argument("--preset", default="small", help="whose cost to estimate")
+
     command = add("evaluate", _evaluate, "score a fine-tuned run on the test cases")
     command.add_argument("run", type=Path, metavar="RUN")
     command.add_argument("--data", type=Path, help="where the data lies now, if it was moved")
@@ -173,6 +178,12 @@ def _evaluate(args) -> None:
     from smae_utils.evaluation import evaluate
 
     evaluate(args.run, args.data, args.split)
+
+
+def _check(args) -> int:
+    from smae_utils.check import check
+
+    return 2 if check(args.list, args.data, args.preset).problems else 0
 
 
 def _predict(args) -> None:

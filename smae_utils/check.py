@@ -1,0 +1,200 @@
+"""Look at a data set before anything is trained: what is wrong with it, and what a preset would cost on it here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from smae_utils import accel
+from smae_utils.data import read_case
+from smae_utils.errors import UserError
+from smae_utils.lesson import crop_flops, measured_flops_per_second
+from smae_utils.reading import ReadRadiograph, ReadScan, check_label_values, check_same_place
+from smae_utils.settings import resolve, total_steps
+from smae_utils.tasks import Case, Task, get_task
+
+# Crops seen in pre-training by the released configurations: BTCV 10000 epochs x 18 scans x 4 crops, BraTS 500 x 387 x 4; radiographs 800 x 86,524.
+CROPS_3D, CROPS_2D = 750_000, 69_000_000
+# Training reaches about a third of the speed of a plain matrix product.
+EFFICIENCY = 1 / 3
+
+
+@dataclass
+class Report:
+    """What `check` found: a row a case, one line a problem, and proposals for the list's "settings"."""
+
+    table: pd.DataFrame
+    problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    proposal: dict = field(default_factory=dict)
+
+
+def check(list_or_task: str, data_dir: str = "", preset: str = "small", say: Callable[[str], None] = print) -> Report:
+    """Read every scan of a list (or of a known task's download) and report.
+
+    Raises:
+        UserError: if the list itself cannot be understood.
+    """
+    task = get_task(list_or_task)
+    splits = task.read_splits(Path(data_dir), 0, 0)
+    rows, problems = [], []
+    for split, cases in splits.items():
+        for case in cases:
+            try:
+                rows.append({"split": split, **(_look_2d if task.spatial_dims == 2 else _look_3d)(case, task)})
+            except UserError as error:
+                problems.append(str(error))
+    report = Report(pd.DataFrame(rows), problems)
+    if rows:
+        _remarks(report, task, splits)
+        if task.spatial_dims == 3:
+            report.proposal = _propose(report.table, task)
+    _print(report, task, splits, preset, say)
+    return report
+
+
+def _look_3d(case: Case, task: Task) -> dict:
+    image = read_case(ReadScan(["image"]), {k: case[k] for k in ("case", "image")})["image"]
+    name = str(image.meta["filename_or_obj"])
+    values = image.as_tensor().numpy()
+    if values.ndim != 4 or min(values.shape[1:]) < 1:
+        raise UserError(f"{name} has shape {values.shape[1:]}: expected a 3D scan")
+    if values.shape[0] != task.in_chans:
+        raise UserError(f"{name} has {values.shape[0]} channels, expected {task.in_chans} ({', '.join(task.channels)}) in every case")
+    affine = np.asarray(image.affine)
+    if abs(np.linalg.det(affine[:3, :3])) < 1e-6:
+        raise UserError(f"{name} has a singular affine: its header does not say where the voxels lie; repair it, for example with its DICOM original")
+    if not np.isfinite(values).all():
+        raise UserError(f"{name} holds {int((~np.isfinite(values)).sum())} NaN or infinite values: repair or leave out this scan")
+    if np.ptp(values) == 0:
+        raise UserError(f"{name} is constant ({values.flat[0]:g} everywhere): leave out this scan")
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    low, high = np.percentile(values, (0.5, 99.5))
+    row = {"case": case["case"], "shape": "x".join(map(str, values.shape[1:])), "spacing_mm": "x".join(f"{s:.2f}" for s in spacing)}
+    row |= {"orientation": "".join(_codes(affine)), "low": float(low), "high": float(high), "labels": ""}
+    if isinstance(case.get("label"), str):
+        row["labels"] = _look_label(case, task, affine, values.shape[1:], name)
+    return row
+
+
+def _codes(affine: np.ndarray) -> tuple[str, ...]:
+    import nibabel as nib
+
+    return nib.aff2axcodes(affine)
+
+
+def _look_label(case: Case, task: Task, affine: np.ndarray, shape: tuple[int, ...], image: str) -> str:
+    label = read_case(ReadScan(["label"]), {"case": case["case"], "label": case["label"]})["label"]
+    values = label.as_tensor().numpy()
+    if values.shape[1:] != shape or len(values) != 1:
+        raise UserError(f"{case['label']} has shape {values.shape[1:]}, its image {image} {shape}: they must lie on one grid (are they swapped?)")
+    check_same_place(np.asarray(label.affine), affine, shape, case["label"], image)
+    check_label_values(values, task, case["label"])
+    found, counts = np.unique(values, return_counts=True)
+    return " ".join(f"{int(v)}:{c}" for v, c in zip(found, counts) if v) or "empty"
+
+
+def _look_2d(case: Case, task: Task) -> dict:
+    image = ReadRadiograph(task.in_chans)({"image": case["image"]})["image"]
+    pixels = np.asarray(image)
+    if np.ptp(pixels) == 0:
+        raise UserError(f"{case['image']} is constant ({pixels.flat[0]} everywhere): leave out this image")
+    labels = "" if "label" not in case else " ".join(n for n, v in zip(task.classes, case["label"]) if v) or "none"
+    return {
+        "case": case["case"],
+        "shape": "x".join(map(str, pixels.shape[:2])),
+        "low": int(pixels.min()),
+        "high": int(pixels.max()),
+        "labels": labels,
+    }
+
+
+def _remarks(report: Report, task: Task, splits: dict[str, list[Case]]) -> None:
+    table = report.table
+    if empty := table[table.labels == "empty"].case.tolist():
+        report.remarks.append(f"{len(empty)} labels are empty: {', '.join(empty[:5])}; right if these patients have nothing, else a mistake")
+    for i, name in enumerate(task.classes, start=1):
+        if task.kind == "segmentation":
+            values = task.regions[i - 1] if task.regions else (i,)
+            has = table.labels.map(lambda text, values=values: any(f"{v}:" in f" {text}" for v in values))
+        else:
+            has = table.labels.map(lambda text, name=name: name in text.split())
+        for split in ("train", "test"):
+            part = has[table.split == split]
+            if len(part) and (table[table.split == split].labels != "").any() and not part.any():
+                report.remarks.append(f"class {name!r} occurs in no {split} case: it cannot be {'learned' if split == 'train' else 'scored'}")
+    unlabelled = [c["case"] for c in splits["train"] if "label" not in c]
+    if unlabelled:
+        report.remarks.append(f"{len(unlabelled)} training cases have no label: they serve for pre-training only")
+    if not splits["test"]:
+        report.remarks.append("no test cases: what is reported on validation cases flatters as soon as anything is chosen on them")
+
+
+def _propose(table: pd.DataFrame, task: Task) -> dict:
+    """Spacing: the median, rounded; window of CT-like values: soft tissue; crop: what fits into the median scan, at most 96."""
+    spacing = np.median([[float(v) for v in s.split("x")] for s in table.spacing_mm], axis=0)
+    shape = np.median([[int(v) for v in s.split("x")] for s in table["shape"]], axis=0)
+    crop = [int(min(96, max(16, n // 16 * 16))) for n in shape]
+    proposal = {"spacing_mm": [float(round(s, 2)) for s in spacing], "settings": {"crop_size": crop}}
+    if task.in_chans == 1 and table.low.median() < -500:
+        proposal["window"] = [-175.0, 250.0]
+    return proposal
+
+
+def _print(report: Report, task: Task, splits: dict[str, list[Case]], preset: str, say: Callable[[str], None]) -> None:
+    counts = ", ".join(f"{len(cases)} {split}" for split, cases in splits.items())
+    say(f"{task.title or task.name}: {task.kind}, {counts}; channels {', '.join(task.channels)}; classes {', '.join(task.classes) or '(none)'}")
+    if len(report.table):
+        say(report.table.to_string(index=False, max_rows=40, max_colwidth=60))
+    for line in report.remarks:
+        say(f"note: {line}")
+    if report.proposal:
+        say(f"proposal for the list file: {report.proposal}")
+    if len(report.table):
+        for line in estimate(task, len(splits["train"]), preset):
+            say(line)
+    for line in report.problems:
+        say(f"error: {line}")
+    say(f"{len(report.problems)} errors, {len(report.remarks)} notes in {len(report.table) + len(report.problems)} cases")
+
+
+def estimate(task: Task, n_train: int, preset: str) -> list[str]:
+    """What a preset would cost on this machine, and how long to pre-train for so many cases."""
+    device = accel.best_device()
+    lines = []
+    for stage in ("pretrain", "finetune"):
+        settings = resolve(task, stage, preset)
+        if stage == "finetune" and not task.classes:
+            continue
+        precision = accel.pick_precision(settings.precision, device)
+        speed = measured_flops_per_second(device, precision) * EFFICIENCY
+        steps, _ = total_steps(settings, n_train)
+        flops = crop_flops(task, settings) * steps * settings.batch_size * settings.crops_per_scan
+        cached = 4 * np.prod(settings.crop_size) * task.in_chans * 4 * n_train * settings.cache_rate / 1e9  # scans are some times a crop
+        lines.append(
+            f"{stage} with preset {preset}: {steps} steps, about {flops / speed / 3600:.1f} hours on this {accel.device_name(device)} in {precision}; "
+            f"at least {cached + _model_gb(task, settings):.1f} GB of memory"
+        )
+    settings = resolve(task, "pretrain", preset)
+    wanted = CROPS_2D if task.spatial_dims == 2 else CROPS_3D
+    per_epoch = n_train * settings.crops_per_scan
+    lines.append(
+        f"how long to pre-train {n_train} scans: the released recipes show the network about {wanted:,} crops, here {wanted // max(per_epoch, 1):,} epochs "
+        f"or {wanted // (settings.batch_size * settings.crops_per_scan):,} steps; stop when val_loss rises"
+    )
+    return lines
+
+
+def _model_gb(task: Task, settings) -> float:
+    """Weights, gradients and two moments of the optimiser in fp32."""
+    from smae_utils.build import build_mae, build_model
+    from smae_utils.settings import PretrainSettings
+
+    with torch.device("meta"):
+        model = build_mae(task, settings) if isinstance(settings, PretrainSettings) else build_model(task, settings)
+    return 16 * sum(p.numel() for p in model.parameters()) / 1e9
