@@ -27,6 +27,8 @@ def _encoder_args(task: Task, settings: Settings) -> dict:
         "embed_dim": settings.embed_dim,
         "depth": settings.depth,
         "num_heads": settings.num_heads,
+        "class_token": settings.class_token,
+        "norm_eps": settings.norm_eps,
     }
 
 

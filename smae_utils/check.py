@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from smae_utils import accel
 from smae_utils.data import read_case
 from smae_utils.errors import UserError
 from smae_utils.lesson import crop_flops, measured_flops_per_second
-from smae_utils.reading import ReadRadiograph, ReadScan, check_label_values, check_same_place
+from smae_utils.reading import ReadRadiograph, ReadScan, check_affine, check_label_values, check_same_place
 from smae_utils.settings import resolve, total_steps
 from smae_utils.tasks import Case, Task, get_task
 
@@ -35,7 +36,7 @@ class Report:
 
 
 def check(list_or_task: str, data_dir: str = "", preset: str = "small", say: Callable[[str], None] = print) -> Report:
-    """Read every scan of a list (or of a known task's download) and report.
+    """Read every scan of a list (or of a known task's download) and report; problems go to standard error, a line each.
 
     Raises:
         UserError: if the list itself cannot be understood.
@@ -67,8 +68,7 @@ def _look_3d(case: Case, task: Task) -> dict:
     if values.shape[0] != task.in_chans:
         raise UserError(f"{name} has {values.shape[0]} channels, expected {task.in_chans} ({', '.join(task.channels)}) in every case")
     affine = np.asarray(image.affine)
-    if abs(np.linalg.det(affine[:3, :3])) < 1e-6:
-        raise UserError(f"{name} has a singular affine: its header does not say where the voxels lie; repair it, for example with its DICOM original")
+    check_affine(affine, name)
     if not np.isfinite(values).all():
         raise UserError(f"{name} holds {int((~np.isfinite(values)).sum())} NaN or infinite values: repair or leave out this scan")
     if np.ptp(values) == 0:
@@ -104,7 +104,7 @@ def _look_2d(case: Case, task: Task) -> dict:
     pixels = np.asarray(image)
     if np.ptp(pixels) == 0:
         raise UserError(f"{case['image']} is constant ({pixels.flat[0]} everywhere): leave out this image")
-    labels = "" if "label" not in case else " ".join(n for n, v in zip(task.classes, case["label"]) if v) or "none"
+    labels = "" if "label" not in case else "|".join(n for n, v in zip(task.classes, case["label"]) if v) or "none"
     return {
         "case": case["case"],
         "shape": "x".join(map(str, pixels.shape[:2])),
@@ -121,9 +121,9 @@ def _remarks(report: Report, task: Task, splits: dict[str, list[Case]]) -> None:
     for i, name in enumerate(task.classes, start=1):
         if task.kind == "segmentation":
             values = task.regions[i - 1] if task.regions else (i,)
-            has = table.labels.map(lambda text, values=values: any(f"{v}:" in f" {text}" for v in values))
+            has = table.labels.map(lambda text, values=values: any(f" {v}:" in f" {text}" for v in values))
         else:
-            has = table.labels.map(lambda text, name=name: name in text.split())
+            has = table.labels.map(lambda text, name=name: name in text.split("|"))
         for split in ("train", "test"):
             part = has[table.split == split]
             if len(part) and (table[table.split == split].labels != "").any() and not part.any():
@@ -137,8 +137,10 @@ def _remarks(report: Report, task: Task, splits: dict[str, list[Case]]) -> None:
 
 def _propose(table: pd.DataFrame, task: Task) -> dict:
     """Spacing: the median, rounded; window of CT-like values: soft tissue; crop: what fits into the median scan, at most 96."""
-    spacing = np.median([[float(v) for v in s.split("x")] for s in table.spacing_mm], axis=0)
-    shape = np.median([[int(v) for v in s.split("x")] for s in table["shape"]], axis=0)
+    # Training turns every scan to RAS before it resamples: the figures are wanted in that order of axes.
+    turned = [[next(i for i, c in enumerate(codes) if c in pair) for pair in ("LR", "PA", "IS")] for codes in table.orientation]
+    spacing = np.median([[float(s.split("x")[i]) for i in order] for s, order in zip(table.spacing_mm, turned)], axis=0)
+    shape = np.median([[int(s.split("x")[i]) for i in order] for s, order in zip(table["shape"], turned)], axis=0)
     crop = [int(min(96, max(16, n // 16 * 16))) for n in shape]
     proposal = {"spacing_mm": [float(round(s, 2)) for s in spacing], "settings": {"crop_size": crop}}
     if task.in_chans == 1 and table.low.median() < -500:
@@ -159,7 +161,7 @@ def _print(report: Report, task: Task, splits: dict[str, list[Case]], preset: st
         for line in estimate(task, len(splits["train"]), preset):
             say(line)
     for line in report.problems:
-        say(f"error: {line}")
+        print(f"error: {line}", file=sys.stderr)
     say(f"{len(report.problems)} errors, {len(report.remarks)} notes in {len(report.table) + len(report.problems)} cases")
 
 

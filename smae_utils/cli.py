@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--resume", action="store_true", help="go on where the run folder stopped")
         if name == "finetune":
             command.add_argument("--init", default="scratch", metavar="scratch|RUN|FILE", help="where the encoder comes from")
+            command.add_argument("--adapt", action="store_true", help="fit weights of other channels or of 2D images")
 
     command = add("check", _check, "look at a data set before training: faults, proposals, time and memory; exit code 2 when there are errors")
     command.add_argument("list", metavar="LIST", help="list file (.json, .csv), or a task with --data")
@@ -87,6 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", required=True, type=Path)
     command.add_argument("--probabilities", action="store_true", help="write probabilities too (segmentation)")
     command.add_argument("--occlusion", action="store_true", help="draw which places speak for the likeliest finding (radiographs)")
+
+    command = add("export", _export, "write a run's weights for another library, with the arguments to construct the model there")
+    command.add_argument("run", type=Path, metavar="RUN")
+    command.add_argument("--to", required=True, help="timm, monai-vit or monai-unetr")
+    command.add_argument("--out", required=True, type=Path)
 
     command = add("compare", _compare, "table of two evaluated runs: scratch | self pre-trained | difference")
     command.add_argument("scratch", type=Path)
@@ -171,7 +177,7 @@ def _finetune(args) -> None:
     from smae_utils.settings import parse_overrides
     from smae_utils.training import finetune
 
-    finetune(args.task, args.data, args.out, args.init, args.preset, parse_overrides(args.set), args.resume)
+    finetune(args.task, args.data, args.out, args.init, args.preset, parse_overrides(args.set), args.resume, adapt=args.adapt)
 
 
 def _evaluate(args) -> None:
@@ -190,6 +196,13 @@ def _predict(args) -> None:
     from smae_utils.predict import predict
 
     predict(args.run, args.scans, args.out, args.probabilities, args.occlusion)
+
+
+def _export(args) -> None:
+    from smae_utils.export import export
+
+    out = export(args.run, args.to, args.out)
+    print(f"wrote {out / 'model.safetensors'} and {out / 'arguments.json'}")
 
 
 def _compare(args) -> None:

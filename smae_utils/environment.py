@@ -54,7 +54,7 @@ def make_environment() -> None:
     # torch first and by exact version: asked for through another package's range, pip may fetch another, larger build.
     pinned = next(line.strip() for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
     _pip(pinned)
-    _pip("--constraint", str(ROOT / "constraints.txt"), "--editable", f"{ROOT}[examples,test]")
+    _pip("--constraint", str(ROOT / "constraints.txt"), "--editable", f"{ROOT}[examples,dicom,test,browser]")
     stamp.write_text(digest)
 
 

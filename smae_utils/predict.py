@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
+from monai.transforms import Compose
 from PIL import Image
 
 from smae_utils import accel
@@ -19,7 +20,7 @@ from smae_utils.errors import UserError
 from smae_utils.evaluation import first_file, label_map, load_finetuned
 from smae_utils.inference import classify, segment_probabilities
 from smae_utils.plots import show_overlay
-from smae_utils.reading import read_image
+from smae_utils.reading import CheckCase, ReadScan, read_image
 from smae_utils.runs import Run, write_text
 from smae_utils.tasks import Case, Task, get_task
 from smae_utils.tasks.lists import is_list
@@ -55,7 +56,6 @@ def predict(
         raise UserError(f"{out} is not empty: choose another --out, so that no result is mixed or overwritten")
     accelerator, _ = accel.make_accelerator(run.config.get("precision", "auto"))
     model.to(accelerator.device, memory_format=accel.memory_format(task.spatial_dims))
-    out.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode(), accelerator.autocast():
         if task.kind == "classification":
             return _classify(model, task, settings, cases, out, accelerator.device, occlusion, report)
@@ -84,6 +84,9 @@ def collect(scans: Sequence[str | Path], task: Task) -> list[Case]:
 
 
 def _segment(model, task: Task, settings, cases: list[Case], out: Path, device, probabilities: bool, report: Say) -> pd.DataFrame:
+    for case in cases:  # a scan that cannot be used shows before anything is written
+        read_case(Compose([ReadScan(["image"]), CheckCase(task, with_label=False)]), {"case": case["case"], "image": case["image"]})
+    out.mkdir(parents=True, exist_ok=True)
     rows, started = [], time.monotonic()
     labels = {i + 1: name for i, name in enumerate(task.classes)} if task.exclusive else {v: f"label {v}" for v in range(1, task.label_values)}
     for number, case in enumerate(cases, start=1):
@@ -158,6 +161,7 @@ def _classify(model, task: Task, settings, cases: list[Case], out: Path, device,
     scores = classify(model, cases, task, settings, device)
     table = pd.DataFrame(scores.round(4), columns=list(task.classes))
     table.insert(0, "case", [c["case"] for c in cases])
+    out.mkdir(parents=True, exist_ok=True)
     write_text(out / "probabilities.csv", table.to_csv(index=False))
     if occlusion:
         for case, row in zip(cases, scores):

@@ -64,6 +64,7 @@ class CheckCase(mt.Transform):
                 f"{name} has {image.shape[0]} channels of shape {tuple(image.shape[1:])}: task {self.task.name} expects "
                 f"{self.task.in_chans} ({', '.join(self.task.channels)}) in {self.task.spatial_dims}D"
             )
+        check_affine(np.asarray(image.affine), name)
         if not torch.isfinite(image).all():
             raise UserError(f"{name} holds NaN or infinite values: repair or leave out this scan")
         if self.with_label:
@@ -73,6 +74,12 @@ class CheckCase(mt.Transform):
             check_same_place(np.asarray(label.affine), np.asarray(image.affine), image.shape[1:], path, name)
             check_label_values(label.as_tensor().numpy(), self.task, path)
         return data
+
+
+def check_affine(affine: np.ndarray, path: str) -> None:
+    """Refuse an affine (4, 4) by which the voxels lie in a plane, or nowhere."""
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
+        raise UserError(f"{path} has a singular affine: its header does not say where the voxels lie; repair it, for example with its DICOM original")
 
 
 def check_same_place(label: np.ndarray, image: np.ndarray, shape: Sequence[int], label_path: str, image_path: str) -> None:
@@ -123,7 +130,7 @@ def read_image(path: str) -> Image.Image:
             if not file.mode.startswith(("I", "F")):
                 return file.convert("RGB") if file.mode not in ("L", "1") else file.convert("L")
             return _to_8_bit(np.asarray(file, np.float64))
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}. Download, copy or unpack it again") from None
 
 

@@ -34,6 +34,8 @@ class Settings:
     embed_dim: int = 768
     depth: int = 12
     num_heads: int = 12
+    class_token: bool = True
+    norm_eps: float = 1e-6  # of the layer norms; MONAI has 1e-5
     # The data.
     spacing_mm: tuple[float, ...] = ()  # voxel size to resample to; empty: the task's own
     split_seed: int = 0  # which cases are held out; apart from `seed`, so that seeds share their test cases

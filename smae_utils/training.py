@@ -95,11 +95,13 @@ def finetune(
     overrides: dict[str, Any] | None = None,
     resume: bool = False,
     report: Say = say,
+    adapt: bool = False,
 ) -> Run:
     """Fine-tune the whole network on the labelled training cases, nothing frozen.
 
     Args:
-        init: "scratch", or a pre-training run folder, or a safetensors file. The two arms differ in the encoder's weights and
+        adapt: let weights of other channels or of 2D images be fitted, see `weights.load_weights`.
+        init: "scratch", or a pre-training run folder, or a checkpoint file. The two arms differ in the encoder's weights and
             in what the preset gives them as `scratch` and `self` (their learning rates); seed, data order and augmentation are the same.
 
     Raises:
@@ -128,7 +130,7 @@ def finetune(
     torch.manual_seed(derive_seed(settings.seed, 20))
     model = build_model(record, settings)
     if not scratch:
-        report(str(load_weights(model, init)))
+        report(str(load_weights(model, init, adapt=adapt)))
     # A window of the whole scan is read again at test time; training needs labels on the same grid.
     scans = Scans(splits["train"], prepare(record, settings, with_label=record.kind == "segmentation"), settings.cache_rate)
 
@@ -143,7 +145,7 @@ def finetune(
     def validate(net: nn.Module) -> dict[str, float]:
         return {"val_score": score_cases(net, record, settings, splits["val"])}
 
-    config = {**_config("finetune", record.name, data_dir, preset, settings, splits), "init": str(init)}
+    config = {**_config("finetune", record.name, data_dir, preset, settings, splits), "init": str(init), "adapt": adapt}
     loop = Loop(config, out, model, scans, augment_finetune(record, settings), settings, loss_of, report, layer_decay=settings.layer_decay)
     return loop.run(resume, validate if splits["val"] else None, best=settings.select == "best")
 

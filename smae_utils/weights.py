@@ -1,40 +1,25 @@
 """Handing weights over by name: what was loaded, what was not, and an error when the encoder is not whole.
 
-All weights are safetensors. Names of other people's checkpoints are known here and nowhere else.
+All weights are written as safetensors. Other people's checkpoints are read by `foreign`.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smae_utils.errors import UserError
+from smae_utils.foreign import adapt_patches, adapt_positions, as_convolution, read_file
 from smae_utils.patches import as_tuple
 
 WEIGHTS = "model.safetensors"
-
-# SelfMedMAE (the authors' MAE and UNETR) and facebookresearch/mae, to this package's names.
-FOREIGN_NAMES = [
-    (r"^encoder_pos_embed$", "encoder.pos_embed"),
-    (r"^encoder_to_decoder\.", "decoder_embed."),
-    (r"^decoder\.blocks\.", "decoder_blocks."),
-    (r"^decoder\.norm\.", "decoder_norm."),
-    (r"^decoder\.head\.", "decoder_pred."),
-    (r"^decoder\.encoder1\.", "image_skip."),
-    (r"^decoder\.encoder(\d)\.", lambda m: f"skips.{int(m[1]) - 2}."),
-    (r"^decoder\.decoder(\d)\.", lambda m: f"ups.{5 - int(m[1])}."),
-    (r"^decoder\.out\.", "out."),
-    (r"^(patch_embed|blocks|norm)\.", r"encoder.\1."),
-    (r"^(cls_token|pos_embed)$", r"encoder.\1"),
-]
+PATCHES = "encoder.patch_embed.proj.weight"
 
 
 @dataclass
@@ -46,6 +31,7 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
+    adapted: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         def few(names: list[str]) -> str:
@@ -53,7 +39,7 @@ class LoadReport:
             return f"{len(names)}" + (f" ({', '.join(parts)})" if parts else "")
 
         return (
-            f"weights from {self.source}: loaded {few(self.loaded)}, resized {few(self.resized)}, "
+            f"weights from {self.source}: loaded {few(self.loaded)}, resized {few(self.resized)}, adapted {few(self.adapted)}, "
             f"new in this model {few(self.missing)}, not used {few(self.unexpected)}"
         )
 
@@ -82,53 +68,8 @@ def weights_file(source: str | Path) -> Path:
 
 
 def read_weights(source: str | Path) -> tuple[dict[str, Tensor], tuple[int, ...] | None]:
-    """Tensors by this package's names, and the patch grid if the file says it."""
-    file = weights_file(source)
-    try:
-        with safe_open(file, framework="pt") as handle:
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
-            grid = tuple(json.loads((handle.metadata() or {}).get("grid", "[]")))
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is no whole safetensors file ({error}): save the weights again or copy them again") from None
-    if grid:  # written by `save_weights`: the names and the table are this package's own
-        return tensors, grid
-    return _fold_class_position(_own_names(tensors)), None
-
-
-def _own_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    out = {}
-    for name, value in tensors.items():
-        for pattern, new in FOREIGN_NAMES:
-            name, count = re.subn(pattern, new, name)
-            if count:
-                break
-        out[name] = value
-    return out
-
-
-def _fold_class_position(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Others give the class token a row of the position table: add that row to the token, which is the same sum.
-
-    The decoder's class row is fixed at zero in facebookresearch/mae, so it is dropped.
-    """
-    patch = tensors.get("encoder.patch_embed.proj.weight")
-    if "encoder.cls_token" not in tensors:
-        return tensors
-    for table in ("encoder.pos_embed", "decoder_pos_embed"):
-        positions = tensors.get(table)
-        if positions is None or patch is None or not _has_class_row(positions.shape[1], patch.ndim - 2):
-            continue
-        if table == "encoder.pos_embed":
-            tensors["encoder.cls_token"] = tensors["encoder.cls_token"] + positions[:, :1]
-        elif positions[:, 0].any():
-            raise UserError("this MAE decoder has a position for the class token that is not zero: it cannot be represented here")
-        tensors[table] = positions[:, 1:]
-    return tensors
-
-
-def _has_class_row(length: int, ndim: int) -> bool:
-    """Whether a table is a square or cubic grid plus one."""
-    return round((length - 1) ** (1 / ndim)) ** ndim == length - 1
+    """Tensors by this package's names, and the patch grid if the file says it; other people's checkpoints are converted, see `foreign`."""
+    return read_file(weights_file(source))
 
 
 def resize_positions(positions: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
@@ -138,12 +79,13 @@ def resize_positions(positions: Tensor, old: tuple[int, ...], new: tuple[int, ..
     return F.interpolate(table.float(), size=new, mode=mode, align_corners=False).flatten(2).transpose(1, 2).to(positions.dtype)
 
 
-def load_weights(model: nn.Module, source: str | Path, require: str = "encoder.") -> LoadReport:
+def load_weights(model: nn.Module, source: str | Path, require: str = "encoder.", adapt: bool = False) -> LoadReport:
     """Load by name whatever fits; positions are resized when the patch grid differs.
 
     Args:
         model: any model with an `encoder` (MAE, classifier, UNETR).
-        source: run folder or safetensors file.
+        source: run folder, safetensors file, or a checkpoint of the sources that `foreign` knows.
+        adapt: also fit a patch embedding of other channels, or of 2D into 3D, as for weights pre-trained on natural images.
         require: every tensor of the model whose name starts so must be loaded; "" requires all (to evaluate, not to fine-tune).
 
     Raises:
@@ -157,6 +99,18 @@ def load_weights(model: nn.Module, source: str | Path, require: str = "encoder."
     for name, value in tensors.items():
         if name not in own:
             report.unexpected.append(name)
+            continue
+        if name == PATCHES:
+            value = as_convolution(value, own[name].shape)
+            if adapt and value.shape != own[name].shape and value.shape[2:4] == own[name].shape[2:4]:
+                value = adapt_patches(value, own[name].shape)
+                report.adapted.append(name)
+        if adapt and name.endswith("pos_embed") and len(new_grid) == 3 and tensors.get(PATCHES, value).ndim == 4:
+            old = old_grid or _guess_grid(value.shape[1], 2)
+            value = adapt_positions(value, old, new_grid, resize_positions)
+            report.adapted.append(name)
+            own[name] = value
+            report.loaded.append(name)
             continue
         if name.endswith("pos_embed") and value.shape[-1] == own[name].shape[-1] and len(old_grid or new_grid) == len(new_grid):
             old = old_grid or (new_grid if value.shape == own[name].shape else _guess_grid(value.shape[1], len(new_grid)))
@@ -176,7 +130,10 @@ def load_weights(model: nn.Module, source: str | Path, require: str = "encoder."
         if needed and not why:
             why = f"{len(needed)} tensors are not in the file, the first is {needed[0]}"
         why = why or f"the model has no place for {len(surplus)} tensors of the file, the first is {surplus[0]}"
-        raise UserError(f"{source} does not fit this model: {why}. Use the same preset (width, depth, patch size, channels) for both runs")
+        raise UserError(
+            f"{source} does not fit this model: {why}. Use the same preset (width, depth, patch size, channels) for both runs"
+            + ("" if adapt else "; --adapt fits weights of other channels or of 2D images")
+        )
     model.load_state_dict(own)
     return report
 

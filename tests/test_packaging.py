@@ -33,7 +33,7 @@ def test_environment_yml_lists_the_packages_and_ranges_of_pyproject():
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     listed = dict(split_requirement(d) for d in conda if isinstance(d, str))
     extras = PROJECT["optional-dependencies"]
-    wanted = dict(split_requirement(d) for d in PROJECT["dependencies"] + extras["examples"] + extras["test"])
+    wanted = dict(split_requirement(d) for d in PROJECT["dependencies"] + extras["examples"] + extras["dicom"] + extras["test"])
     wanted = {CONDA_NAMES.get(name, name): versions for name, versions in wanted.items()}
     assert listed == {**wanted, "python": PROJECT["requires-python"], "pip": ""}
 

@@ -6,10 +6,11 @@ JSON:
      "training": [{"image": "img/1.nii.gz", "label": "lab/1.nii.gz", "patient": "p1"}, ...], "validation": [...], "test": [...]}
     `image` may be a list of files, one a channel. `labels` may also be nnU-Net's {"liver": 1, "whole": [1, 2]}, lists making
     overlapping regions. Classification: `label` is a class, a list of classes, or zeros and ones; `classes` names them.
-    `like` names a task whose presets fit (btcv, brats, cxr14); `settings` holds what they should have differently.
+    `like` names a task whose presets, spacing and window fit (btcv, brats, cxr14), and whose classes and channels, where the
+    list has none of its own; `settings` holds what they should have differently.
 CSV:
-    columns `image`, and `label` (a mask file) or `class` (one word, several joined by |) or one 0/1 column a class; `split`
-    (train, val, test) and `patient` may follow.
+    columns `image`, and `label=liver|tumour` (a mask file; the header names the values 1, 2, ...) or `class` (one word, several
+    joined by |) or one 0/1 column a class; `split` (train, val, test) and `patient` may follow.
 """
 
 from __future__ import annotations
@@ -65,11 +66,28 @@ def task_from_list(path: str | Path) -> Task:
     if not any(cases.values()):
         raise UserError(f"{path} lists no scans: expected a list 'training' of entries with 'image' and 'label'")
     if like := content.get("like"):
+        if not isinstance(like, str) or is_list(like):
+            raise UserError(f"{path}: 'like' must be the name of a task as btcv, brats or cxr14, got {like!r}")
         base = get_task(like)
+        if content.get("labels") or content.get("classes"):  # classes of its own; how scans are prepared is the other task's
+            own = _guess_task(path, content)
+            if own.kind != base.kind:
+                raise UserError(f"{path} is a {own.kind} list, 'like' names {like}, a {base.kind} task")
+            channels = base.channels if own.in_chans in (1, base.in_chans) else own.channels
+            base = replace(base, classes=own.classes, regions=own.regions, subset=(), sided=False, channels=channels)
     else:
         base = _guess_task(path, content)
-    over = {key: content[key] for key in ("window", "spacing_mm") if key in content}
-    over = {key: tuple(map(float, _list_of_numbers(path, key, value))) for key, value in over.items() if value is not None}
+    over: dict[str, Any] = {}
+    if "window" in content:
+        over["window"] = None if content["window"] is None else _numbers(path, "window", content["window"], 2)
+        if over["window"] and over["window"][0] >= over["window"][1]:
+            raise UserError(f"{path}: 'window' must be two numbers, the smaller first, got {content['window']!r}")
+    if content.get("spacing_mm") is not None:
+        over["spacing_mm"] = _numbers(path, "spacing_mm", content["spacing_mm"], base.spatial_dims)
+        if min(over["spacing_mm"]) <= 0:
+            raise UserError(f"{path}: 'spacing_mm' must be above 0, got {content['spacing_mm']!r}")
+    if not isinstance(content.get("sided", False), bool):
+        raise UserError(f"{path}: 'sided' must be true or false, got {content['sided']!r}")
     if "channels" in content:
         over["channels"] = content["channels"]
     return replace(
@@ -79,7 +97,7 @@ def task_from_list(path: str | Path) -> Task:
         read_splits=partial(_splits, path, cases, base.kind, base.classes),
         like=base.name if like else base.like,
         settings=_mapping(path, content.get("settings") or {}),
-        **({"sided": bool(content["sided"])} if "sided" in content else {}),
+        **({"sided": content["sided"]} if "sided" in content else {}),
         **over,
     )
 
@@ -87,13 +105,16 @@ def task_from_list(path: str | Path) -> Task:
 def _mapping(path: Path, value: Any) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path}: 'settings' must be a mapping like a task's section of a preset, got {value!r}")
+    for key in ("pretrain", "finetune", "scratch", "self"):
+        if key in value:
+            _mapping(path, value[key])
     return value
 
 
-def _list_of_numbers(path: Path, key: str, value: Any) -> list:
-    if not isinstance(value, list) or not all(isinstance(v, (int, float)) for v in value):
-        raise UserError(f"{path}: {key!r} must be a list of numbers, got {value!r}")
-    return value
+def _numbers(path: Path, key: str, value: Any, count: int) -> tuple[float, ...]:
+    if not isinstance(value, list) or len(value) != count or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value):
+        raise UserError(f"{path}: {key!r} must be a list of {count} numbers, got {value!r}")
+    return tuple(map(float, value))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -113,7 +134,10 @@ def _read_json(path: Path) -> dict[str, Any]:
             entry = {"image": entry} if isinstance(entry, (str, list)) else entry
             if not isinstance(entry, dict) or "image" not in entry:
                 raise UserError(f"{path}: entry {number} of {key!r} must be an object with 'image', got {entry!r}")
-            cases[SPLITS[key]].append(entry)
+            files = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
+            if not files or not all(isinstance(f, str) and f for f in files):
+                raise UserError(f"{path}: 'image' of entry {number} of {key!r} must be a path or a list of paths, got {entry['image']!r}")
+            cases[SPLITS[key]].append({k: v for k, v in entry.items() if v is not None})  # null is nothing
     out = {key: content[key] for key in KEYS if key in content}
     channels = content.get("channel_names", content.get("modality"))
     if isinstance(channels, dict):
@@ -130,6 +154,11 @@ def _read_csv(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no readable CSV: {error}: save it as UTF-8") from None
     if "image" not in header:
         raise UserError(f"{path} has the columns {', '.join(header) or '(none)'}: a column 'image' is needed, and 'label', 'class' or 0/1 columns")
+    content: dict[str, Any] = {}
+    if named := next((h for h in header if h.startswith("label=")), None):
+        content["labels"] = {str(i): name.strip() for i, name in enumerate(named.removeprefix("label=").split("|"), start=1)}
+        header = ["label" if h == named else h for h in header]
+        rows = [{"label" if k == named else k: v for k, v in row.items()} for row in rows]
     own = [h for h in header if h not in ("image", "label", "class", "split", "patient", "case")]
     cases: dict[str, list[dict]] = {"train": [], "val": [], "test": []}
     for line, row in enumerate(rows, start=2):
@@ -147,7 +176,7 @@ def _read_csv(path: Path) -> dict[str, Any]:
                 raise UserError(f"{path}, line {line}: column {bad[0]!r} holds {row[bad[0]]!r}, expected 0 or 1")
             entry["label"] = [name for name in own if float(row[name])]
         cases[SPLITS[split.lower()]].append(entry)
-    content: dict[str, Any] = {"cases": cases}
+    content["cases"] = cases
     if "class" in header:
         content["classes"] = sorted({name for entries in cases.values() for e in entries for name in e["label"]})
     elif own and "label" not in header:
@@ -161,6 +190,8 @@ def _guess_task(path: Path, content: dict[str, Any]) -> Task:
     first = entries[0]["image"]
     files = first if isinstance(first, list) else [first]
     flat = content.get("spatial_dims", 2 if str(files[0]).lower().endswith(FLAT_ENDINGS) else 3) == 2
+    if flat and len(files) > 1:
+        raise UserError(f"{path}: a 2D image is one file, got {files}")
     labels = [e["label"] for e in entries if "label" in e]
     masks = bool(labels) and all(isinstance(v, str) and v.lower().endswith(MASK_ENDINGS) for v in labels)
     channels = content.get("channels") or tuple(f"channel {i + 1}" for i in range(len(files)))
@@ -169,8 +200,12 @@ def _guess_task(path: Path, content: dict[str, Any]) -> Task:
             raise UserError(f"{path}: masks of 2D images cannot be segmented here yet: expected 3D scans, or classes for 2D images")
         classes, regions = _classes(path, content.get("labels"), bool(labels))
         kind = "segmentation" if not flat else "classification"
-        return Task("", "", kind, 2 if flat else 3, channels, classes, _no_reader, regions=regions, like="cxr14" if flat else "btcv")
-    classes = content.get("classes") or sorted({name for v in labels for name in (v if isinstance(v, list) else [v]) if isinstance(name, str)})
+        like, spacing = ("cxr14", ()) if flat else ("btcv", get_task("btcv").spacing_mm)
+        return Task("", "", kind, 2 if flat else 3, channels, classes, _no_reader, regions=regions, like=like, spacing_mm=spacing)
+    classes = content.get("classes") or []
+    if not isinstance(classes, list) or len(set(map(str, classes))) < len(classes):
+        raise UserError(f"{path}: 'classes' must be a list of different names, got {classes!r}")
+    classes = classes or sorted({name for v in labels for name in (v if isinstance(v, list) else [v]) if isinstance(name, str)})
     if not flat:
         raise UserError(f"{path}: classes of 3D scans cannot be learned here yet: expected masks for 3D scans, or 2D images")
     if not classes:
@@ -187,7 +222,8 @@ def _classes(path: Path, labels: Any, labelled: bool) -> tuple[tuple[str, ...], 
     if not labelled:
         return (), None
     if not isinstance(labels, dict) or not labels:
-        raise UserError(f'{path}: "labels" must say what the mask values mean, for example {{"0": "background", "1": "liver"}}')
+        wanted = '{"0": "background", "1": "liver"}' if path.suffix.lower() == ".json" else "the header label=liver|tumour for the masks' column"
+        raise UserError(f'{path}: "labels" must say what the mask values mean, for example {wanted}')
     pairs: list[tuple[str, tuple[int, ...]]] = []
     try:
         for key, value in labels.items():
@@ -198,6 +234,8 @@ def _classes(path: Path, labels: Any, labelled: bool) -> tuple[tuple[str, ...], 
     except (TypeError, ValueError):
         raise UserError(f'{path}: "labels" must map numbers to names or names to numbers, got {labels!r}') from None
     pairs = [(name, values) for name, values in pairs if values != (0,)]
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise UserError(f'{path}: "labels" gives one name to several values, got {labels!r}: a class needs a name of its own')
     if all(len(values) == 1 for _, values in pairs):
         pairs.sort(key=lambda p: p[1])
         if [v for _, (v,) in pairs] != list(range(1, len(pairs) + 1)):
@@ -214,6 +252,7 @@ def _splits(path: Path, cases: dict[str, list[dict]], kind: str, classes: tuple[
     root = path.parent if str(data_dir) in ("", ".") else Path(data_dir)
     out: Splits = {}
     seen: dict[str, str] = {}
+    files: dict[str, str] = {}
     for split, entries in cases.items():
         out[split] = []
         for entry in entries:
@@ -221,6 +260,10 @@ def _splits(path: Path, cases: dict[str, list[dict]], kind: str, classes: tuple[
             if case["case"] in seen:
                 raise UserError(f"{path} lists {case['case']} twice ({seen[case['case']]} and {split}): each scan once; add 'case' where names clash")
             seen[case["case"]] = split
+            first = case["image"] if isinstance(case["image"], str) else case["image"][0]
+            if first in files:
+                raise UserError(f"{path} lists {first} twice, as {files[first]} and as {case['case']}: each scan once")
+            files[first] = case["case"]
             out[split].append(case)
     if not out["val"] and len({c["patient"] for c in out["train"]}) > 1:
         out["train"], out["val"] = hold_out(out["train"], 0.1, seed)
@@ -238,6 +281,8 @@ def _case(path: Path, root: Path, entry: dict, kind: str, classes: tuple[str, ..
             raise UserError(f"{path} names {name}, which does not exist: paths are relative to {root}")
     stem = Path(images[0]).name.split(".")[0]
     case: Case = {"case": str(entry.get("case", stem)), "image": images if len(images) > 1 else images[0]}
+    if not case["case"] or "/" in case["case"] or "\\" in case["case"]:
+        raise UserError(f"{path}: 'case' names files of results, so it can hold no slash, got {case['case']!r}")
     case["patient"] = str(entry.get("patient", case["case"]))
     if "label" not in entry:
         return case
