@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -156,7 +157,7 @@ def _print(report: Report, task: Task, splits: dict[str, list[Case]], preset: st
     for line in report.remarks:
         say(f"note: {line}")
     if report.proposal:
-        say(f"proposal for the list file: {report.proposal}")
+        say(f"proposal for the list file: {json.dumps(report.proposal)}")
     if len(report.table):
         for line in estimate(task, len(splits["train"]), preset):
             say(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from smae_utils.settings import PretrainSettings, Settings, resolve, total_steps
 from smae_utils.tasks import Task
 from smae_utils.tasks import get_task as find_task
 from smae_utils.tasks.lists import is_list
+from smae_utils.tasks.mni152 import write_list as write_mni152_list
 from smae_utils.transforms import ResizeRadiograph, prepare
 
 
@@ -39,6 +41,23 @@ def data_folder(task: str, data_dir: str = "", seed: int = 0) -> Path:
         write_phantoms(task, part, DEFAULT_N[task], seed)
         part.rename(folder)
     return folder
+
+
+def own_list(task: str, data_dir: str, folder: Path) -> Path:
+    """A list file: the one that is given, or one written into `folder` of the MNI152 template or of eight scans of a known task."""
+    if is_list(task):
+        return Path(task)
+    path = folder / "list.json"
+    if path.exists():
+        return path
+    if task == "mni152":
+        return write_mni152_list(folder)
+    record = find_task(task)
+    splits = record.read_splits(data_folder(task, data_dir), 0, 0)
+    plain = [{k: v if isinstance(v, str) else [int(x) for x in v] for k, v in c.items()} for c in (splits["train"] + splits["val"])[:8]]
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"name": f"eight scans of {task}", "like": task, "training": plain[:6], "test": plain[6:]}, indent=1))
+    return path
 
 
 def run_folder(task: str, run_dir: str = "", preset: str = "demo", seed: int = 0) -> Path:

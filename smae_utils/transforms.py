@@ -28,6 +28,10 @@ def prepare(task: Task, settings: Settings, with_label: bool) -> Compose:
     keys = ["image", "label"] if with_label else ["image"]
     modes = ["bilinear", "nearest"][: len(keys)]
     spacing = settings.spacing_mm or task.spacing_mm
+    if not spacing:
+        raise UserError(
+            f'{task.name} does not say to which voxel size scans are resampled: add "spacing_mm": [x, y, z]; the command check proposes one'
+        )
     if task.window:
         low, high = task.window
         normalise = mt.ScaleIntensityRanged("image", low, high, 0.0, 1.0, clip=True)

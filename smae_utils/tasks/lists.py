@@ -96,10 +96,19 @@ def task_from_list(path: str | Path) -> Task:
         title=str(content.get("title") or content.get("description") or content.get("name") or path.stem),
         read_splits=partial(_splits, path, cases, base.kind, base.classes),
         like=base.name if like else base.like,
-        settings=_mapping(path, content.get("settings") or {}),
+        settings={**_spacing(base, over, bool(like)), **_mapping(path, content.get("settings") or {})},
         **({"sided": content["sided"]} if "sided" in content else {}),
         **over,
     )
+
+
+def _spacing(base: Task, over: dict, like: bool) -> dict:
+    """The list's voxel size goes before the preset's; that of another task's preset counts only where `like` asks for it."""
+    if base.spatial_dims == 2:
+        return {}
+    if "spacing_mm" in over:
+        return {"spacing_mm": list(over["spacing_mm"])}
+    return {} if like else {"spacing_mm": []}
 
 
 def _mapping(path: Path, value: Any) -> dict:
