@@ -109,7 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--preset", default="demo")
     command.add_argument("--seed", type=int, default=0)
 
-    command = add("benchmark", _benchmark, "two steps of each paper preset at batch 1 on full-size phantoms")
+    command = add("benchmark", _benchmark, "two steps of each paper preset at batch 1 on full-size phantoms; or the explorer's speed")
+    command.add_argument("--what", choices=["paper", "explorer"], default="paper")
     command.add_argument("--task", nargs="*", default=[])
     command.add_argument("--out", type=Path, default=Path("build/benchmark"))
 
@@ -123,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--jobs", type=int, default=1, help="processes at a time; they share the cores")
     command.add_argument("--quick", type=int, default=1, help="divide steps and cases by this: for tests, such figures mean nothing")
 
-    command = add("readme", _readme, "write the figures of README.md anew from results/")
+    command = add("readme", _readme, "write the figures of README.md and docs/ anew from results/")
     command.add_argument("--picture", type=Path, metavar="RUN", help="draw docs/reconstruction.png anew from this pre-training run")
     add("env", _env, "make the environment .venv (nothing needs to be installed for it)")
     for name, function, text in (("test", _test, "run the tests (arguments go to pytest)"), ("lab", _lab, "open JupyterLab on the notebooks")):
@@ -133,12 +134,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _readme(args) -> None:
     from smae_utils.environment import ROOT
-    from smae_utils.readme import draw_reconstruction, render
+    from smae_utils.readme import BLOCKS, draw_reconstruction, render
 
     if args.picture:
         draw_reconstruction(args.picture, ROOT / "docs" / "reconstruction.png")
-    file = ROOT / "README.md"
-    file.write_text(render(file.read_text(), ROOT))
+    for name in BLOCKS:
+        file = ROOT / name
+        file.write_text(render(file.read_text(), ROOT, name))
 
 
 def _env(args) -> None:
@@ -230,6 +232,9 @@ def _evidence(args) -> None:
 
 
 def _benchmark(args) -> None:
-    from smae_utils.demo import benchmark
+    from smae_utils.demo import benchmark, benchmark_explorer
 
-    benchmark(args.out, args.task)
+    if args.what == "explorer":
+        benchmark_explorer(args.out)
+    else:
+        benchmark(args.out, args.task)

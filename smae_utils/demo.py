@@ -110,6 +110,39 @@ def _write_index(out: Path, summary: pd.DataFrame, pages: list[tuple[str, Path]]
     write_text(out / "index.html", f"{page}{table}{note}<ul>{links}</ul>{lines}</html>")
 
 
+def benchmark_explorer(out: str | Path) -> pd.DataFrame:
+    """Milliseconds of a slice change on 128^3 x 4 voxels, and of a new mask with the demo preset's model; writes explorer.csv."""
+    import torch
+
+    from smae_utils.build import build_mae
+    from smae_utils.explorer import explore
+    from smae_utils.settings import PretrainSettings, make_settings
+
+    task, rows = get_task("brats"), []
+    for name, overrides in (("128^3 x 4, patch 16", {"crop_size": [128] * 3, "patch_size": 16}), ("demo preset, 32^3 x 4", {"crop_size": [32] * 3})):
+        values = {"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4, "decoder_embed_dim": 64, "decoder_depth": 2, "decoder_num_heads": 4}
+        settings = make_settings(PretrainSettings, {**values, **overrides}, where="benchmark")
+        widget = explore(build_mae(task, settings), torch.rand(4, *settings.crop_size))
+
+        def milliseconds(act, times: int) -> float:
+            begin = time.monotonic()
+            for i in range(times):
+                act(i)
+            return (time.monotonic() - begin) / times * 1000
+
+        n = settings.crop_size[0]
+        slices = milliseconds(lambda i: setattr(widget.slices["axial"], "value", i % n + 1), 40)  # noqa: B023 (called at once)
+        masks = milliseconds(lambda i: setattr(widget.seed, "value", i + 1), 10)  # noqa: B023
+        rows.append({"image": name, "slice_ms": round(slices, 1), "new_mask_ms": round(masks, 1)})
+    table = pd.DataFrame(rows)
+    source = provenance()
+    head = f"# python -m smae_utils benchmark --what explorer\n# {source['machine']}, {source['date']}, commit {source['commit']}\n"
+    Path(out).mkdir(parents=True, exist_ok=True)
+    write_text(Path(out) / "explorer.csv", head + table.to_csv(index=False))
+    print(table.to_string(index=False))
+    return table
+
+
 def benchmark(out: str | Path, tasks: list[str]) -> pd.DataFrame:
     """Two steps of each paper preset at batch 1 on full-size phantoms: does it fit, and how long does a step take here?
 

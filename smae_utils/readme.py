@@ -42,7 +42,43 @@ def paper_block(root: Path) -> str:
     return _table(pd.read_csv(file, comment="#")) + "\n" + _facts(file)
 
 
-BLOCKS: dict[str, Callable[[Path], str]] = {"demo": demo_block, "paper": paper_block}
+PRIMARY = {"cxr14": "mauc", "btcv": "dsc", "brats": "dsc"}
+
+
+def evidence_block(root: Path) -> str:
+    """Primary figures of `results/evidence/intervals.csv`, and the real data sets, which nobody has run."""
+    folder = root / "results" / "evidence"
+    table = pd.read_csv(folder / "intervals.csv", comment="#")
+    rows = []
+    for task, metric in PRIMARY.items():
+        for row in table[(table.task == task) & (table.metric == metric)].itertuples():
+            span = f"{row.low:+.3f} to {row.high:+.3f}" if row.seeds > 1 else "one seed"
+            rows.append((f"{task} phantoms", metric, row.arm, row.seeds, row.scratch, row.value, f"{row.difference:+.3f}", span))
+    rows += [(f"{task}, real data", metric, "self", 0, "not run", "not run", "", "") for task, metric in PRIMARY.items()]
+    made = pd.DataFrame(rows, columns=["data", "metric", "arm", "seeds", "scratch", "arm's", "difference", "95 % interval"])
+    return _table(made) + "\n" + _facts(folder / "main.csv")
+
+
+def gates_block(root: Path) -> str:
+    """`results/evidence/gates.csv`: what held and what did not."""
+    table = pd.read_csv(root / "results" / "evidence" / "gates.csv", comment="#", dtype={"gate": str}).sort_values(["task", "gate"], kind="stable")
+    table = table.assign(
+        limit=table.limit.fillna(""), holds=table.holds.map({"True": "yes", "False": "**no**", True: "yes", False: "**no**"}).fillna("")
+    )
+    return _table(table[["task", "gate", "what", "value", "limit", "holds"]]) + "\n" + _facts(root / "results" / "evidence" / "gates.csv")
+
+
+def explorer_block(root: Path) -> str:
+    """Table of `results/benchmark/explorer.csv`."""
+    file = root / "results" / "benchmark" / "explorer.csv"
+    return _table(pd.read_csv(file, comment="#")) + "\n" + _facts(file)
+
+
+# file of the project -> name of a block in it -> what writes it
+BLOCKS: dict[str, dict[str, Callable[[Path], str]]] = {
+    "README.md": {"demo": demo_block, "paper": paper_block, "evidence": evidence_block, "explorer": explorer_block},
+    "docs/evidence.md": {"evidence": evidence_block, "gates": gates_block},
+}
 
 
 def draw_reconstruction(run_dir: str | Path, target: Path) -> None:
@@ -58,16 +94,16 @@ def draw_reconstruction(run_dir: str | Path, target: Path) -> None:
     figure.savefig(target, dpi=80, pil_kwargs={"optimize": True})
 
 
-def render(text: str, root: Path) -> str:
-    """`text` with everything between `<!-- NAME:start -->` and `<!-- NAME:end -->` written anew from the results.
+def render(text: str, root: Path, name_of_file: str = "README.md") -> str:
+    """`text` of a file with everything between `<!-- NAME:start -->` and `<!-- NAME:end -->` written anew from the results.
 
     Raises:
         UserError: if a block's markers are missing.
     """
-    for name, block in BLOCKS.items():
+    for name, block in BLOCKS[name_of_file].items():
         pattern = rf"(<!-- {name}:start -->\n).*?(<!-- {name}:end -->)"
         if not re.search(pattern, text, re.S):
-            raise UserError(f"README.md has no markers <!-- {name}:start --> and <!-- {name}:end -->")
+            raise UserError(f"{name_of_file} has no markers <!-- {name}:start --> and <!-- {name}:end -->")
         content = block(root)
         text = re.sub(pattern, lambda m, content=content: m[1] + content + "\n" + m[2], text, flags=re.S)
     return text

@@ -70,11 +70,17 @@ def test_paper_learning_rates_are_the_released_effective_ones():
             assert s.base_lr * s.batch_size / 256 == pytest.approx(rate, rel=0.01)
 
 
-def test_readme_table_is_what_its_command_writes():
+@pytest.mark.parametrize("name", ["README.md", "docs/evidence.md"])
+def test_figures_of_the_documents_are_what_their_command_writes(name):
     from smae_utils.readme import render
 
-    text = (ROOT / "README.md").read_text()
-    assert render(text, ROOT) == text
+    text = (ROOT / name).read_text()
+    assert render(text, ROOT, name) == text
+
+
+def test_pictures_of_the_readme_are_there():
+    for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / picture).is_file(), picture
 
 
 def test_repository_is_small_and_stored_clean():

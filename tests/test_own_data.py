@@ -1,0 +1,481 @@
+"""Own scans from a list file: what is read is what the list says, and what is predicted lies where the scan lies."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from smae_utils import check as checking
+from smae_utils import inference, predict
+from smae_utils.cli import main
+from smae_utils.data import read_splits
+from smae_utils.evaluation import load_finetuned
+from smae_utils.inference import classify, dsc
+from smae_utils.runs import Run
+from smae_utils.settings import FinetuneSettings, resolve
+from smae_utils.tasks import get_task
+from smae_utils.training import finetune
+from smae_utils.transforms import prepare
+
+SHAPE, SPACING = (20, 18, 16), (3.0, 3.5, 4.0)
+LABELS = {"0": "background", "1": "liver", "2": "tumour"}
+ORIENTATIONS = [
+    np.array(list(zip(axes, signs)), float) for axes in itertools.permutations(range(3)) for signs in itertools.product((1, -1), repeat=3)
+]
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+@pytest.fixture
+def smae(capsys):
+    """Call the command line in this process: (exit code, standard output, standard error)."""
+
+    def call(*words) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(w) for w in words])
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def phantom(seed: int = 0, shape=SHAPE) -> tuple[np.ndarray, np.ndarray]:
+    """A body with two organs, alike in no mirror: (image, label)."""
+    rng = np.random.default_rng(seed)
+    at = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) if n > 1 else np.zeros(1) for n in shape), indexing="ij"))
+    label = np.zeros(shape, np.uint8)
+    label[((at - np.array([0.35, 0.2, 0.25]).reshape(3, 1, 1, 1)) ** 2).sum(0) < 0.2] = 1
+    label[((at - np.array([-0.4, -0.3, -0.2]).reshape(3, 1, 1, 1)) ** 2).sum(0) < 0.1] = 2
+    body = (at**2).sum(0) < 2.5
+    image = (body * (200 + rng.normal(0, 10, shape)) + 150.0 * label).astype(np.float32)
+    return image, label
+
+
+def write(path: Path, values: np.ndarray, affine: np.ndarray | None = None, units: tuple = ("mm", "sec")) -> str:
+    image = nib.Nifti1Image(values, np.diag([*SPACING, 1.0]) if affine is None else affine)
+    image.header.set_xyzt_units(*units)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(image, path)
+    return path.name
+
+
+def write_list(folder: Path, n: int = 4, n_test: int = 2, **more) -> Path:
+    """A list of phantoms with labels in the style of the Decathlon."""
+    entries = []
+    for i in range(n + n_test):
+        image, label = phantom(i)
+        write(folder / "images" / f"p{i}.nii.gz", image)
+        write(folder / "labels" / f"p{i}.nii.gz", label)
+        entries.append({"image": f"images/p{i}.nii.gz", "label": f"labels/p{i}.nii.gz"})
+    content = {"name": "abdomen", "labels": LABELS, "modality": {"0": "MRI"}, "spacing_mm": [3, 3, 3], "training": entries[:n], "test": entries[n:]}
+    file = folder / "list.json"
+    file.write_text(json.dumps({**content, **more}))
+    return file
+
+
+@pytest.fixture(scope="module")
+def small(tiny) -> dict:
+    """The smallest settings in the shape of a list's `settings`."""
+    drop = ("spacing_mm",)
+    return {stage: {k: v for k, v in tiny["brats", stage].items() if k not in drop} | {"steps": 2} for stage in ("pretrain", "finetune")}
+
+
+@pytest.fixture(scope="module")
+def trained(small, bare, tmp_path_factory) -> Path:
+    """A run that was fine-tuned on a list."""
+    folder = tmp_path_factory.mktemp("own")
+    finetune(str(write_list(folder, settings=small)), "", folder / "run", preset=bare, report=quiet)
+    return folder / "run"
+
+
+def test_a_json_list_trains_evaluates_and_predicts_with_its_own_settings(smae, small, bare, tmp_path):
+    file, runs = write_list(tmp_path / "data", settings=small), tmp_path / "runs"
+    content = json.loads(file.read_text())
+    write(tmp_path / "data" / "images" / "more.nii.gz", phantom(9)[0])
+    content["training"].append({"image": "images/more.nii.gz"})
+    file.write_text(json.dumps(content))
+    assert smae("pretrain", "--task", file, "--preset", bare, "--out", runs / "pre")[0] == 0
+    code, out, err = smae("finetune", "--task", file, "--preset", bare, "--out", runs / "fine", "--init", runs / "pre", "--set", "seed=1")
+    assert code == 0 and "loaded" in out and "no label" in out, err
+    pre, fine = (yaml_of(runs / name) for name in ("pre", "fine"))
+    assert pre["settings"]["embed_dim"] == small["pretrain"]["embed_dim"] and pre["settings"]["base_lr"] == small["pretrain"]["base_lr"]
+    assert fine["settings"]["feature_size"] == small["finetune"]["feature_size"] and fine["settings"]["seed"] == 1
+    # What has no label serves pre-training only.
+    everywhere = set(sum(pre["cases"].values(), []))
+    assert "more" in everywhere and everywhere - {"more"} == set(sum(fine["cases"].values(), []))
+    assert smae("evaluate", runs / "fine")[0] == 0
+    assert set(pd.read_csv(runs / "fine" / "metrics.csv")["class"]) == {"liver", "tumour"}
+    image = tmp_path / "data" / "images" / "more.nii.gz"
+    assert smae("predict", runs / "fine", image, file, "--out", tmp_path / "out", "--probabilities")[0] == 0
+    names = {p.name for p in (tmp_path / "out").glob("*.nii.gz")}
+    # The scan stands in the list too: both results have names of their own.
+    assert len(names) == 2 * 8 and all(f"p{i}.nii.gz" in names for i in range(6)) and {"001_more.nii.gz"} <= names
+    stored = nib.load(tmp_path / "out" / "p0_probabilities.nii.gz")
+    assert stored.shape == (*SHAPE, 3)
+    assert json.loads((tmp_path / "out" / "labels.json").read_text())["2"] == "tumour"
+    assert (tmp_path / "out" / "p0.png").stat().st_size > 5000
+
+
+def yaml_of(run: Path) -> dict:
+    return Run(run).config
+
+
+def test_labels_of_the_decathlon_and_of_nnunet_mean_the_same(tmp_path):
+    def task(labels):
+        return get_task(str(write_list(tmp_path, 2, 0, labels=labels)))
+
+    for labels in (LABELS, {"background": 0, "liver": 1, "tumour": 2}, {"tumour": 2, "liver": 1, "background": 0}):
+        made = task(labels)
+        assert (made.classes, made.regions, made.exclusive, made.channels) == (("liver", "tumour"), None, True, ("MRI",))
+    made = task({"background": 0, "whole": [1, 2], "core": [2]})
+    assert (made.classes, made.regions, made.exclusive, made.label_values) == (("whole", "core"), ((1, 2), (2,)), False, 3)
+    masks = made.class_masks(np.array([0, 1, 2]))
+    assert [m.tolist() for m in masks] == [[False, True, True], [False, False, True]]
+
+
+def test_channels_in_several_files_give_the_array_of_the_file_with_four(brats, tmp_path):
+    record = get_task("brats")
+    case = read_splits(record, brats, FinetuneSettings())["train"][0]
+    stored = nib.load(case["image"])
+    names = []
+    for channel in range(4):
+        names.append(f"case_{channel:04d}.nii.gz")
+        nib.save(nib.Nifti1Image(np.asarray(stored.dataobj)[..., channel], stored.affine, stored.header), tmp_path / names[-1])
+    shutil.copy(case["label"], tmp_path / "label.nii.gz")
+    labels = {"background": 0, "WT": [1, 2, 3], "TC": [2, 3], "ET": 3}
+    content = {"labels": labels, "channel_names": {"0": "FLAIR", "1": "T1w", "2": "T1gd", "3": "T2w"}, "spacing_mm": [4, 4, 4]}
+    content["training"] = [{"image": names, "label": "label.nii.gz"}]
+    (tmp_path / "list.json").write_text(json.dumps(content))
+    own = get_task(str(tmp_path / "list.json"))
+    assert (own.channels, own.regions, own.classes) == (record.channels, record.regions, record.classes)
+    settings = replace(FinetuneSettings(), crop_size=(16, 16, 16), spacing_mm=(4.0, 4.0, 4.0))
+    theirs = prepare(record, settings, with_label=True)(dict(case))
+    ours = prepare(own, replace(settings, spacing_mm=()), with_label=True)(own.read_splits(Path(""), 0, 0)["train"][0])
+    for key in ("image", "label"):
+        assert np.array_equal(np.asarray(ours[key]), np.asarray(theirs[key]))
+
+
+def test_like_gives_the_presets_of_a_task_and_the_lists_own_settings_count_more(tmp_path):
+    own = get_task(str(write_list(tmp_path, 2, 0, like="brats", modality={}, settings={"flip_prob": 0.4, "finetune": {"overlap": 0.1}})))
+    assert own.classes == ("liver", "tumour") and own.regions is None
+    for stage in ("pretrain", "finetune"):
+        theirs, ours = resolve(get_task("brats"), stage, "demo"), resolve(own, stage, "demo")
+        different = {k for k in vars(theirs) if getattr(theirs, k) != getattr(ours, k)}
+        assert different == {"flip_prob", "spacing_mm"} | ({"overlap"} if stage == "finetune" else set())
+        assert ours.flip_prob == 0.4 and ours.spacing_mm == (3, 3, 3)
+    # Without labels of its own a list has the classes of the task it is like.
+    content = json.loads((tmp_path / "list.json").read_text())
+    (tmp_path / "list.json").write_text(json.dumps({k: v for k, v in content.items() if k != "labels"}))
+    assert get_task(str(tmp_path / "list.json")).regions == get_task("brats").regions
+
+
+def pictures(folder: Path, n: int) -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        Image.fromarray(rng.integers(0, 256, (40, 40), dtype=np.uint8)).save(folder / f"i{i:02d}.png")
+    return [f"i{i:02d}.png" for i in range(n)]
+
+
+def write_csv(file: Path, header: list[str], rows: list[list], encoding: str = "utf-8", newline: str = "\n") -> Path:
+    with file.open("w", newline="", encoding=encoding) as handle:
+        csv.writer(handle, lineterminator=newline).writerows([header, *rows])
+    return file
+
+
+def test_csv_with_a_class_column_with_zeros_and_ones_and_from_windows_say_the_same(tmp_path):
+    names = pictures(tmp_path, 4)
+    words, ones = ["mass|nodule", "", "nodule", "mass"], [[1, 1], [0, 0], [0, 1], [1, 0]]
+    files = [
+        write_csv(tmp_path / "class.csv", ["image", "class"], [[n, w] for n, w in zip(names, words)]),
+        write_csv(tmp_path / "ones.csv", ["image", "mass", "nodule"], [[n, *o] for n, o in zip(names, ones)]),
+        write_csv(tmp_path / "windows.csv", ["image", "class"], [[n, w] for n, w in zip(names, words)], "utf-8-sig", "\r\n"),
+    ]
+    for file in files:
+        task = get_task(str(file))
+        assert (task.kind, task.classes, task.in_chans) == ("classification", ("mass", "nodule"), 1)
+        cases = {c["case"]: c for part in task.read_splits(Path(""), 0, 0).values() for c in part}
+        assert [cases[n[:-4]]["label"].tolist() for n in names] == ones
+
+
+def test_csv_says_the_split_and_the_patient_of_each_image(tmp_path):
+    names = pictures(tmp_path, 6)
+    splits, patients = ["train", "Training", "val", "valid", "test", "testing"], list("aabbcc")
+    file = write_csv(tmp_path / "list.csv", ["image", "class", "split", "patient"], [[n, "x", s, p] for n, s, p in zip(names, splits, patients)])
+    made = get_task(str(file)).read_splits(Path(""), 0, 0)
+    for part, patient, two in (("train", "a", names[:2]), ("val", "b", names[2:4]), ("test", "c", names[4:])):
+        assert [(Path(c["image"]).name, c["patient"]) for c in made[part]] == [(n, patient) for n in two]
+
+
+def test_csv_of_masks_names_their_values_in_the_header(tmp_path):
+    write_list(tmp_path, 3, 0)
+    file = write_csv(tmp_path / "list.csv", ["image", "label=liver|tumour"], [[f"images/p{i}.nii.gz", f"labels/p{i}.nii.gz"] for i in range(3)])
+    task = get_task(str(file))
+    assert (task.kind, task.classes) == ("segmentation", ("liver", "tumour"))
+    made = task.read_splits(Path(""), 0, 0)
+    assert all(Path(c["label"]).is_file() for part in made.values() for c in part) and sum(map(len, made.values())) == 3
+
+
+def test_a_tenth_of_the_patients_is_held_out_where_the_list_has_no_validation(tmp_path):
+    names = pictures(tmp_path, 40)
+    rows = [[n, "x" if i % 2 else "y", f"patient{i // 2}"] for i, n in enumerate(names)]
+    made = get_task(str(write_csv(tmp_path / "list.csv", ["image", "class", "patient"], rows))).read_splits(Path(""), 0, 0)
+    held, rest = ({c["patient"] for c in made[part]} for part in ("val", "train"))
+    assert len(held) == 2 and len(rest) == 18 and not held & rest
+    assert len(made["val"]) == 4 and len(made["train"]) == 36
+
+
+def test_a_csv_list_of_radiographs_trains_evaluates_and_predicts(smae, tiny, bare, cxr14, tmp_path):
+    found = sorted(cxr14.rglob("*.png"))[:20]
+    for file in found:
+        shutil.copy(file, tmp_path / file.name)
+    rows = [[f.name, i % 2, f.name.split("_")[0], "test" if i >= 14 else "train"] for i, f in enumerate(found)]
+    patients = {r[2] for r in rows if r[3] == "test"}
+    rows = [r for r in rows if r[3] == "test" or r[2] not in patients]
+    file = write_csv(tmp_path / "list.csv", ["image", "big heart", "patient", "split"], rows)
+    for stage, more in (("pretrain", []), ("finetune", ["--init", tmp_path / "pretrain"])):
+        settings = [f"{k}={v}" for k, v in {**tiny["cxr14", stage], "steps": 2}.items()]
+        code, _, err = smae(stage, "--task", file, "--preset", bare, "--out", tmp_path / stage, *more, "--set", *settings)
+        assert code == 0, err
+    assert smae("evaluate", tmp_path / "finetune")[0] == 0
+    assert smae("predict", tmp_path / "finetune", found[0], found[15], "--out", tmp_path / "out", "--occlusion")[0] == 0
+    table = pd.read_csv(tmp_path / "out" / "probabilities.csv")
+    assert list(table.columns) == ["case", "big heart"] and len(table) == 2 and table["big heart"].between(0, 1).all()
+    scored = pd.read_csv(tmp_path / "finetune" / "metrics.csv").set_index("case").score
+    assert table.iloc[1]["big heart"] == pytest.approx(scored[found[15].stem], abs=1e-3)
+    assert (tmp_path / "out" / f"{found[0].stem}_occlusion.png").is_file()
+
+
+@pytest.fixture
+def perfect(monkeypatch, trained):
+    """Predict with a network that knows the labels: they are prepared as the scan is, and go back as a prediction does."""
+
+    def call(pairs: list[tuple[Path, Path]], out: Path, run: Path = trained) -> pd.DataFrame:
+        _, task, settings = load_finetuned(Run(run))
+        left = iter(pairs)
+
+        def known(*_) -> torch.Tensor:
+            image, label = next(left)
+            prepared = prepare(task, settings, with_label=True)({"case": "c", "image": str(image), "label": str(label)})["label"][0]
+            return torch.nn.functional.one_hot(prepared.as_tensor().long(), len(task.classes) + 1).movedim(-1, 0).float()
+
+        monkeypatch.setattr(inference, "probabilities", known)
+        return predict.predict(run, [image for image, _ in pairs], out, report=quiet)
+
+    return call
+
+
+def on_the_grid_of(mask: Path, image: Path) -> np.ndarray:
+    """The mask's voxels, after the checks that every viewer relies on."""
+    ours, theirs = nib.load(mask), nib.load(image)
+    assert ours.shape == theirs.shape[:3]
+    np.testing.assert_allclose(ours.affine, theirs.affine, atol=1e-5)
+    assert ours.header.get_xyzt_units()[0] == theirs.header.get_xyzt_units()[0]
+    assert np.issubdtype(ours.get_data_dtype(), np.integer)
+    return np.asarray(ours.dataobj)
+
+
+def volumes_fit(table: pd.DataFrame, case: str, mask: Path, names=("liver", "tumour")) -> None:
+    stored = nib.load(mask)
+    voxel = np.prod(nib.affines.voxel_sizes(stored.affine)) / 1000
+    row = table.set_index("case").loc[case]
+    for value, name in enumerate(names, start=1):
+        assert row[f"{name} (ml)"] == pytest.approx((np.asarray(stored.dataobj) == value).sum() * voxel, abs=6e-4)
+
+
+def test_masks_lie_on_the_scans_own_grid_for_all_48_orientations(perfect, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "_picture", lambda *_: None)  # 48 pictures would take most of the time
+    image, label = phantom()
+    affine = nib.affines.from_matvec(np.diag(SPACING), [-30, 12, 55])
+    pairs, codes = [], set()
+    for number, orientation in enumerate(ORIENTATIONS):
+        pair = []
+        for kind, values in (("image", image), ("label", label)):
+            turned = nib.Nifti1Image(values, affine).as_reoriented(orientation)
+            pair.append(tmp_path / kind / f"s{number:02d}.nii.gz")
+            write(pair[-1], np.asarray(turned.dataobj), turned.affine)
+        codes.add(nib.aff2axcodes(turned.affine))
+        pairs.append(tuple(pair))
+    assert len(codes) == 48
+    perfect(pairs, tmp_path / "out")
+    table = pd.read_csv(tmp_path / "out" / "volumes.csv")
+    for scan, truth in pairs:
+        mask = on_the_grid_of(tmp_path / "out" / scan.name, scan)
+        expected = np.asarray(nib.load(truth).dataobj)
+        assert min(dsc(mask == v, expected == v) for v in (1, 2)) > 0.9, scan.name
+        volumes_fit(table, scan.name[:3], tmp_path / "out" / scan.name)
+
+
+def turned_affine() -> np.ndarray:
+    a, b = 0.35, 0.2
+    about_z = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
+    about_x = np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
+    return nib.affines.from_matvec(about_z @ about_x @ np.diag(SPACING), [10, -20, 5])
+
+
+@pytest.mark.parametrize(
+    ("shape", "affine", "least"),
+    [(SHAPE, turned_affine(), 0.85), ((20, 18, 1), None, 0.85), ((1, 18, 16), None, 0.85), ((5, 5, 5), None, 0.6)],
+    ids=["oblique", "one slice", "one sagittal slice", "tiny"],
+)
+def test_masks_of_odd_scans_lie_on_their_own_grid(perfect, tmp_path, shape, affine, least):
+    image, label = phantom(shape=shape)
+    write(tmp_path / "scan.nii.gz", image, affine)
+    write(tmp_path / "label" / "scan.nii.gz", label, affine)
+    table = perfect([(tmp_path / "scan.nii.gz", tmp_path / "label" / "scan.nii.gz")], tmp_path / "out")
+    mask = on_the_grid_of(tmp_path / "out" / "scan.nii.gz", tmp_path / "scan.nii.gz")
+    present = [v for v in (1, 2) if (label == v).any()]
+    assert present and min(dsc(mask == v, label == v) for v in present) > least
+    volumes_fit(table, "scan", tmp_path / "out" / "scan.nii.gz")
+
+
+def test_units_that_a_header_does_not_give_stay_unknown(trained, tmp_path):
+    image, _ = phantom()
+    write(tmp_path / "scan.nii.gz", image, units=(None, None))
+    predict.predict(trained, [tmp_path / "scan.nii.gz"], tmp_path / "out", report=quiet)
+    on_the_grid_of(tmp_path / "out" / "scan.nii.gz", tmp_path / "scan.nii.gz")
+
+
+def test_tumour_masks_hold_the_labels_of_the_challenge_and_their_regions_are_nested(brats, tiny, bare, tmp_path, monkeypatch):
+    run = finetune("brats", brats, tmp_path / "run", preset=bare, overrides={**tiny["brats", "finetune"], "steps": 1}, report=quiet)
+    cases = read_splits(get_task("brats"), brats, FinetuneSettings())["test"]
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(model, image, *_) -> torch.Tensor:  # regions that contradict each other everywhere
+        coarse = torch.rand(1, 3, 4, 4, 4, generator=generator)
+        return torch.nn.functional.interpolate(coarse, size=image.shape[1:], mode="trilinear")[0]
+
+    monkeypatch.setattr(inference, "probabilities", noise)
+    table = predict.predict(run.path, [c["image"] for c in cases], tmp_path / "out", probabilities=True, report=quiet).set_index("case")
+    for case in cases:
+        mask = on_the_grid_of(tmp_path / "out" / f"{case['case']}.nii.gz", Path(case["image"]))
+        assert set(np.unique(mask)) == {0, 1, 2, 3}
+        sure = np.asarray(nib.load(tmp_path / "out" / f"{case['case']}_probabilities.nii.gz").dataobj) > 0.5
+        whole = sure[..., 0]
+        core = whole & sure[..., 1]
+        regions = {"WT": whole, "TC": core, "ET": core & sure[..., 2]}
+        voxel = np.prod(nib.affines.voxel_sizes(nib.load(case["image"]).affine)) / 1000
+        for (name, expected), values in zip(regions.items(), ((1, 2, 3), (2, 3), (3,))):
+            assert np.array_equal(np.isin(mask, values), expected)
+            assert table.loc[case["case"], f"{name} (ml)"] == pytest.approx(expected.sum() * voxel, abs=6e-4)
+
+
+@pytest.fixture(scope="module")
+def classifier(cxr14, tiny, bare, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("classifier") / "run"
+    finetune("cxr14", cxr14, out, preset=bare, overrides={**tiny["cxr14", "finetune"], "steps": 8}, report=quiet)
+    return out
+
+
+def test_probabilities_of_radiographs_are_those_of_the_classifier(classifier, cxr14, tmp_path):
+    model, task, settings = load_finetuned(Run(classifier))
+    cases = read_splits(task, cxr14, settings)["test"]
+    predict.predict(classifier, [c["image"] for c in cases], tmp_path / "out", report=quiet)
+    written = pd.read_csv(tmp_path / "out" / "probabilities.csv")
+    with torch.inference_mode():
+        expected = classify(model, cases, task, settings, torch.device("cpu"))
+    assert list(written.columns[1:]) == list(task.classes)
+    np.testing.assert_allclose(written[list(task.classes)].to_numpy(), expected, atol=1e-3)
+    assert np.ptp(expected, axis=0).max() > 1e-3  # else any order of the images would pass
+
+
+def test_a_radiograph_of_16_bits_gives_the_probabilities_of_its_8_bit_twin(classifier, cxr14, tmp_path):
+    source = next(iter(sorted(cxr14.rglob("*.png"))))
+    values = np.asarray(Image.open(source).convert("L"), np.float64)
+    values = (values - values.min()) / np.ptp(values)
+    Image.fromarray((values * 255).round().astype(np.uint8)).save(tmp_path / "eight.png")
+    Image.fromarray((values * 4095).round().astype(np.uint16)).save(tmp_path / "sixteen.png")  # 12 bits in 16, as detectors give
+    assert Image.open(tmp_path / "sixteen.png").mode.startswith("I")
+    table = predict.predict(classifier, [tmp_path / "eight.png", tmp_path / "sixteen.png"], tmp_path / "out", report=quiet)
+    numbers = table.drop(columns="case").to_numpy(float)
+    assert np.abs(numbers[0] - numbers[1]).max() < 0.02
+
+
+def test_nothing_is_written_into_a_folder_that_is_not_empty_nor_for_a_scan_that_cannot_be_read(smae, trained, tmp_path):
+    image, _ = phantom()
+    write(tmp_path / "scan.nii.gz", image)
+    (tmp_path / "cut.nii.gz").write_bytes((tmp_path / "scan.nii.gz").read_bytes()[:2000])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    code, _, err = smae("predict", trained, tmp_path / "scan.nii.gz", "--out", tmp_path / "out")
+    assert code == 2 and "not empty" in err and [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    code, _, err = smae("predict", trained, tmp_path / "scan.nii.gz", tmp_path / "cut.nii.gz", "--out", tmp_path / "new")
+    assert code == 2 and "cut.nii.gz" in err and not (tmp_path / "new").exists()
+
+
+def test_check_of_a_clean_list_names_every_case_and_gives_zero(smae, small, tmp_path):
+    code, out, err = smae("check", write_list(tmp_path, settings=small))
+    assert code == 0 and err == ""
+    assert all(sum(line.split()[1:2] == [f"p{i}"] for line in out.splitlines()) == 1 for i in range(6)), out
+    assert "pretrain with preset small" in out and "no training case" not in out
+
+
+def spoiled(name: str, folder: Path) -> str:
+    """Damage one file of a list; its path."""
+    image, label = phantom(1)
+    target, mask = folder / "images" / "p1.nii.gz", folder / "labels" / "p1.nii.gz"
+    if name == "cut":
+        target.write_bytes(target.read_bytes()[:1000])
+    if name == "nan":
+        image[0, 0, 0] = np.nan
+        write(target, image)
+    if name == "constant":
+        write(target, image * 0)
+    if name == "singular":
+        broken = nib.load(target)
+        broken.header.set_sform(np.diag([3.0, 0, 4, 1]), 1)
+        broken.header.set_qform(None, 0)
+        nib.save(nib.Nifti1Image(image, None, broken.header), target)
+    if name == "channels":
+        write(target, np.stack([image, image], -1))
+    if name == "flat":
+        write(target, image[:, :, 0])
+    if name == "moved":
+        write(mask, label, np.array([[3.0, 0, 0, 30], [0, 3.5, 0, 0], [0, 0, 4, 0], [0, 0, 0, 1]]))
+        return str(mask)
+    if name == "values":
+        write(mask, label * 9)
+        return str(mask)
+    if name == "shape":
+        write(mask, label[:-2])
+        return str(mask)
+    return str(target)
+
+
+@pytest.mark.parametrize("name", ["cut", "nan", "constant", "singular", "channels", "flat", "moved", "values", "shape"])
+def test_check_gives_each_fault_a_line_that_names_the_file(smae, monkeypatch, tmp_path, name):
+    monkeypatch.setattr(checking, "estimate", lambda *_: [])  # measures the machine for seconds
+    file = write_list(tmp_path)
+    path = spoiled(name, tmp_path)
+    code, out, err = smae("check", file)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and path in err, err
+    assert "1 errors" in out and "p0" in out  # the other cases are looked at all the same
+
+
+def test_check_proposes_the_spacing_in_the_order_of_axes_that_training_uses(tmp_path):
+    image, label = phantom()
+    turned = nib.Nifti1Image(image, np.diag([*SPACING, 1.0])).as_reoriented(np.array([[2, -1], [0, 1], [1, -1]], float))
+    write(tmp_path / "a.nii.gz", np.asarray(turned.dataobj), turned.affine)
+    (tmp_path / "list.json").write_text(json.dumps({"training": ["a.nii.gz"]}))
+    made = checking.check(str(tmp_path / "list.json"), say=quiet)
+    assert nib.aff2axcodes(turned.affine) != ("R", "A", "S") and made.proposal["spacing_mm"] == list(SPACING)
+
+
+def test_check_tells_class_one_from_class_eleven(tmp_path, monkeypatch):
+    monkeypatch.setattr(checking, "estimate", lambda *_: [])
+    file = write_list(tmp_path, 1, 0, labels={str(i): f"organ{i}" for i in range(1, 12)})
+    write(tmp_path / "labels" / "p0.nii.gz", np.where(phantom(0)[1] == 1, 11, 0).astype(np.uint8))
+    remarks = " ".join(checking.check(str(file), say=quiet).remarks)
+    assert "'organ1' occurs in no train" in remarks and "'organ11'" not in remarks
