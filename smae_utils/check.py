@@ -16,7 +16,7 @@ from smae_utils import accel
 from smae_utils.data import read_case
 from smae_utils.errors import UserError
 from smae_utils.lesson import crop_flops, measured_flops_per_second
-from smae_utils.reading import ReadRadiograph, ReadScan, check_affine, check_label_values, check_same_place
+from smae_utils.reading import ReadRadiograph, ReadScan, check_label_values, check_same_place
 from smae_utils.settings import resolve, total_steps
 from smae_utils.tasks import Case, Task, get_task
 
@@ -69,7 +69,6 @@ def _look_3d(case: Case, task: Task) -> dict:
     if values.shape[0] != task.in_chans:
         raise UserError(f"{name} has {values.shape[0]} channels, expected {task.in_chans} ({', '.join(task.channels)}) in every case")
     affine = np.asarray(image.affine)
-    check_affine(affine, name)
     if not np.isfinite(values).all():
         raise UserError(f"{name} holds {int((~np.isfinite(values)).sum())} NaN or infinite values: repair or leave out this scan")
     if np.ptp(values) == 0:

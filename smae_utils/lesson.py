@@ -8,6 +8,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -44,7 +45,7 @@ def data_folder(task: str, data_dir: str = "", seed: int = 0) -> Path:
 
 
 def own_list(task: str, data_dir: str, folder: Path) -> Path:
-    """A list file: the one that is given, or one written into `folder` of the MNI152 template or of eight scans of a known task."""
+    """A list file: the one that is given, or one written into `folder` of the MNI152 template or of a few scans of a known task."""
     if is_list(task):
         return Path(task)
     path = folder / "list.json"
@@ -54,10 +55,29 @@ def own_list(task: str, data_dir: str, folder: Path) -> Path:
         return write_mni152_list(folder)
     record = find_task(task)
     splits = record.read_splits(data_folder(task, data_dir), 0, 0)
-    plain = [{k: v if isinstance(v, str) else [int(x) for x in v] for k, v in c.items()} for c in (splits["train"] + splits["val"])[:8]]
+    few = {
+        "training": (splits["train"] + splits["val"])[: 60 if record.spatial_dims == 2 else 6],
+        "test": splits["test"][: 30 if record.spatial_dims == 2 else 2],
+    }
+    plain = {part: [{k: v if isinstance(v, str) else [int(x) for x in v] for k, v in c.items()} for c in cases] for part, cases in few.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"name": f"eight scans of {task}", "like": task, "training": plain[:6], "test": plain[6:]}, indent=1))
+    path.write_text(json.dumps({"name": f"a few scans of {task}", "like": task, **plain}, indent=1))
     return path
+
+
+def fresh(folder: Path) -> Path:
+    """The folder, without what an earlier run of the notebook left in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def evidence_table(task: str) -> pd.DataFrame:
+    """What the committed evidence study found for a task: difference of each arm to scratch with its 95 % interval over seeds; may be empty."""
+    file = work_root() / "results" / "evidence" / "intervals.csv"
+    if not file.is_file():
+        return pd.DataFrame()
+    table = pd.read_csv(file, comment="#")
+    return table[(table.task == task) & table.metric.isin(["mauc", "dsc", "hd95_mm"])].drop(columns="task").round(3)
 
 
 def run_folder(task: str, run_dir: str = "", preset: str = "demo", seed: int = 0) -> Path:

@@ -149,10 +149,13 @@ def _picture(case: Case, values: np.ndarray, affine: np.ndarray, spacing: list[f
     voxels = np.asarray(scan.dataobj, np.float32)
     scan = nib.as_closest_canonical(nib.Nifti1Image(voxels[..., 0] if voxels.ndim == 4 else voxels, affine))
     mask = nib.as_closest_canonical(nib.Nifti1Image(values, affine))
-    grey = np.asarray(scan.dataobj)
+    grey, labels = np.asarray(scan.dataobj), np.asarray(mask.dataobj)
+    for axis, n in enumerate(labels.shape):
+        if n == 1:  # an outline needs two pixels each way
+            grey, labels = grey.repeat(2, axis), labels.repeat(2, axis)
     grey = grey.clip(*task.window) if task.window else grey
     names = task.classes if task.exclusive else [f"label {i}" for i in range(1, task.label_values)]
-    figure = show_overlay(grey, np.asarray(mask.dataobj), {}, names, case["case"], mask.header.get_zooms()[:3], first="prediction")
+    figure = show_overlay(grey, labels, {}, names, case["case"], mask.header.get_zooms()[:3], first="prediction")
     figure.savefig(target, dpi=90)
     plt.close(figure)
 

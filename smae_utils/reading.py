@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai import transforms as mt
@@ -13,6 +16,10 @@ from PIL import Image, UnidentifiedImageError
 
 from smae_utils.errors import UserError
 from smae_utils.tasks import Task
+
+# Where pydicom is installed, MONAI tells at each scan, NIfTI too, that a decoder for GPUs is not: nobody asked for it.
+logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
 
 
 class ReadScan(mt.Transform):
@@ -26,6 +33,8 @@ class ReadScan(mt.Transform):
         for key in self.keys:
             files = data[key] if isinstance(data[key], (list, tuple)) else [data[key]]
             if all(str(f).endswith((".nii", ".nii.gz")) for f in files):
+                for f in files:  # as stored: MONAI takes the voxel sizes instead where a header contradicts itself
+                    check_affine(nib.load(f).affine, str(f))
                 reader = mt.LoadImage("NibabelReader", image_only=True, ensure_channel_first=True)
             elif Path(files[0]).is_dir():
                 reader = mt.LoadImage(_dicom_reader(files[0]), image_only=True, ensure_channel_first=True)
@@ -64,7 +73,6 @@ class CheckCase(mt.Transform):
                 f"{name} has {image.shape[0]} channels of shape {tuple(image.shape[1:])}: task {self.task.name} expects "
                 f"{self.task.in_chans} ({', '.join(self.task.channels)}) in {self.task.spatial_dims}D"
             )
-        check_affine(np.asarray(image.affine), name)
         if not torch.isfinite(image).all():
             raise UserError(f"{name} holds NaN or infinite values: repair or leave out this scan")
         if self.with_label:
@@ -97,7 +105,8 @@ def check_label_values(values: np.ndarray, task: Task, path: str) -> None:
     """Refuse values that are no label of the task."""
     found = np.unique(values)
     if (found != np.round(found)).any() or found.min() < 0 or found.max() >= task.label_values:
-        raise UserError(f"{path} holds values {found.tolist()[:8]}: task {task.name} expects integers 0 .. {task.label_values - 1}")
+        some = ", ".join(f"{v:g}" for v in found[:8]) + (" and more" if len(found) > 8 else "")
+        raise UserError(f"{path} holds values {some}: task {task.name} expects integers 0 .. {task.label_values - 1}")
 
 
 class ReadRadiograph(mt.Transform):

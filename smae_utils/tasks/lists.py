@@ -68,7 +68,10 @@ def task_from_list(path: str | Path) -> Task:
     if like := content.get("like"):
         if not isinstance(like, str) or is_list(like):
             raise UserError(f"{path}: 'like' must be the name of a task as btcv, brats or cxr14, got {like!r}")
-        base = get_task(like)
+        try:
+            base = get_task(like)
+        except UserError as error:
+            raise UserError(f"{path}, 'like': {error}") from None
         if content.get("labels") or content.get("classes"):  # classes of its own; how scans are prepared is the other task's
             own = _guess_task(path, content)
             if own.kind != base.kind:
@@ -274,12 +277,12 @@ def _splits(path: Path, cases: dict[str, list[dict]], kind: str, classes: tuple[
                 raise UserError(f"{path} lists {first} twice, as {files[first]} and as {case['case']}: each scan once")
             files[first] = case["case"]
             out[split].append(case)
-    if not out["val"] and len({c["patient"] for c in out["train"]}) > 1:
-        out["train"], out["val"] = hold_out(out["train"], 0.1, seed)
     patients = {split: {c["patient"] for c in cases} for split, cases in out.items()}
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
         if shared := patients[a] & patients[b]:
             raise UserError(f"{path}: patient {min(shared)} is in {a} and in {b}: the figures would flatter; keep a patient in one split")
+    if not out["val"] and len(patients["train"]) > 1:
+        out["train"], out["val"] = hold_out(out["train"], 0.1, seed)
     return out
 
 

@@ -13,6 +13,7 @@ import pytest
 from smae_utils.batch import check_parameters, notebook_path, run_notebook
 from smae_utils.demo import demo, notebooks_for
 from smae_utils.errors import UserError
+from smae_utils.phantoms import write_phantoms
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "tests" / "tiny.yaml")
@@ -43,6 +44,18 @@ def test_masking_and_pretraining_run_on_real_scans_that_come_inside_packages(tas
         pytest.importorskip("nilearn", reason="nilearn, of the examples extra, is not installed")
     run_notebook(name, tmp_path, {"task": task, "preset": TINY, "run_dir": str(tmp_path / "runs")})
     assert (tmp_path / f"{name}.html").is_file()
+
+
+@pytest.mark.parametrize("task", ["mni152", "btcv", "cxr14"])
+def test_own_data_goes_from_a_list_to_a_prediction(task, tmp_path):
+    data = tmp_path / "data"
+    if task == "mni152":
+        pytest.importorskip("nilearn", reason="nilearn, of the examples extra, is not installed")
+    else:
+        write_phantoms(task, data, COUNT[task])
+    values = {"task": task, "preset": TINY, "run_dir": str(tmp_path / "runs"), "data_dir": "" if task == "mni152" else str(data)}
+    run_notebook("06_your_own_data", tmp_path, values)
+    assert list((tmp_path / "runs" / "new").glob("probabilities.csv" if task == "cxr14" else "*.nii.gz"))
 
 
 def test_notebooks_run_without_any_network(tmp_path):
