@@ -157,12 +157,12 @@ def _print(report: Report, task: Task, splits: dict[str, list[Case]], preset: st
         say(f"note: {line}")
     if report.proposal:
         say(f"proposal for the list file: {json.dumps(report.proposal)}")
-    if len(report.table):
-        for line in estimate(task, len(splits["train"]), preset):
-            say(line)
     for line in report.problems:
         print(f"error: {line}", file=sys.stderr)
     say(f"{len(report.problems)} errors, {len(report.remarks)} notes in {len(report.table) + len(report.problems)} cases")
+    if len(report.table):
+        for line in estimate(task, len(splits["train"]), preset):
+            say(line)
 
 
 def estimate(task: Task, n_train: int, preset: str) -> list[str]:

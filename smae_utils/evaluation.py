@@ -20,7 +20,7 @@ from smae_utils.metrics import dsc, hd95_mm, mean_auc
 from smae_utils.reading import check_label_values, check_same_place
 from smae_utils.runs import Run, write_text
 from smae_utils.settings import FinetuneSettings, make_settings
-from smae_utils.tasks import Task, get_task
+from smae_utils.tasks import Task, task_of
 from smae_utils.training import Say, say
 from smae_utils.weights import load_weights
 
@@ -28,7 +28,7 @@ from smae_utils.weights import load_weights
 def load_finetuned(run: Run) -> tuple[torch.nn.Module, Task, FinetuneSettings]:
     """The network of a finished fine-tuning run, with its weights and in eval mode, and what it was made for."""
     config = run.config
-    task = get_task(config["task"])
+    task = task_of(config)
     settings = make_settings(FinetuneSettings, config["settings"], where=str(run.path / "config.yaml"))
     model = build_model(task, settings)
     load_weights(model, run.path, require="")

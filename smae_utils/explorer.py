@@ -18,6 +18,7 @@ import ipywidgets as widgets
 import numpy as np
 import torch
 
+from smae_utils.errors import UserError
 from smae_utils.mae import MaskedAutoencoder
 from smae_utils.plots import PLANES
 from smae_utils.runs import Run
@@ -38,7 +39,8 @@ def explore(
 
     Args:
         model_or_run: a model, or a pre-training run (folder); a fine-tuning run shows its label and prediction without masks.
-        cases: an image (C, *img_size), a path, a case of a split, or a list of them; None takes the run's own held-out cases.
+        cases: for a model an image (C, *img_size) or a list of them; for a run a path, a case of a split, or a list of them, of which the
+            middle is shown at the model's input size; None takes the run's own held-out cases.
         finetuned: fine-tuning runs whose predictions are outlined beside the label.
         data_dir: where the data lies now, if it was moved since the run.
         spacing_mm: voxel size of arrays, one an axis; a run knows its own.
@@ -142,7 +144,15 @@ class Explorer(widgets.VBox):
     def _open_case(self) -> None:
         """Load the case and put sliders where there is something to see."""
         self._busy = True
-        self.image, labels, self.verdict = self.source.load(self.case.value)
+        try:
+            self.image, labels, self.verdict = self.source.load(self.case.value)
+        except UserError as error:
+            if not self.images[self.views[0]].value:
+                raise  # nothing was ever shown: the caller has to know
+            for image in self.images.values():  # no picture of another case may stand under this name
+                image.value = b""
+            self._tell(str(error))
+            return
         self.labels = labels
         low, high = (float(v) for v in np.percentile(self.image.numpy(), (1, 99.5)))
         span = max(high - low, 1e-3)
@@ -167,8 +177,12 @@ class Explorer(widgets.VBox):
         if self.source.model is not None:
             self.source.use_checkpoint(self.step.value)
             grid = self.source.grid
-            if self.by_hand.value and 0 < np.prod([b - a + 1 for a, b in (s.value for s in self.box)]) < np.prod(grid):
-                noise, ratio = hide_box(grid, [slider.value for slider in self.box])
+            if self.by_hand.value:
+                try:
+                    noise, ratio = hide_box(grid, [slider.value for slider in self.box])
+                except UserError as error:
+                    self._tell(str(error))
+                    return
                 self._show_box()
             else:
                 length = int(np.prod(grid))
@@ -177,6 +191,9 @@ class Explorer(widgets.VBox):
         self.scene.labels = self.labels
         self.seconds = time.perf_counter() - started
         self._draw_all()
+
+    def _tell(self, text: str) -> None:
+        self.line.value = f'<div role="status" aria-live="polite">{html.escape(text)}</div>'
 
     def _show_box(self) -> None:
         """Move slices that do not cut the hidden box into its middle."""
@@ -206,7 +223,7 @@ class Explorer(widgets.VBox):
             return
         index = self.slices[view].value - 1 if view else 0
         self.images[view].value = encode(strip(self.scene, view, index, self.look))
-        self.line.value = f'<div role="status" aria-live="polite">{html.escape(self.text())}</div>'
+        self._tell(self.text())
 
     def _legend(self) -> str:
         if not self.look.outlines:
@@ -223,11 +240,11 @@ class Explorer(widgets.VBox):
     def text(self) -> str:
         """One line that says what is on screen."""
         parts = [f"{self.source.name(self.case.value)}, {self.source.channels[self.channel.value]}"]
-        spacing = self.source.spacing_mm or (1.0,) * self.source.ndim
+        spacing, unit = self.source.spacing_mm or (1.0,) * self.source.ndim, "mm" if self.source.spacing_mm else "voxels"
         for view in self.views:
             if view:
                 slider = self.slices[view]
-                parts.append(f"{view} slice {slider.value} of {slider.max} ({(slider.value - 1) * spacing[PLANES[view]]:.0f} mm)")
+                parts.append(f"{view} slice {slider.value} of {slider.max} ({(slider.value - 1) * spacing[PLANES[view]]:.0f} {unit})")
         if self.source.model is not None:
             parts.append(f"{self.scene.hidden.mean():.0%} hidden")
             parts.append(f"loss on hidden patches {self.scene.loss:.3f}, predicting each patch's mean {self.scene.baseline:.3f}")

@@ -18,7 +18,7 @@ from smae_utils.evaluation import load_finetuned
 from smae_utils.foreign import MONAI_BLOCK
 from smae_utils.runs import Run, write_text
 from smae_utils.settings import PretrainSettings, Settings, make_settings
-from smae_utils.tasks import Task, get_task
+from smae_utils.tasks import Task, task_of
 from smae_utils.weights import load_weights
 
 TARGETS = ("timm", "monai-vit", "monai-unetr")
@@ -77,7 +77,7 @@ def _complete(converted: dict[str, Tensor], arguments: dict[str, Any]) -> dict[s
 def _open(run: Run) -> tuple[torch.nn.Module, Task, Settings]:
     if run.config["stage"] == "finetune":
         return load_finetuned(run)
-    task = get_task(run.config["task"])
+    task = task_of(run.config)
     settings = make_settings(PretrainSettings, run.config["settings"], where=str(run.path))
     model = build_mae(task, settings)
     load_weights(model, run.path, require="")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,27 +57,41 @@ def predict(
         raise UserError(f"{out} is not empty: choose another --out, so that no result is mixed or overwritten")
     accelerator, _ = accel.make_accelerator(run.config.get("precision", "auto"))
     model.to(accelerator.device, memory_format=accel.memory_format(task.spatial_dims))
-    with torch.inference_mode(), accelerator.autocast():
-        if task.kind == "classification":
-            return _classify(model, task, settings, cases, out, accelerator.device, occlusion, report)
-        return _segment(model, task, settings, cases, out, accelerator.device, probabilities, report)
+    part = out.with_name(out.name + ".part")  # renamed when everything is there: a full disk or a kill leaves no half result under the name
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        with torch.inference_mode(), accelerator.autocast():
+            if task.kind == "classification":
+                table = _classify(model, task, settings, cases, part, accelerator.device, occlusion, report)
+            else:
+                table = _segment(model, task, settings, cases, part, accelerator.device, probabilities, report)
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    report(f"wrote the results of {len(cases)} scans to {out}")
+    return table
 
 
-def collect(scans: Sequence[str | Path], task: Task) -> list[Case]:
-    """Cases from files, folders and lists; names are made distinct.
+def collect(scans: Sequence[str | Path | list[str]], task: Task) -> list[Case]:
+    """Cases from files, folders and list files; several files in one Python list are the channels of one case. Names are made distinct.
 
     Raises:
         UserError: for a path that does not exist.
     """
     cases: list[Case] = []
     for scan in scans:
-        if not Path(scan).exists():
-            raise UserError(f"{scan} does not exist: expected an image file, a DICOM folder, or a list file (.json, .csv)")
-        if is_list(str(scan)):
-            splits = get_task(str(scan)).read_splits(Path(""), 0, 0)
+        files = [str(f) for f in scan] if isinstance(scan, (list, tuple)) else [str(scan)]
+        if missing := next((f for f in files if not Path(f).exists()), None):
+            raise UserError(f"{missing} does not exist: expected an image file, a DICOM folder, or a list file (.json, .csv)")
+        if is_list(files[0]):
+            splits = get_task(files[0]).read_splits(Path(""), 0, 0)
             cases += [c for part in ("train", "val", "test") for c in splits[part]]
         else:
-            cases.append({"case": Path(scan).name.split(".")[0], "patient": "", "image": str(scan)})
+            cases.append({"case": Path(files[0]).name.split(".")[0], "patient": "", "image": files if len(files) > 1 else files[0]})
     if not cases:
         raise UserError("no scans were given: expected image files, DICOM folders or a list file")
     names = [c["case"] for c in cases]
@@ -86,7 +101,6 @@ def collect(scans: Sequence[str | Path], task: Task) -> list[Case]:
 def _segment(model, task: Task, settings, cases: list[Case], out: Path, device, probabilities: bool, report: Say) -> pd.DataFrame:
     for case in cases:  # a scan that cannot be used shows before anything is written
         read_case(Compose([ReadScan(["image"]), CheckCase(task, with_label=False)]), {"case": case["case"], "image": case["image"]})
-    out.mkdir(parents=True, exist_ok=True)
     rows, started = [], time.monotonic()
     labels = {i + 1: name for i, name in enumerate(task.classes)} if task.exclusive else {v: f"label {v}" for v in range(1, task.label_values)}
     for number, case in enumerate(cases, start=1):
@@ -115,7 +129,6 @@ def _segment(model, task: Task, settings, cases: list[Case], out: Path, device, 
     write_text(
         out / "labels.json", json.dumps({"0": "background", **{str(k): v for k, v in labels.items()}, "classes": list(task.classes)}, indent=1)
     )
-    report(f"wrote {len(rows)} masks, volumes.csv and labels.json to {out}")
     return table
 
 
@@ -164,7 +177,6 @@ def _classify(model, task: Task, settings, cases: list[Case], out: Path, device,
     scores = classify(model, cases, task, settings, device)
     table = pd.DataFrame(scores.round(4), columns=list(task.classes))
     table.insert(0, "case", [c["case"] for c in cases])
-    out.mkdir(parents=True, exist_ok=True)
     write_text(out / "probabilities.csv", table.to_csv(index=False))
     if occlusion:
         for case, row in zip(cases, scores):
@@ -172,7 +184,6 @@ def _classify(model, task: Task, settings, cases: list[Case], out: Path, device,
             heat = occlusion_map(model, case, task, settings, device, best)
             _draw_occlusion(case, heat, f"{case['case']}: {task.classes[best]} {row[best]:.2f}", out / f"{case['case']}_occlusion.png")
             report(f"{case['case']}  {task.classes[best]} {row[best]:.2f}")
-    report(f"wrote probabilities of {len(cases)} images to {out / 'probabilities.csv'}")
     return table
 
 

@@ -41,6 +41,11 @@ class ReadScan(mt.Transform):
             else:
                 raise UserError(f"{files[0]} is no NIfTI file (.nii, .nii.gz) and no folder of a DICOM series: convert it first")
             parts = [reader(str(f)) for f in files]
+            for part, name in zip(parts, files):
+                if unit := {1: "metres", 3: "micrometres"}.get(int(part.meta.get("xyzt_units", 0)) % 8):
+                    raise UserError(
+                        f"the header of {name} counts in {unit}: voxel sizes are taken as mm here; correct the header or convert the scan"
+                    )
             for other, name in zip(parts[1:], files[1:]):
                 if other.shape != parts[0].shape:
                     raise UserError(

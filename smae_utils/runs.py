@@ -95,7 +95,7 @@ class Run:
         old = run.config
         # Settings that are newer than the run have their defaults in it.
         old["settings"] = {**defaults, **old["settings"]}
-        for key in ("stage", "task", "data", "init", "settings", "cases"):
+        for key in ("stage", "task", "record", "data", "init", "settings", "cases"):
             if old.get(key) != config.get(key):
                 before, now = old.get(key), config.get(key)
                 if isinstance(before, dict) and isinstance(now, dict):

@@ -126,7 +126,7 @@ def picture(scene: Scene, row: str, view: str, index: int, look: Look) -> Image.
     panel = Image.fromarray(rgb).resize(_size(values.shape, mm, scene.shape, look), Image.Resampling.NEAREST)
     if row != "error":
         panel = _outline(panel, scene, view, index, look)
-    _annotate(panel, row, view, mm, values.shape)
+    _annotate(panel, row, view, mm, values.shape, look)
     return panel
 
 
@@ -172,7 +172,7 @@ def colour(value: int) -> tuple[int, ...]:
     return tuple(int(text[i : i + 2], 16) for i in (1, 3, 5))
 
 
-def _annotate(panel: Image.Image, row: str, view: str, mm: tuple[float, float], pixels: tuple[int, int]) -> None:
+def _annotate(panel: Image.Image, row: str, view: str, mm: tuple[float, float], pixels: tuple[int, int], look: Look) -> None:
     """What the panel shows, letters of the patient's sides, and a scale bar of 10, 20, 50 or 100 mm."""
     draw = ImageDraw.Draw(panel)
     width, height = panel.size
@@ -187,7 +187,7 @@ def _annotate(panel: Image.Image, row: str, view: str, mm: tuple[float, float], 
         write(x, y, letter)
     per_mm = width / (pixels[1] * mm[1])
     length = max((n for n in (10, 20, 50, 100) if n * per_mm <= width / 2), default=0)
-    if length and view:
+    if length and look.spacing_mm:  # without a voxel size nothing is said in mm
         draw.line([(4, height - 5), (4 + round(length * per_mm), height - 5)], fill=(255, 214, 90), width=2)
         write(4, height - 19, f"{length} mm")
 

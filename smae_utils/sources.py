@@ -17,7 +17,7 @@ from smae_utils.evaluation import label_map, load_finetuned
 from smae_utils.mae import MaskedAutoencoder
 from smae_utils.runs import Run
 from smae_utils.settings import PretrainSettings, Settings, make_settings
-from smae_utils.tasks import Task, get_task
+from smae_utils.tasks import Task, task_of
 from smae_utils.transforms import ResizeRadiograph, prepare
 from smae_utils.weights import load_weights
 
@@ -138,13 +138,18 @@ def open_source(
     if isinstance(model_or_run, MaskedAutoencoder):
         if cases is None:
             raise UserError("explore(model, image): a model has no images of its own; give an array (C, *img_size), or a run instead of the model")
-        items = cases if isinstance(cases, (list, tuple)) else [cases]
-        return Source(model_or_run, list(items), None, None, spacing_mm)
+        items = list(cases) if isinstance(cases, (list, tuple)) else [cases]
+        ndim = len(model_or_run.encoder.img_size)
+        if not items or any(isinstance(item, (str, Path, dict)) for item in items):
+            raise UserError("explore(model, image) takes arrays (C, *img_size); files and cases need a run, which knows how they are prepared")
+        if spacing_mm and (len(spacing_mm) != ndim or min(spacing_mm) <= 0):
+            raise UserError(f"spacing_mm must be {ndim} positive numbers, got {tuple(spacing_mm)}")
+        return Source(model_or_run, items, None, None, spacing_mm)
     run = model_or_run if isinstance(model_or_run, Run) else Run.open(model_or_run)
     if not run.finished:
         raise UserError(f"{run.path} is not finished: go on with --resume before looking at it")
     config = run.config
-    task = get_task(config["task"])
+    task = task_of(config)
     if config["stage"] == "finetune":
         _, task, settings = load_finetuned(run)
         model, finetuned = None, [run.path, *finetuned]
@@ -156,8 +161,11 @@ def open_source(
     source.run = run
     for path in finetuned:
         net, other, its = load_finetuned(Run.open(path, "finetune"))
-        if other.name != task.name or tuple(its.crop_size) != source.size:
-            raise UserError(f"{path} is a run of {other.name} on {tuple(its.crop_size)}, expected {task.name} on {source.size}: use the same preset")
+        if other.name != task.name or tuple(its.crop_size) != source.size or tuple(its.spacing_mm) != tuple(settings.spacing_mm):
+            raise UserError(
+                f"{path} is a run of {other.name} on {tuple(its.crop_size)} of spacing {tuple(its.spacing_mm)}, expected {task.name} on {source.size} "
+                f"of {tuple(settings.spacing_mm)}: use the same preset"
+            )
         source.finetuned[Path(path).name] = (net, other, its)
     return source
 
@@ -173,7 +181,7 @@ def _cases(cases: Any, task: Task, settings: Settings, data_dir: str | Path, sta
     out = []
     for item in cases if isinstance(cases, (list, tuple)) else [cases]:
         if isinstance(item, (str, Path)):
-            if not Path(item).is_file():
+            if not Path(item).exists():
                 raise UserError(f"{item} does not exist: expected an image file, a case of a split or an array")
             item = {"case": Path(item).name.split(".")[0], "patient": "", "image": str(item)}
         out.append(item)

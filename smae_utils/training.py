@@ -22,7 +22,8 @@ from smae_utils.inference import score_cases
 from smae_utils.patches import mask_noise, shuffle_patches
 from smae_utils.runs import Run, provenance
 from smae_utils.settings import FinetuneSettings, PretrainSettings, Settings, as_dict, resolve, total_steps
-from smae_utils.tasks import Case, get_task
+from smae_utils.tasks import Case, Task, get_task
+from smae_utils.tasks.lists import is_list, record_of
 from smae_utils.timm_glue import CosineLRScheduler
 from smae_utils.transforms import augment_finetune, augment_pretrain, prepare
 from smae_utils.weights import WEIGHTS, load_weights, parameter_count, save_weights, weights_file
@@ -81,7 +82,7 @@ def pretrain(
         losses = [loss_of(net, {**b, "image": b["image"].to(next(net.parameters()).device)}).item() for b in fixed]
         return {"val_loss": sum(losses) / len(losses)}
 
-    config = _config("pretrain", record.name, data_dir, preset, settings, images)
+    config = _config("pretrain", record, data_dir, preset, settings, images)
     loop = Loop(config, out, model, scans, augment_pretrain(record, settings), settings, loss_of, report)
     return loop.run(resume, validate if images["val"] else None)
 
@@ -145,7 +146,7 @@ def finetune(
     def validate(net: nn.Module) -> dict[str, float]:
         return {"val_score": score_cases(net, record, settings, splits["val"])}
 
-    config = {**_config("finetune", record.name, data_dir, preset, settings, splits), "init": str(init), "adapt": adapt}
+    config = {**_config("finetune", record, data_dir, preset, settings, splits), "init": str(init), "adapt": adapt}
     loop = Loop(config, out, model, scans, augment_finetune(record, settings), settings, loss_of, report, layer_decay=settings.layer_decay)
     return loop.run(resume, validate if splits["val"] else None, best=settings.select == "best")
 
@@ -164,9 +165,10 @@ def _check_unseen(init: str | Path, splits: dict[str, list[Case]]) -> None:
         )
 
 
-def _config(stage: str, task: str, data_dir: str | Path, preset: str, settings: Settings, splits: dict[str, list[Case]]) -> dict[str, Any]:
+def _config(stage: str, task: Task, data_dir: str | Path, preset: str, settings: Settings, splits: dict[str, list[Case]]) -> dict[str, Any]:
     cases = {part: [c["case"] for c in cases] for part, cases in splits.items()}
-    base = {"stage": stage, "task": task, "data": str(data_dir), "preset": preset, "settings": as_dict(settings)}
+    record = {"record": record_of(task)} if is_list(task.name) else {}
+    base = {"stage": stage, "task": task.name, **record, "data": str(data_dir), "preset": preset, "settings": as_dict(settings)}
     return {**base, "cases": cases, "provenance": provenance()}
 
 

@@ -218,3 +218,22 @@ def test_what_cannot_be_shown_is_refused_with_what_was_expected(brats, tiny, bar
         explore(mae.path, tmp_path / "nowhere.nii.gz")
     with pytest.raises(UserError, match="finetune run was expected"):
         explore(mae.path, finetuned=[mae.path])
+
+
+def test_a_case_that_cannot_be_shown_leaves_no_picture_of_another_under_its_name():
+    good, bad = torch.rand(2, 16, 16, 24), torch.full((2, 16, 16, 24), float("nan"))
+    e = explore(model(), [good, bad, good])
+    e.case.value = 1
+    assert "NaN" in e.line.value and e.images["axial"].value == b""
+    e.case.value = 2
+    assert "image 3" in e.text() and e.images["axial"].value and "NaN" not in e.line.value
+    e.slices["axial"].value = 2
+    assert "axial slice 2 of 24" in e.line.value
+
+
+def test_a_box_over_everything_is_said_to_be_impossible():
+    e = explore(model(), torch.rand(2, 16, 16, 24))
+    e.by_hand.value = True
+    for slider in e.box:
+        slider.value = (0, slider.max)
+    assert "at least one has to be hidden and one visible" in e.line.value

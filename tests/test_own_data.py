@@ -479,3 +479,77 @@ def test_check_tells_class_one_from_class_eleven(tmp_path, monkeypatch):
     write(tmp_path / "labels" / "p0.nii.gz", np.where(phantom(0)[1] == 1, 11, 0).astype(np.uint8))
     remarks = " ".join(checking.check(str(file), say=quiet).remarks)
     assert "'organ1' occurs in no train" in remarks and "'organ11'" not in remarks
+
+
+def test_a_scan_whose_header_counts_in_micrometres_is_refused(tmp_path):
+    import nibabel as nib
+
+    from smae_utils.errors import UserError
+    from smae_utils.reading import ReadScan
+
+    image = nib.Nifti1Image(np.zeros((4, 4, 4), np.float32), np.eye(4))
+    image.header.set_xyzt_units("micron")
+    nib.save(image, tmp_path / "micro.nii.gz")
+    with pytest.raises(UserError, match="micro.nii.gz counts in micrometres"):
+        ReadScan(["image"])({"image": str(tmp_path / "micro.nii.gz")})
+
+
+def test_a_run_means_the_same_after_its_list_was_changed_or_moved_away(tmp_path, tiny, bare):
+    import json
+
+    import nibabel as nib
+
+    from smae_utils.evaluation import load_finetuned
+    from smae_utils.predict import predict
+    from smae_utils.runs import Run
+    from smae_utils.training import finetune
+
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        nib.save(nib.Nifti1Image(rng.uniform(-200, 200, (20, 20, 20)).astype(np.float32), np.eye(4) * [8, 8, 8, 1]), tmp_path / f"{i}.nii.gz")
+        nib.save(nib.Nifti1Image(rng.integers(0, 2, (20, 20, 20)).astype(np.uint8), np.eye(4) * [8, 8, 8, 1]), tmp_path / f"{i}_l.nii.gz")
+    content = {
+        "labels": {"1": "lesion"}, "window": [-100, 100], "spacing_mm": [8, 8, 8], "modality": {"0": "CT"},
+        "training": [{"image": f"{i}.nii.gz", "label": f"{i}_l.nii.gz"} for i in range(4)],
+    }  # fmt: skip
+    listing = tmp_path / "list.json"
+    listing.write_text(json.dumps(content))
+    values = {k: v for k, v in tiny["btcv", "finetune"].items() if k != "spacing_mm"}
+    run = finetune(str(listing), "", tmp_path / "run", preset=bare, overrides=values, report=[].append)
+    before = predict(run.path, [tmp_path / "0.nii.gz"], tmp_path / "a", report=[].append)
+    listing.write_text(json.dumps({**content, "window": [-1000, 3000], "labels": {"1": "spleen"}}))
+    assert predict(run.path, [tmp_path / "0.nii.gz"], tmp_path / "b", report=[].append).equals(before)
+    listing.unlink()
+    assert load_finetuned(Run(run.path))[1].window == (-100.0, 100.0)
+    assert predict(run.path, [tmp_path / "0.nii.gz"], tmp_path / "c", report=[].append).equals(before)
+
+
+def test_a_list_of_dicom_radiographs_is_a_2d_task(tmp_path):
+    from smae_utils.tasks import get_task
+
+    (tmp_path / "list.csv").write_text("image,class,\na.dcm,sick,\nb.dcm,well,\n")
+    task = get_task(str(tmp_path / "list.csv"))
+    assert (task.spatial_dims, task.kind, task.classes) == (2, "classification", ("sick", "well"))
+
+
+def test_a_full_disk_during_predict_leaves_nothing(brats, tiny, bare, tmp_path, monkeypatch):
+    from smae_utils import predict as module
+    from smae_utils.data import read_splits
+    from smae_utils.settings import FinetuneSettings
+    from smae_utils.tasks import get_task
+    from smae_utils.training import finetune
+
+    run = finetune("brats", brats, tmp_path / "run", preset=bare, overrides={**tiny["brats", "finetune"], "steps": 1}, report=[].append)
+    scans = [c["image"] for c in read_splits(get_task("brats"), brats, FinetuneSettings())["train"][:2]]
+    calls, save = [], module.save
+
+    def full(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        save(*args)
+
+    monkeypatch.setattr(module, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        module.predict(run.path, scans, tmp_path / "out", report=[].append)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]

@@ -78,9 +78,10 @@ def _floor(unit: Unit) -> list[tuple]:
     for how in ({}, {"clean": True}):
         folder = phantom_folder(unit.root, unit.task, n, DEV_TEST_SEED, **how)
         cases = sorted((c for part in unit.record.read_splits(folder, 0, 0).values() for c in part), key=lambda c: c["case"])
-        images.append([_crop(unit, case, settings) for case in cases])
+        images.append([_prepared(unit, case, settings) for case in cases])
+    # The body's box depends on the noise: twins are compared where both boxes have one size, cut at the same place.
     pairs = [(a, b) for a, b in zip(*images) if a.shape == b.shape]
-    noisy, clean = (torch.stack(part) for part in zip(*pairs))
+    noisy, clean = (torch.stack([_middle(x, settings.crop_size) for x in part]) for part in zip(*pairs))
     targets = []
     for batch in (noisy, clean):
         patches = patchify(batch, settings.patch_size)
@@ -99,6 +100,18 @@ def _floor(unit: Unit) -> list[tuple]:
         ("b", "loss of predicting the patch mean", band, "", ""),
         ("b", "loss of the masked autoencoder, unseen images", loss, f"<= {halfway:.3f} (halfway)", loss <= halfway),
     ]
+
+
+def _prepared(unit: Unit, case: dict, settings) -> torch.Tensor:
+    """A scan before it is cut to the model's input; a radiograph at that size."""
+    if unit.record.spatial_dims == 2:
+        return _crop(unit, case, settings)
+    return read_case(prepare(unit.record, settings, with_label=False), case)["image"].as_tensor()
+
+
+def _middle(image: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+    corner = [(n - c) // 2 for n, c in zip(image.shape[1:], size)]
+    return image[(slice(None), *(slice(o, o + c) for o, c in zip(corner, size)))]
 
 
 def _crop(unit: Unit, case: dict, settings) -> torch.Tensor:

@@ -41,8 +41,12 @@ def evidence(
             raise UserError(f"the evidence study has no {name} {wrong!r}: expected some of {', '.join(known)}")
     if data and len(tasks) != 1:
         raise UserError("--data is the folder of one task's download: name it with --task")
+    results = Path(results) / f"real-{tasks[0]}" if data else Path(results)
     where = (out, data, quick, max(1, (os.cpu_count() or 1) // jobs))
-    tables_to = tables.Writer(results, jobs, quick)
+    command = f"--task {' '.join(tasks)} --part {' '.join(parts)} --seeds {' '.join(map(str, seeds))} --jobs {jobs}" + (
+        f" --data {data}" if data else ""
+    )
+    tables_to = tables.Writer(results, command, quick)
     units = [(task, seed) for seed in seeds for task in tasks]
     if "tune" in parts:
         jobs_of(jobs, _tune, [(where, task, arm) for task in tasks for arm in ("scratch", "self", "cnn")], tables_to.tuning)

@@ -84,6 +84,11 @@ class Unit:
 
     def __init__(self, root: Path, task: str, seed: int, data: str | None = None, quick: int = 1):
         self.root, self.task, self.seed, self.real, self.quick = Path(root).resolve(), task, seed, data, quick
+        # Real data, and quick runs, have folders of their own: their figures must not pass for others.
+        if data:
+            self.root = self.root / f"real-{task}"
+        if quick > 1:
+            self.root = self.root / f"quick{quick}"
         self.folder = self.root / task / f"seed{seed}"
         self.dev = seed == DEV_SEED
         self.record = get_task(task)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from smae_utils import accel
+from smae_utils.errors import UserError
 from smae_utils.runs import provenance, write_text
 
 ARM_COLOURS = {"self": "#0072B2", "scratch_equal_compute": "#E69F00", "cnn": "#009E73"}
@@ -36,8 +37,8 @@ def read_tuned(results: Path) -> dict[str, dict[str, tuple[float, float]]]:
 class Writer:
     """Adds rows to the result files as they come; a row of the same key replaces the old one."""
 
-    def __init__(self, results: Path, jobs: int = 1, quick: int = 1):
-        self.results, self.jobs, self.quick = Path(results), jobs, quick
+    def __init__(self, results: Path, command: str = "", quick: int = 1):
+        self.results, self.command, self.quick = Path(results), command, quick
         self.results.mkdir(parents=True, exist_ok=True)
 
     def tuning(self, rows: pd.DataFrame) -> None:
@@ -54,11 +55,13 @@ class Writer:
 
     def _add(self, name: str, rows: pd.DataFrame, keys: list[str]) -> None:
         file = self.results / f"{name}.csv"
+        if file.is_file() and ("figures of a quick run" in file.read_text()) != (self.quick > 1):
+            raise UserError(f"{file} holds figures of {'a full' if self.quick > 1 else 'a quick'} run: choose another --results")
         table = pd.concat([read(file), rows], ignore_index=True).drop_duplicates(keys, keep="last").sort_values(keys, kind="stable")
         source = provenance()
         precision = accel.pick_precision("auto", accel.best_device())
         head = [
-            f"python -m smae_utils evidence --jobs {self.jobs}"
+            f"python -m smae_utils evidence {self.command}"
             + (f" --quick {self.quick} (figures of a quick run mean nothing)" if self.quick > 1 else ""),
             f"{source['machine']}, {source['date']}, commit {source['commit']}, torch {source['packages']['torch']}, {accel.device_name(accel.best_device())}, {precision}",
         ]
@@ -86,6 +89,7 @@ def intervals(table: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
         task, metric, arm, seeds, scratch, value, difference, low, high; the interval is NaN with fewer than two seeds.
     """
     rows = []
+    table = table.replace({"arm": {"probe_random": "scratch", "probe_pretrained": "self"}})  # the probe's twin of scratch is the random encoder
     for (task, metric), part in table.groupby(["task", "metric"], sort=False):
         wide = part.pivot(index="seed", columns="arm", values="value")
         if "scratch" not in wide or metric in ("dead_classes",):

@@ -106,6 +106,13 @@ def get_task(name: str) -> Task:
     return _registry()[name]
 
 
+def task_of(config: dict) -> Task:
+    """The task of a run's config.yaml; that of a list file as it was when the run was made."""
+    from smae_utils.tasks.lists import task_from_record
+
+    return task_from_record(config["task"], config["record"]) if "record" in config else get_task(config["task"])
+
+
 def existing_folder(data_dir: Path | str, *candidates: str) -> Path:
     """The first of `candidates` below `data_dir` that exists.
 

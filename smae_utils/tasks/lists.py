@@ -29,7 +29,7 @@ from smae_utils.tasks import Case, Splits, Task, get_task, hold_out
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
 MASK_ENDINGS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".png")
-FLAT_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+FLAT_ENDINGS = (".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 KEYS = (
     "name",
     "title",
@@ -105,6 +105,24 @@ def task_from_list(path: str | Path) -> Task:
     )
 
 
+FIELDS = ("title", "kind", "spatial_dims", "channels", "classes", "spacing_mm", "window", "regions", "sided", "like", "settings")
+
+
+def record_of(task: Task) -> dict[str, Any]:
+    """What a run has to remember of a list's task, as plain values: it must mean the same when the list was changed or is gone."""
+    return json.loads(json.dumps({name: getattr(task, name) for name in FIELDS}))
+
+
+def task_from_record(name: str, record: dict[str, Any]) -> Task:
+    """The task that `record_of` remembered; its cases are still read from the list."""
+
+    def tuples(value: Any) -> Any:
+        return tuple(tuples(v) for v in value) if isinstance(value, list) else value
+
+    values = {k: v if k == "settings" else tuples(v) for k, v in record.items()}
+    return Task(name=name, read_splits=lambda *args: task_from_list(name).read_splits(*args), **values)
+
+
 def _spacing(base: Task, over: dict, like: bool) -> dict:
     """The list's voxel size goes before the preset's; that of another task's preset counts only where `like` asks for it."""
     if base.spatial_dims == 2:
@@ -171,7 +189,7 @@ def _read_csv(path: Path) -> dict[str, Any]:
         content["labels"] = {str(i): name.strip() for i, name in enumerate(named.removeprefix("label=").split("|"), start=1)}
         header = ["label" if h == named else h for h in header]
         rows = [{"label" if k == named else k: v for k, v in row.items()} for row in rows]
-    own = [h for h in header if h not in ("image", "label", "class", "split", "patient", "case")]
+    own = [h for h in header if h and h not in ("image", "label", "class", "split", "patient", "case")]
     cases: dict[str, list[dict]] = {"train": [], "val": [], "test": []}
     for line, row in enumerate(rows, start=2):
         if not row["image"]:
