@@ -95,6 +95,7 @@ class Run:
         old = run.config
         # Settings that are newer than the run have their defaults in it.
         old["settings"] = {**defaults, **old["settings"]}
+        old.setdefault("record", config.get("record"))
         for key in ("stage", "task", "record", "data", "init", "settings", "cases"):
             if old.get(key) != config.get(key):
                 before, now = old.get(key), config.get(key)
