@@ -59,6 +59,24 @@ def evidence_block(root: Path) -> str:
     return _table(made) + "\n" + _facts(folder / "main.csv")
 
 
+def controls_block(root: Path) -> str:
+    """Controls beside scratch and self on the same seeds, from `results/evidence/{main,controls}.csv`."""
+    folder = root / "results" / "evidence"
+    controls = pd.read_csv(folder / "controls.csv", comment="#")
+    table = pd.concat([pd.read_csv(folder / "main.csv", comment="#"), controls])
+    rows = []
+    for task, metric in PRIMARY.items():
+        for kind, arms in (
+            (metric, ("scratch", "self", "shuffled_patches", "permuted_weights")),
+            ("linear_probe_auc", ("probe_random", "probe_pretrained")),
+        ):
+            part = table[(table.task == task) & (table.metric == kind) & table.arm.isin(arms)]
+            wide = part.pivot(index="seed", columns="arm", values="value").reindex(columns=list(arms)).dropna()
+            rows += [(task, kind, arm, len(wide), float(wide[arm].mean())) for arm in arms if len(wide)]
+    made = pd.DataFrame(rows, columns=["task", "metric", "arm", "seeds", "mean"])
+    return _table(made) + "\n" + _facts(folder / "controls.csv")
+
+
 def gates_block(root: Path) -> str:
     """`results/evidence/gates.csv`: what held and what did not."""
     table = pd.read_csv(root / "results" / "evidence" / "gates.csv", comment="#", dtype={"gate": str}).sort_values(["task", "gate"], kind="stable")
@@ -77,7 +95,7 @@ def explorer_block(root: Path) -> str:
 # file of the project -> name of a block in it -> what writes it
 BLOCKS: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {"demo": demo_block, "paper": paper_block, "evidence": evidence_block, "explorer": explorer_block},
-    "docs/evidence.md": {"evidence": evidence_block, "gates": gates_block},
+    "docs/evidence.md": {"evidence": evidence_block, "controls": controls_block, "gates": gates_block},
 }
 
 

@@ -78,6 +78,13 @@ def test_figures_of_the_documents_are_what_their_command_writes(name):
     assert render(text, ROOT, name) == text
 
 
+@pytest.mark.parametrize("name", ["README.md", "docs/evidence.md", "docs/protocol.md"])
+def test_no_document_has_an_empty_block_or_a_placeholder(name):
+    text = (ROOT / name).read_text()
+    assert not re.search(r"<!-- (\w+):start -->\s*<!-- \1:end -->", text)
+    assert not re.search(r"\b[A-Z]{4,}_[A-Z]{4,}\b|TODO|XXX", text)
+
+
 def test_pictures_of_the_readme_are_there():
     for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text()):
         assert (ROOT / picture).is_file(), picture
