@@ -34,6 +34,7 @@ class Report:
     problems: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     proposal: dict = field(default_factory=dict)
+    counts: list[str] = field(default_factory=list)
 
 
 def check(list_or_task: str, data_dir: str = "", preset: str = "small", say: Callable[[str], None] = print) -> Report:
@@ -124,6 +125,8 @@ def _remarks(report: Report, task: Task, splits: dict[str, list[Case]]) -> None:
             has = table.labels.map(lambda text, values=values: any(f" {v}:" in f" {text}" for v in values))
         else:
             has = table.labels.map(lambda text, name=name: name in text.split("|"))
+        if (table.labels != "").any():
+            report.counts.append(f"{name} {int(has.sum())}")
         for split in ("train", "test"):
             part = has[table.split == split]
             if len(part) and (table[table.split == split].labels != "").any() and not part.any():
@@ -153,6 +156,8 @@ def _print(report: Report, task: Task, splits: dict[str, list[Case]], preset: st
     say(f"{task.title or task.name}: {task.kind}, {counts}; channels {', '.join(task.channels)}; classes {', '.join(task.classes) or '(none)'}")
     if len(report.table):
         say(report.table.to_string(index=False, max_rows=40, max_colwidth=60))
+    if report.counts:
+        say(f"cases with each class: {', '.join(report.counts)}")
     for line in report.remarks:
         say(f"note: {line}")
     if report.proposal:

@@ -53,6 +53,16 @@ MONAI_NAMES = [
 MONAI_BLOCK = {".mlp.linear1.": ".mlp.fc1.", ".mlp.linear2.": ".mlp.fc2.", ".attn.out_proj.": ".attn.proj."}
 
 
+TIMM = "timm:"
+
+
+def read_timm(name: str) -> dict[str, Tensor]:
+    """Weights of a timm model that timm itself keeps or downloads; only ever on the user's own word, `--init timm:NAME`."""
+    from smae_utils.timm_glue import pretrained_tensors
+
+    return to_own(pretrained_tensors(name))
+
+
 def read_file(file: Path) -> tuple[dict[str, Tensor], tuple[int, ...] | None]:
     """Tensors of a checkpoint by this package's names, and the patch grid if the file says it.
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 
 import torch
+from torch import Tensor
+
+from smae_utils.errors import UserError
 
 
 def _import_torchvision() -> None:
@@ -41,9 +44,27 @@ def _import_torchvision() -> None:
 if importlib.util.find_spec("torchvision"):
     _import_torchvision()
 
+import timm  # noqa: E402
 from timm.data import rand_augment_transform  # noqa: E402
 from timm.data.transforms import RandomResizedCropAndInterpolation  # noqa: E402
 from timm.models.vision_transformer import Block  # noqa: E402
 from timm.scheduler import CosineLRScheduler  # noqa: E402
 
-__all__ = ["Block", "CosineLRScheduler", "RandomResizedCropAndInterpolation", "rand_augment_transform"]
+
+def pretrained_tensors(name: str) -> dict[str, Tensor]:
+    """Weights of a timm model by name, as "vit_base_patch16_224.mae": from timm's cache, or downloaded by timm.
+
+    Raises:
+        UserError: for an unknown name, or when they can neither be found nor downloaded.
+    """
+    if not timm.is_model(name.split(".")[0]):
+        close = ", ".join(timm.list_models(f"*{name.split('.')[0][:12]}*")[:5]) or "vit_base_patch16_224.mae"
+        raise UserError(f"timm knows no model {name!r}: did you mean {close}?")
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    except Exception as error:  # whatever the network, the hub or the name's tag does
+        line = " ".join(str(error).split())[:160]
+        raise UserError(f"timm could not get the weights of {name} ({line}): download them where there is a network, and give the file") from None
+
+
+__all__ = ["Block", "CosineLRScheduler", "RandomResizedCropAndInterpolation", "pretrained_tensors", "rand_augment_transform"]

@@ -18,6 +18,7 @@ from smae_utils import accel
 from smae_utils.build import build_loss, build_mae, build_model, build_optimizer, class_weights
 from smae_utils.data import Crops, Scans, derive_seed, join, read_splits, training_loader
 from smae_utils.errors import UserError
+from smae_utils.foreign import TIMM
 from smae_utils.inference import score_cases
 from smae_utils.patches import mask_noise, shuffle_patches
 from smae_utils.runs import Run, provenance
@@ -112,7 +113,7 @@ def finetune(
     scratch = str(init) == "scratch"
     settings = resolve(record, "finetune", preset, "scratch" if scratch else "self", overrides)
     assert isinstance(settings, FinetuneSettings)
-    if not scratch:
+    if not scratch and not str(init).startswith(TIMM):
         weights_file(init)
     splits = read_splits(record, data_dir, settings)
     if not scratch:

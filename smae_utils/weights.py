@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smae_utils.errors import UserError
-from smae_utils.foreign import adapt_patches, adapt_positions, as_convolution, read_file
+from smae_utils.foreign import TIMM, adapt_patches, adapt_positions, as_convolution, read_file, read_timm
 from smae_utils.patches import as_tuple
 
 WEIGHTS = "model.safetensors"
@@ -69,6 +69,8 @@ def weights_file(source: str | Path) -> Path:
 
 def read_weights(source: str | Path) -> tuple[dict[str, Tensor], tuple[int, ...] | None]:
     """Tensors by this package's names, and the patch grid if the file says it; other people's checkpoints are converted, see `foreign`."""
+    if str(source).startswith(TIMM):
+        return read_timm(str(source).removeprefix(TIMM)), None
     return read_file(weights_file(source))
 
 
@@ -84,7 +86,7 @@ def load_weights(model: nn.Module, source: str | Path, require: str = "encoder."
 
     Args:
         model: any model with an `encoder` (MAE, classifier, UNETR).
-        source: run folder, safetensors file, or a checkpoint of the sources that `foreign` knows.
+        source: "timm:NAME" (downloaded by timm), run folder, safetensors file, or a checkpoint of the sources that `foreign` knows.
         adapt: also fit a patch embedding of other channels, or of 2D into 3D, as for weights pre-trained on natural images.
         require: every tensor of the model whose name starts so must be loaded; "" requires all (to evaluate, not to fine-tune).
 

@@ -246,3 +246,31 @@ def test_what_a_target_cannot_hold_is_refused_with_the_settings_that_it_could(br
             export(run.path, to, tmp_path / "out")
         assert not (tmp_path / "out").exists()
     assert not Run(tmp_path / "out").finished
+
+
+def test_a_timm_model_by_name_is_taken_from_timm_and_only_when_asked(monkeypatch):
+    import timm
+
+    theirs = shaken(timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0))
+    asked = []
+    monkeypatch.setattr(timm, "create_model", lambda name, **how: asked.append((name, how["pretrained"])) or theirs)
+    ours = shaken(ViTClassifier((32, 32), 16, 3, 192, 12, 3, 2))
+    load_weights(ours, "timm:vit_tiny_patch16_224.augreg_in21k")
+    assert asked == [("vit_tiny_patch16_224.augreg_in21k", True)]
+    image = torch.rand(1, 3, 32, 32)
+    assert_close(ours.encoder(image)[0][:, 0], theirs(image), **EQUAL)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("vit_huge_patch99", "did you mean"), ("vit_tiny_patch16_224.augreg_in21k", "could not get the weights")]
+)
+def test_a_timm_name_that_cannot_be_had_is_one_line(name, words, monkeypatch):
+    import timm
+
+    def offline(*args, **how):
+        raise OSError("no network\nat all")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(UserError, match=words) as error:
+        load_weights(ViTClassifier((32, 32), 16, 3, 192, 2, 3, 2), f"timm:{name}")
+    assert "\n" not in str(error.value)
