@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,9 +16,11 @@ from scipy import stats
 from smae_utils.build import build_model
 from smae_utils.cli import main
 from smae_utils.data import derive_seed
+from smae_utils.errors import UserError
 from smae_utils.evidence import study, tables
-from smae_utils.evidence.study import MAIN, Unit
+from smae_utils.evidence.study import MAIN, Condition, Unit
 from smae_utils.patches import patchify, shuffle_patches
+from smae_utils.phantoms import MODULES, patient_latents
 from smae_utils.settings import FinetuneSettings, make_settings, resolve
 from smae_utils.tasks import get_task
 from smae_utils.training import finetune
@@ -103,11 +109,16 @@ def test_arms_of_the_main_comparison_differ_in_their_start_and_tuning_only(tmp_p
 @pytest.mark.parametrize("task", ["cxr14", "brats"])
 def test_the_whole_study_runs_and_is_not_done_twice(task, tmp_path, capsys):
     words = ["evidence", "--task", task, "--out", tmp_path / "out", "--results", tmp_path / "res", "--seeds", 101, 102, "--quick", 40]
-    words = [str(w) for w in [*words, "--part", "tune", "gates", "main", "controls"]]
+    words = [str(w) for w in [*words, "--part", "tune", "gates", "main", "controls", "longer", "context", "scans"]]
     assert main(words) == 0, capsys.readouterr().err
     table = tables.read(tmp_path / "res" / "main.csv")
     assert set(table.arm) == {"scratch", "self", "scratch_equal_compute", "cnn"} and set(table.seed) == {101, 102}
-    assert set(tables.read(tmp_path / "res" / "controls.csv").arm) == {"shuffled_patches", "permuted_weights", "probe_random", "probe_pretrained"}
+    controls = {"shuffled_patches", "permuted_weights", "shuffled_labels", "probe_random", "probe_pretrained"}
+    assert set(tables.read(tmp_path / "res" / "controls.csv").arm) == controls
+    swept = tables.read(tmp_path / "res" / "sweeps.csv").fillna("").groupby("condition").arm.agg(set).to_dict()
+    few = {"scratch", "self", "self_all_images"}
+    scans = {"6scans": few, "12scans": few} if task == "brats" else {"60scans": few, "150scans": few, "2000scans": few - {"self_all_images"}}
+    assert swept == {"": {"steps_x0.25", "steps_x4"}, "context0.0": {"scratch", "self"}, "context0.5": {"scratch", "self"}, **scans}
     assert {"0", "b", "c"} == set(tables.read(tmp_path / "res" / "gates.csv").gate.astype(str))
     head = (tmp_path / "res" / "main.csv").read_text().splitlines()[:2]
     assert "python -m smae_utils evidence" in head[0] and "mean nothing" in head[0] and "commit" in head[1]
@@ -116,6 +127,50 @@ def test_the_whole_study_runs_and_is_not_done_twice(task, tmp_path, capsys):
     assert main(words) == 0
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("model.safetensors")}
     assert tables.read(tmp_path / "res" / "main.csv").equals(table)
+
+
+def test_shuffled_labels_are_other_patients_on_the_own_grid(tmp_path):
+    folder = study.phantom_folder(tmp_path, "btcv", 6, 1)
+    entries = [
+        {"case": p.name[3:7], "image": str(p), "label": str(p).replace("img", "label")} for p in sorted((folder / "RawData/Training/img").glob("*"))
+    ]
+    shuffled = study.shuffled_labels(entries, 5, tmp_path / "labels")
+    assert [e["image"] for e in shuffled] == [e["image"] for e in entries]
+    places = []
+    for entry in entries + shuffled:
+        image, label = nib.load(entry["image"]), nib.load(entry["label"])
+        assert label.shape == image.shape and np.allclose(label.affine, image.affine)
+        values = np.asarray(nib.as_closest_canonical(label).dataobj)
+        places.append([np.argwhere(values == organ).mean(0) / values.shape for organ in (2, 6, 8)])  # kidney, liver, aorta
+    own, other = np.array(places[:6]), np.array(places[6:])
+    far = np.abs(own[None] - other[:, None]).max((2, 3))  # (shuffled, patient)
+    nearest = far.argmin(1)
+    assert far.min(1).max() < 0.03 and sorted(nearest) == list(range(6)) and (nearest != np.arange(6)).all()
+    vectors = [{"case": str(i), "label": [i]} for i in range(5)]
+    assert sorted(e["label"][0] for e in study.shuffled_labels(vectors, 5, tmp_path)) == list(range(5))
+    assert all(e["label"] != [i] for i, e in enumerate(study.shuffled_labels(vectors, 5, tmp_path)))
+
+
+def test_conditions_draw_their_own_data_and_share_the_test_scans(tmp_path):
+    plain = Unit(tmp_path, "btcv", 101, quick=10)
+    few, none = plain.under(Condition("6scans", n_train=6)), plain.under(Condition("context0", context=0))
+    lists = [json.loads(Path(u.list_file()).read_text()) for u in (plain, few, none)]
+    assert lists[0]["test"] == lists[1]["test"] != lists[2]["test"]
+    assert [len({e["image"] for e in part["training"]} & {e["image"] for e in lists[0]["test"]}) for part in lists] == [0, 0, 0]
+    with pytest.raises(UserError, match="no meaning with --data"):
+        Unit(tmp_path, "btcv", 101, data="x", condition=Condition("c", context=0))
+
+
+def test_patient_latents_are_what_the_phantoms_are_drawn_from():
+    for task, module in MODULES.items():
+        values = patient_latents(task, 3, 7)
+        assert values.shape == (12,) and np.abs(values).max() <= 1 and not np.array_equal(values, patient_latents(task, 3, 8)), module
+    # The same patient's size can be seen: the body of a large one covers more.
+    from smae_utils.phantoms import ct
+
+    sizes = {case: patient_latents("btcv", 3, case)[0] for case in range(1, 9)}
+    cover = {case: (ct.make_case(3, case).image_hu > -500).sum() * np.prod(ct.make_case(3, case).spacing_mm) for case in sizes}
+    assert stats.spearmanr(list(sizes.values()), list(cover.values()))[0] > 0.6
 
 
 def test_unknown_words_are_refused(tmp_path, capsys):

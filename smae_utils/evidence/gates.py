@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from smae_utils.build import build_mae, build_model
+from smae_utils.build import build_mae
 from smae_utils.data import derive_seed, read_case, read_splits
 from smae_utils.evaluation import load_finetuned
 from smae_utils.evidence.study import DEV_SEED, DEV_TEST_SEED, GATES, MAIN, N_TEST, PRESET, Arm, Unit, phantom_folder
@@ -105,7 +105,7 @@ def _floor(unit: Unit) -> list[tuple]:
 def _prepared(unit: Unit, case: dict, settings) -> torch.Tensor:
     """A scan before it is cut to the model's input; a radiograph at that size."""
     if unit.record.spatial_dims == 2:
-        return _crop(unit, case, settings)
+        return crop_of(unit, case, settings)
     return read_case(prepare(unit.record, settings, with_label=False), case)["image"].as_tensor()
 
 
@@ -114,7 +114,7 @@ def _middle(image: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
     return image[(slice(None), *(slice(o, o + c) for o, c in zip(corner, size)))]
 
 
-def _crop(unit: Unit, case: dict, settings) -> torch.Tensor:
+def crop_of(unit: Unit, case: dict, settings) -> torch.Tensor:
     from smae_utils.lesson import load_crop
 
     return load_crop(unit.record, settings, case)
@@ -135,7 +135,7 @@ def _context_2d(unit: Unit) -> list[tuple]:
     for part in ("train", "test"):
         pixels = np.stack([read[0](read_case(read[1], c))["image"].numpy().ravel() for c in splits[part]])
         sets[part] = pixels, np.stack([c["label"] for c in splits[part]])
-    linear = _linear_auc(*sets["train"], *sets["test"])
+    linear = linear_auc(*sets["train"], *sets["test"])
     network = _score(unit.run_arm(MAIN[0], {}))
     return [
         ("0", "linear model on pixels, mAUC", linear, f"< {network:.3f} (network)", linear < network - 0.02),
@@ -176,7 +176,7 @@ def _context_3d(unit: Unit) -> list[tuple]:
     frequency = np.stack([train["y"][train["index"] == i].mean(0) for i in range(length)])
     atlas = mean_auc(test["y"], frequency[test["index"]])[0]
     one_hot = np.eye(length, dtype=np.float32)
-    linear = _linear_auc(train["x"], train["y"], test["x"], test["y"], one_hot[train["index"]], one_hot[test["index"]])
+    linear = linear_auc(train["x"], train["y"], test["x"], test["y"], one_hot[train["index"]], one_hot[test["index"]])
     model, task, settings = load_finetuned(Run(unit.folder / "scratch"))
     scores = []
     with torch.inference_mode():
@@ -192,7 +192,7 @@ def _context_3d(unit: Unit) -> list[tuple]:
     ]
 
 
-def _linear_auc(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray, extra=None, extra_test=None) -> float:
+def linear_auc(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray, extra=None, extra_test=None) -> float:
     """Mean AUC of a logistic regression a class on 64 principal components (and extra columns)."""
     reduce = make_pipeline(StandardScaler(), PCA(min(64, *x.shape), random_state=0), StandardScaler()).fit(x)
     a, b = reduce.transform(x), reduce.transform(x_test)
@@ -203,37 +203,3 @@ def _linear_auc(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.nda
         if 0 < y[:, i].sum() < len(y):
             scores[:, i] = LogisticRegression(C=0.1, max_iter=300).fit(a, y[:, i]).decision_function(b)
     return mean_auc(y_test, scores)[0]
-
-
-def probe(where: tuple, task: str, seed: int) -> pd.DataFrame:
-    """A linear probe of the encoder's tokens, random against pre-trained: what can be read off them without fine-tuning?"""
-    from smae_utils.evidence.run import make_unit
-
-    unit = make_unit(where, task, seed)
-    settings = resolve(unit.record, "finetune", PRESET)
-    rows = []
-    for arm in ("random", "pretrained"):
-        torch.manual_seed(derive_seed(seed, 40))
-        model = build_model(unit.record, settings).eval()
-        if arm == "pretrained":
-            load_weights(model, unit.pretrained("self"))
-        rows.append({"task": task, "arm": f"probe_{arm}", "seed": seed, "metric": "linear_probe_auc", "value": _probe_auc(unit, model.encoder)})
-    return pd.DataFrame(rows)
-
-
-def _probe_auc(unit: Unit, encoder: torch.nn.Module) -> float:
-    @torch.inference_mode()
-    def tokens(crops: torch.Tensor) -> torch.Tensor:
-        return torch.cat([encoder(batch)[0][:, encoder.prefix_tokens :] for batch in crops.split(32)])
-
-    if unit.record.spatial_dims == 3:
-        train, test = (patch_table(unit, part, tokens) for part in ("train", "test"))
-        return _linear_auc(train["x"], train["y"], test["x"], test["y"])
-    settings = resolve(unit.record, "finetune", PRESET)
-    task = get_task(unit.list_file())
-    splits = read_splits(task, unit.real or "", settings)
-    sets = []
-    for part in ("train", "test"):
-        images = torch.stack([_crop(unit, case, settings) for case in splits[part]])
-        sets += [tokens(images).mean(1).numpy(), np.stack([c["label"] for c in splits[part]])]
-    return _linear_auc(*sets)

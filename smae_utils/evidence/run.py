@@ -12,10 +12,11 @@ import pandas as pd
 import torch
 
 from smae_utils.errors import UserError
-from smae_utils.evidence import gates, study, tables
-from smae_utils.evidence.study import CONTROLS, DEV_SEED, MAIN, SEEDS, SWEEPS, TASKS, Arm, Unit
+from smae_utils.evidence import gates, probes, study, tables
+from smae_utils.evidence.study import CONTROLS, DEV_SEED, MAIN, PLAIN, SEEDS, TASKS, Arm, Unit, sweep
 
-PARTS = ("tune", "gates", "main", "controls", "budget", "sweeps")
+SWEEPS = ("masking", "longer", "context", "scans")
+PARTS = ("tune", "gates", "main", "controls", "budget", *SWEEPS)
 Tuned = dict[str, dict[str, tuple[float, float]]]
 
 
@@ -56,13 +57,17 @@ def evidence(
             raise UserError(f"{results / 'tuning.csv'} has no learning rates for {task}: run the part tune first")
     if "gates" in parts:
         jobs_of(jobs, gates.run_gates, [(where, task, tuned[task]) for task in tasks], tables_to.gates)
-    for part, arms in (("main", MAIN), ("controls", CONTROLS), ("budget", ()), ("sweeps", SWEEPS)):
-        if part in parts and arms:
-            jobs_of(jobs, _arms, [(where, task, seed, arms, tuned[task]) for task, seed in units], tables_to.part(part))
-        if part == "controls" and part in parts:
-            jobs_of(jobs, gates.probe, [(where, task, seed) for task, seed in units], tables_to.part(part))
-        if part == "budget" and part in parts:
-            jobs_of(jobs, gates.budget, [(where, task, tuned[task]) for task in tasks], tables_to.gates)
+    if "main" in parts:
+        jobs_of(jobs, _arms, [(where, task, seed, MAIN, tuned[task]) for task, seed in units], tables_to.part("main"))
+    if "controls" in parts:
+        controls = tuple(arm for arm in CONTROLS if not data or arm.condition == PLAIN)
+        jobs_of(jobs, _arms, [(where, task, seed, controls, tuned[task]) for task, seed in units], tables_to.part("controls"))
+        jobs_of(jobs, probes.probe, [(where, task, seed) for task, seed in units], tables_to.part("controls"))
+    if "budget" in parts:
+        jobs_of(jobs, gates.budget, [(where, task, tuned[task]) for task in tasks], tables_to.gates)
+    for part in (p for p in SWEEPS if p in parts):
+        arguments = [(where, task, seed, sweep(part, task), tuned[task]) for task, seed in units]
+        jobs_of(jobs, _arms, arguments, tables_to.part("sweeps"))
     tables_to.finish()
 
 
@@ -101,5 +106,6 @@ def _arms(where: tuple, task: str, seed: int, arms: tuple[Arm, ...], tuned: dict
     rows = []
     for arm in arms:
         scores = unit.run_arm(arm, tuned)
-        rows += [{"task": task, "arm": arm.name, "seed": seed, "metric": k, "value": v} for k, v in scores.items()]
+        where_from = {"condition": arm.condition.name} if arm.condition.name not in ("", arm.name) else {}
+        rows += [{"task": task, **where_from, "arm": arm.name, "seed": seed, "metric": k, "value": v} for k, v in scores.items()]
     return pd.DataFrame(rows)

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from smae_utils.data import read_splits
+from smae_utils.data import derive_seed, read_splits
+from smae_utils.errors import UserError
 from smae_utils.evaluation import evaluate, read_metrics
 from smae_utils.lesson import crop_flops
 from smae_utils.phantoms import write_phantoms
@@ -25,12 +27,33 @@ from smae_utils.weights import WEIGHTS
 PRESET = "evidence"
 TASKS = ("cxr14", "btcv", "brats")
 N_TRAIN = {"btcv": 18, "brats": 24, "cxr14": 400}
+N_SWEEP = {"btcv": (6, 12, 30), "brats": (6, 12), "cxr14": (60, 150, 2000)}
 N_TEST = {"btcv": 60, "brats": 60, "cxr14": 600}
 SEEDS = (101, 102, 103, 104, 105)
 DEV_SEED, DEV_TEST_SEED, TEST_SEED = 77, 78, 100
 # Grids of one size for every arm: factors of the preset's learning rate, and layer decay.
 GRID = ((1.0, 1.0), (2.0, 1.0), (1.0, 0.75))
 CNN_GRID = ((1.0, 1.0), (2.0, 1.0), (0.5, 1.0))  # a CNN has no blocks to decay
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What is done to the training data of a seed, apart from which all arms stay as they are.
+
+    Attributes:
+        name: how tables and folders call it; "" is the study's own data.
+        context: share of each phantom structure that follows the patient's latents; the test phantoms are drawn alike.
+        n_train: how many training scans, the first of the seed's; 0: as many as always.
+        shuffle_labels: each training scan gets the label of another one.
+    """
+
+    name: str = ""
+    context: float = 1.0
+    n_train: int = 0
+    shuffle_labels: bool = False
+
+
+PLAIN = Condition()
 
 
 @dataclass(frozen=True)
@@ -42,6 +65,8 @@ class Arm:
         tuned_as: whose learning rate and layer decay it takes.
         overrides: settings it has of its own.
         equal_compute: as many more fine-tuning steps as the pre-training cost, by counted FLOPs.
+        condition: the data it is trained on.
+        all_images: pre-trained on all images of the seed, also where the condition leaves only some of them with a label.
     """
 
     name: str
@@ -49,13 +74,18 @@ class Arm:
     tuned_as: str = "scratch"
     overrides: tuple[tuple[str, Any], ...] = ()
     equal_compute: bool = False
+    condition: Condition = PLAIN
+    all_images: bool = False
 
 
+# Settings of each pre-training; `times` multiplies the preset's steps.
 PRETRAININGS: dict[str, dict[str, Any]] = {
     "self": {},
     "shuffled": {"shuffle_patches": True},
     **{f"mask{ratio}": {"mask_ratio": ratio} for ratio in (0.125, 0.25, 0.5, 0.9)},
     "raw_pixels": {"norm_pix_loss": False},
+    "steps_x0.25": {"times": 0.25},
+    "steps_x4": {"times": 4},
 }
 MAIN = (
     Arm("scratch"),
@@ -66,8 +96,30 @@ MAIN = (
 CONTROLS = (
     Arm("shuffled_patches", "shuffled", "self"),
     Arm("permuted_weights", "permuted", "self"),
+    Arm("shuffled_labels", condition=Condition("shuffled_labels", shuffle_labels=True)),
 )
-SWEEPS = tuple(Arm(name, name, "self") for name in PRETRAININGS if name not in ("self", "shuffled"))
+
+
+def _twins(condition: Condition) -> tuple[Arm, ...]:
+    """Scratch and self on other data."""
+    return Arm("scratch", condition=condition), Arm("self", "self", "self", condition=condition)
+
+
+def sweep(part: str, task: str) -> tuple[Arm, ...]:
+    """The arms of a sweep: `masking`, `longer`, `context` or `scans`."""
+    if part == "context":
+        return tuple(arm for c in (0.0, 0.5) for arm in _twins(Condition(f"context{c}", context=c)))
+    if part == "scans":
+        arms: list[Arm] = []
+        for n in N_SWEEP[task]:
+            condition = Condition(f"{n}scans", n_train=n)
+            arms += _twins(condition)
+            if n < N_TRAIN[task]:
+                arms.append(Arm("self_all_images", "self", "self", condition=condition, all_images=True))
+        return tuple(arms)
+    return tuple(Arm(name, name, "self") for name in PRETRAININGS if name.startswith({"masking": ("mask", "raw"), "longer": "steps"}[part]))
+
+
 GATES = (
     Arm("encoder_zeroed", overrides=(("encoder", "zeroed"),)),
     Arm("encoder_frozen_random", overrides=(("encoder", "frozen"),)),
@@ -80,18 +132,29 @@ class Unit:
     Args:
         data: folder of the real download; None draws phantoms.
         quick: divides steps and cases, for tests only.
+        condition: what is done to the training data.
+
+    Raises:
+        UserError: for a condition of phantoms with real data.
     """
 
-    def __init__(self, root: Path, task: str, seed: int, data: str | None = None, quick: int = 1):
+    def __init__(self, root: Path, task: str, seed: int, data: str | None = None, quick: int = 1, condition: Condition = PLAIN):
         self.root, self.task, self.seed, self.real, self.quick = Path(root).resolve(), task, seed, data, quick
+        self.base, self.condition = Path(root), condition
+        if data and condition != PLAIN:
+            raise UserError(f"the condition {condition.name} draws phantoms of its own: it has no meaning with --data")
         # Real data, and quick runs, have folders of their own: their figures must not pass for others.
         if data:
             self.root = self.root / f"real-{task}"
         if quick > 1:
             self.root = self.root / f"quick{quick}"
-        self.folder = self.root / task / f"seed{seed}"
+        self.folder = self.root / task / f"seed{seed}" / condition.name
         self.dev = seed == DEV_SEED
         self.record = get_task(task)
+
+    def under(self, condition: Condition) -> Unit:
+        """The same seed with other data."""
+        return self if condition == self.condition else Unit(self.base, self.task, self.seed, self.real, self.quick, condition)
 
     def list_file(self) -> str:
         """The task whose cases these are: the real task, or a list of freshly drawn training phantoms and the fixed test phantoms."""
@@ -100,12 +163,17 @@ class Unit:
         file = self.folder / "cases.json"
         if not file.exists():
             parts = {"training": self._entries(N_TRAIN, self.seed), "test": self._entries(N_TEST, DEV_TEST_SEED if self.dev else TEST_SEED)}
+            if n := self.condition.n_train:
+                parts["training"] = self._entries({self.task: n}, self.seed)
             file.parent.mkdir(parents=True, exist_ok=True)
+            if self.condition.shuffle_labels:
+                parts["training"] = shuffled_labels(parts["training"], self.seed, self.folder / "labels")
             write_text(file, json.dumps({"name": f"{self.task} phantoms, seed {self.seed}", "like": self.task, **parts}, indent=0))
         return str(file)
 
     def _entries(self, counts: dict[str, int], seed: int) -> list[dict]:
-        folder = phantom_folder(self.root, self.task, max(6, counts[self.task] // self.quick), seed)
+        how = {} if self.condition.context == 1 else {"context": self.condition.context}
+        folder = phantom_folder(self.root, self.task, max(6, counts[self.task] // self.quick), seed, **how)
         splits = self.record.read_splits(folder, 0, 0)
         cases = sorted((c for part in splits.values() for c in part), key=lambda c: c["case"])
         plain = {"image": str, "label": lambda v: v if isinstance(v, str) else [int(x) for x in v]}
@@ -125,7 +193,10 @@ class Unit:
         if name == "permuted":
             return self._permuted(self.pretrained("self"))
         folder = self.folder / f"pretrain-{name}"
-        values = self.overrides("pretrain", PRETRAININGS[name])
+        values = dict(PRETRAININGS[name])
+        if times := values.pop("times", None):
+            values["steps"] = round(resolve(self.record, "pretrain", PRESET).steps * times)
+        values = self.overrides("pretrain", values)
         pretrain(self.list_file(), self.real or "", folder, PRESET, values, resume=True, report=self._say)
         return folder
 
@@ -151,9 +222,11 @@ class Unit:
 
     def run_arm(self, arm: Arm, tuned: dict[str, tuple[float, float]], name: str = "") -> dict[str, float]:
         """Fine-tune and score an arm on the test cases; returns the mean figures and the number of dead classes."""
+        if arm.condition != self.condition:
+            return self.under(arm.condition).run_arm(arm, tuned, name)
         folder = self.folder / (name or arm.name)
         if not (folder / "metrics.json").exists():
-            init = "scratch" if arm.init == "scratch" else self.pretrained(arm.init)
+            init = "scratch" if arm.init == "scratch" else (self.under(PLAIN) if arm.all_images else self).pretrained(arm.init)
             finetune(self.list_file(), self.real or "", folder, init, PRESET, self.arm_settings(arm, tuned), resume=True, report=self._say)
             evaluate(folder, save_masks=False, report=self._say)
         metrics = read_metrics(folder)
@@ -169,6 +242,25 @@ class Unit:
 
 def _permute(tensor: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     return tensor.flatten()[torch.from_numpy(rng.permutation(tensor.numel()))].reshape(tensor.shape)
+
+
+def shuffled_labels(entries: list[dict], seed: int, folder: Path) -> list[dict]:
+    """Entries of a list, each with the label of the next in a random circle; masks are laid onto the new scan's grid, voxel by relative place."""
+    order = np.random.default_rng(derive_seed(seed, 41)).permutation(len(entries))
+    source = {int(a): int(b) for a, b in zip(order, np.roll(order, 1))}
+    out = []
+    for i, entry in enumerate(entries):
+        label = entries[source[i]]["label"]
+        if isinstance(label, str):
+            image, other = nib.load(entry["image"]), nib.as_closest_canonical(nib.load(label))
+            own = nib.as_closest_canonical(nib.Nifti1Image(np.zeros(image.shape[:3], np.uint8), image.affine))
+            index = np.ix_(*(np.arange(n) * m // n for n, m in zip(own.shape, other.shape)))
+            turn = nib.orientations.ornt_transform(*(nib.io_orientation(a) for a in (own.affine, image.affine)))
+            label = folder / f"{entry['case']}.nii.gz"
+            label.parent.mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(np.asarray(other.dataobj)[index], own.affine).as_reoriented(turn), label)
+        out.append({**entry, "label": str(label) if isinstance(label, Path) else label})
+    return out
 
 
 def phantom_folder(root: Path, task: str, n: int, seed: int, **how) -> Path:

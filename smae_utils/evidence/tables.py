@@ -16,7 +16,13 @@ from smae_utils.errors import UserError
 from smae_utils.runs import provenance, write_text
 
 ARM_COLOURS = {"self": "#0072B2", "scratch_equal_compute": "#E69F00", "cnn": "#009E73"}
-KEYS = {"tuning": ["task", "arm", "lr_factor", "layer_decay"], "gates": ["task", "gate", "what"], "main": ["task", "arm", "seed", "metric"]}
+KEYS = {
+    "tuning": ["task", "arm", "lr_factor", "layer_decay"],
+    "gates": ["task", "gate", "what"],
+    "main": ["task", "arm", "seed", "metric"],
+    "controls": ["task", "arm", "seed", "metric"],
+    "sweeps": ["task", "condition", "arm", "seed", "metric"],
+}
 
 
 def read(file: Path) -> pd.DataFrame:
@@ -51,13 +57,15 @@ class Writer:
 
     def part(self, name: str) -> Callable[[pd.DataFrame], None]:
         """The receiver of main, controls or sweeps."""
-        return lambda rows: self._add(name, rows, KEYS["main"])
+        return lambda rows: self._add(name, rows.assign(condition=rows.get("condition", "")) if name == "sweeps" else rows, KEYS[name])
 
     def _add(self, name: str, rows: pd.DataFrame, keys: list[str]) -> None:
         file = self.results / f"{name}.csv"
         if file.is_file() and ("figures of a quick run" in file.read_text()) != (self.quick > 1):
             raise UserError(f"{file} holds figures of {'a full' if self.quick > 1 else 'a quick'} run: choose another --results")
-        table = pd.concat([read(file), rows], ignore_index=True).drop_duplicates(keys, keep="last").sort_values(keys, kind="stable")
+        table = pd.concat([read(file), rows], ignore_index=True)
+        table = table.fillna({"condition": ""}) if "condition" in keys else table
+        table = table.drop_duplicates(keys, keep="last").sort_values(keys, kind="stable")
         source = provenance()
         precision = accel.pick_precision("auto", accel.best_device())
         head = [
@@ -86,11 +94,12 @@ def intervals(table: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
     """Mean difference of each arm to scratch, paired by seed, with its t interval.
 
     Returns:
-        task, metric, arm, seeds, scratch, value, difference, low, high; the interval is NaN with fewer than two seeds.
+        task, condition, metric, arm, seeds, scratch, value, difference, low, high; the interval is NaN with fewer than two seeds.
     """
     rows = []
+    table = table.assign(condition=table["condition"].fillna("") if "condition" in table else "")
     table = table.replace({"arm": {"probe_random": "scratch", "probe_pretrained": "self"}})  # the probe's twin of scratch is the random encoder
-    for (task, metric), part in table.groupby(["task", "metric"], sort=False):
+    for (task, condition, metric), part in table.groupby(["task", "condition", "metric"], sort=False):
         wide = part.pivot(index="seed", columns="arm", values="value")
         if "scratch" not in wide or metric in ("dead_classes",):
             continue
@@ -99,8 +108,10 @@ def intervals(table: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
             change = both[arm] - both["scratch"]
             n = len(change)
             half = stats.t.ppf(0.5 + level / 2, n - 1) * change.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
-            rows.append((task, metric, arm, n, both["scratch"].mean(), both[arm].mean(), change.mean(), change.mean() - half, change.mean() + half))
-    return pd.DataFrame(rows, columns=["task", "metric", "arm", "seeds", "scratch", "value", "difference", "low", "high"])
+            rows.append(
+                (task, condition, metric, arm, n, both["scratch"].mean(), both[arm].mean(), change.mean(), change.mean() - half, change.mean() + half)
+            )
+    return pd.DataFrame(rows, columns=["task", "condition", "metric", "arm", "seeds", "scratch", "value", "difference", "low", "high"])
 
 
 def show_differences(main: pd.DataFrame) -> Figure:

@@ -353,6 +353,11 @@ def _draw_latents(rng: np.random.Generator, context: float) -> dict[str, Latents
     return drawn
 
 
+def patient_latents(seed: int, case: int) -> Latents:
+    """The patient's own numbers, which every structure follows at context 1."""
+    return _draw_latents(case_rng(seed, case), 1.0)["body"]
+
+
 def _draw_grid(rng: np.random.Generator, size: str) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
     """Shape in voxels and spacing in mm of a scan: about 280 mm along z at "demo" size, 335 mm at "full" size."""
     in_plane, between = rng.random(2).tolist()

@@ -7,7 +7,7 @@ Side 0 is the patient's right (sign -1), side 1 the patient's left (sign +1).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -506,6 +506,11 @@ def attenuation(chest: Chest, canvas: Canvas) -> np.ndarray:
     airway = np.minimum.reduce([tube(canvas.p, trachea, 0.04), *(tube(canvas.p, b, [0.035, 0.025]) for b in bronchi)])
     bubble = ellipsoid(canvas.p, (0.5 * left.width, left.dome + 0.17), (0.17, 0.085 + 0.02 * chest.body.fat), power=2.5)
     return total - 0.13 * canvas.soft(airway, 0.03) - 0.30 * canvas.soft(bubble, 0.04) * (y > left.dome)
+
+
+def patient_latents(seed: int, patient: int) -> tuple[float, ...]:
+    """The patient's own numbers, which every structure follows at context 1."""
+    return astuple(Latents.draw(case_rng(seed, patient, 0)))
 
 
 def make_case(

@@ -1,0 +1,87 @@
+"""Linear probes of the encoder's tokens, random against pre-trained: what can be read off them without fine-tuning?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.decomposition import PCA
+from sklearn.linear_model import RidgeCV
+from sklearn.metrics import r2_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from smae_utils.build import build_model
+from smae_utils.data import derive_seed, read_splits
+from smae_utils.evidence.gates import crop_of, linear_auc, patch_table
+from smae_utils.evidence.study import PRESET, Unit, phantom_folder
+from smae_utils.phantoms import patient_latents
+from smae_utils.settings import resolve
+from smae_utils.tasks import get_task
+from smae_utils.weights import load_weights
+
+# Phantoms drawn for reading latents only: these many to fit, these many to score.
+LATENT_SEED, LATENT_FIT, LATENT_TEST = 79, 160, 80
+
+Tokens = Callable[[Tensor], Tensor]  # (B, C, *crop_size) -> (B, L, D)
+
+
+def probe(where: tuple, task: str, seed: int) -> pd.DataFrame:
+    """Rows of one seed: `linear_probe_auc` for the labels, `latents_r2` for the patient's latents (phantoms only)."""
+    from smae_utils.evidence.run import make_unit
+
+    unit = make_unit(where, task, seed)
+    settings = resolve(unit.record, "finetune", PRESET)
+    rows = []
+    for arm in ("random", "pretrained"):
+        torch.manual_seed(derive_seed(seed, 40))
+        model = build_model(unit.record, settings).eval()
+        if arm == "pretrained":
+            load_weights(model, unit.pretrained("self"))
+        tokens = _tokens_of(model.encoder)
+        figures = {"linear_probe_auc": _labels_auc(unit, tokens)} | ({} if unit.real else {"latents_r2": _latents_r2(unit, tokens)})
+        rows += [{"task": task, "arm": f"probe_{arm}", "seed": seed, "metric": k, "value": v} for k, v in figures.items()]
+    return pd.DataFrame(rows)
+
+
+def _tokens_of(encoder: torch.nn.Module) -> Tokens:
+    @torch.inference_mode()
+    def tokens(crops: Tensor) -> Tensor:
+        return torch.cat([encoder(batch)[0][:, encoder.prefix_tokens :] for batch in crops.split(32)])
+
+    return tokens
+
+
+def _labels_auc(unit: Unit, tokens: Tokens) -> float:
+    """Classes of each patch from its token; findings of a radiograph from the mean of its tokens."""
+    if unit.record.spatial_dims == 3:
+        train, test = (patch_table(unit, part, tokens) for part in ("train", "test"))
+        return linear_auc(train["x"], train["y"], test["x"], test["y"])
+    settings = resolve(unit.record, "finetune", PRESET)
+    task = get_task(unit.list_file())
+    splits = read_splits(task, unit.real or "", settings)
+    sets = []
+    for part in ("train", "test"):
+        images = torch.stack([crop_of(unit, case, settings) for case in splits[part]])
+        sets += [tokens(images).mean(1).numpy(), np.stack([c["label"] for c in splits[part]])]
+    return linear_auc(*sets)
+
+
+def _latents_r2(unit: Unit, tokens: Tokens) -> float:
+    """Mean R2, over the twelve latents, of a ridge regression on 64 principal components of all tokens of a scan's middle; unseen patients."""
+    fit, total = (max(4, n // unit.quick) for n in (LATENT_FIT, LATENT_FIT + LATENT_TEST))
+    folder = phantom_folder(unit.root, unit.task, total, LATENT_SEED)
+    cases = {c["patient"]: c for part in unit.record.read_splits(folder, 0, 0).values() for c in part}  # one scan a patient
+    settings = resolve(unit.record, "finetune", PRESET)
+    ordered = [cases[name] for name in sorted(cases)]
+    np.random.default_rng(LATENT_SEED).shuffle(ordered)
+    x = tokens(torch.stack([crop_of(unit, case, settings) for case in ordered])).flatten(1).numpy()
+    y = np.stack([patient_latents(unit.task, LATENT_SEED, int(re.findall(r"\d+", case["patient"])[-1])) for case in ordered])
+    n = min(fit, len(ordered) * 2 // 3)
+    reduce = make_pipeline(StandardScaler(), PCA(min(64, n - 1), random_state=0), StandardScaler()).fit(x[:n])
+    a, b = reduce.transform(x[:n]), reduce.transform(x[n:])
+    return float(r2_score(y[n:], RidgeCV(np.logspace(-1, 4, 11)).fit(a, y[:n]).predict(b)))
