@@ -15,7 +15,7 @@ from smae_utils import accel
 from smae_utils.build import build_model
 from smae_utils.data import read_splits
 from smae_utils.errors import UserError
-from smae_utils.inference import classify, segment
+from smae_utils.inference import Teller, classify, segment
 from smae_utils.metrics import dsc, hd95_mm, mean_auc
 from smae_utils.reading import check_label_values, check_same_place
 from smae_utils.runs import Run, write_text
@@ -113,7 +113,8 @@ def _segmentation_rows(model, cases, task: Task, settings, device, folder: Path 
     for number, case in enumerate(cases, start=1):
         stored, values = read_label(case)
         truth = task.class_masks(values)
-        masks = segment(model, case, task, settings, device)
+        predicted = segment(model, case, task, settings, device, progress=Teller(case["case"], report)).labels
+        masks = task.class_masks(predicted)
         if masks[0].shape != truth[0].shape:
             raise UserError(f"{case['label']} has shape {truth[0].shape}, its image {masks[0].shape}: they must lie on one grid")
         check_same_place(stored.affine, nib.load(first_file(case["image"])).affine, truth[0].shape, case["label"], first_file(case["image"]))
@@ -128,26 +129,10 @@ def _segmentation_rows(model, cases, task: Task, settings, device, folder: Path 
             )  # fmt: skip
         if folder:
             folder.mkdir(exist_ok=True)
-            nib.save(nib.Nifti1Image(label_map(masks, task), stored.affine, stored.header), folder / f"{case['case']}.nii.gz")
+            nib.save(nib.Nifti1Image(predicted, stored.affine, stored.header), folder / f"{case['case']}.nii.gz")
         mean = np.nanmean([row["dsc"] for row in rows[-len(task.classes) :]])
         report(f"  {case['case']}  DSC {mean:.3f}  ({number}/{len(cases)})")
     return pd.DataFrame(rows)
-
-
-def label_map(masks: list[np.ndarray], task: Task) -> np.ndarray:
-    """Class masks -> one integer label image with the task's own label values.
-
-    Overlapping regions are written from the widest to the narrowest, so a voxel gets the label of the innermost region that
-    holds it; the label is the one that the region has and the next narrower one has not.
-    """
-    out = np.zeros(masks[0].shape, np.uint8)
-    regions = task.regions or [(i + 1,) for i in range(len(masks))]
-    inside = np.ones(masks[0].shape, bool)
-    for i, (mask, values) in enumerate(zip(masks, regions)):
-        inner = regions[i + 1] if task.regions and i + 1 < len(regions) else ()
-        inside = mask & inside if task.regions else mask
-        out[inside] = next(v for v in values if v not in inner)
-    return out
 
 
 def summarise(table: pd.DataFrame, task: Task) -> dict[str, Any]:

@@ -1,15 +1,18 @@
-"""From a fine-tuned model to predictions: sliding window over a scan, and back onto the scan's own grid."""
+"""From a fine-tuned model to predictions: sliding window over a scan, and back onto the scan's own grid, in bounded memory."""
 
 from __future__ import annotations
 
-from copy import deepcopy
-from typing import Any
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.inferers import sliding_window_inference
-from monai.transforms import Compose
+from monai.transforms import Compose, SpatialResample
 from torch import Tensor, nn
 
 from smae_utils.build import region_targets
@@ -19,67 +22,181 @@ from smae_utils.settings import FinetuneSettings
 from smae_utils.tasks import Case, Task
 from smae_utils.transforms import ResizeRadiograph, prepare
 
-# Voxels x channels that are brought back to the scan's grid at a time: 256 MB in fp32.
+# Voxels x channels that are held in memory at a time, in a few arrays: 256 MB each in fp32. What is larger goes to a temporary file.
 CHANNEL_VOXELS = 64_000_000
+# Seconds between two lines of progress within one scan.
+TELL_EVERY = 15.0
+
+Progress = Callable[[int, int], None]  # windows done, windows in all
 
 
-def probabilities(model: nn.Module, image: Tensor, task: Task, settings: FinetuneSettings, device: torch.device) -> Tensor:
-    """Prepared scan (C, *spatial) of any size -> class probabilities (out_chans, *spatial) on the CPU, by Gaussian-weighted windows."""
-    logits = sliding_window_inference(
-        image[None].to(device), settings.crop_size, sw_batch_size=4, predictor=model, overlap=settings.overlap, mode="gaussian", device="cpu"
-    )[0].float()
-    return logits.softmax(0) if task.exclusive else logits.sigmoid()
+class Segmented(NamedTuple):
+    """A prediction on the scan's own grid.
+
+    Attributes:
+        labels: (X, Y, Z) uint8, the task's label values.
+        affine: (4, 4) of that grid, in mm, RAS+.
+        probabilities: (out_chans, X, Y, Z) float32 when they were asked for.
+    """
+
+    labels: np.ndarray
+    affine: np.ndarray
+    probabilities: np.ndarray | None
 
 
-def to_scan_grid(channels: Tensor, prepared: MetaTensor, transform: Compose) -> np.ndarray:
-    """(K, *spatial) on the prepared grid -> (K, *spatial) on the scan's own grid, by inverting `transform` (linear interpolation)."""
-    carrier = MetaTensor(channels.clone(), meta=dict(prepared.meta))
-    carrier.applied_operations = deepcopy(prepared.applied_operations)  # inverting consumes what is stored there
-    return transform.inverse({"image": carrier})["image"].numpy()
+def slabs(size: int, window: int, overlap: float, planes: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cut an axis so that windows run slab by slab give what they give over the whole axis.
+
+    Windows start each `window * (1 - overlap)`, as MONAI places them; a plane is finished only when all windows that hold it are.
+
+    Args:
+        size: planes of the scan, at least `window`.
+        planes: how many a slab may have; at least what two finished rows of windows need is taken.
+
+    Yields:
+        (start, stop, first, last): run the windows on planes start .. stop - 1, and keep first .. last - 1.
+    """
+    step = window if size == window else max(int(window * (1 - overlap)), 1)
+    again = math.ceil(window / step)  # rows of windows that hold one plane
+    rows = max((planes - window) // step, again)
+    row, done = 0, 0
+    while done < size:
+        start = row * step
+        stop = min(start + rows * step + window, size)
+        # The next window would start here; the last of all is moved back so that it ends with the scan.
+        last = size if stop == size else min(start + (rows + 1) * step, size - window)
+        yield start, stop, done, last
+        row, done = max(0, (last - window + step) // step), last  # from where every window that holds the next plane is there
 
 
-def segment(model: nn.Module, case: Case, task: Task, settings: FinetuneSettings, device: torch.device) -> list[np.ndarray]:
-    """One boolean mask a class, on the scan's own grid."""
-    return segment_probabilities(model, case, task, settings, device)[0]
+def room(shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
+    """Zeros of a shape; in an unnamed temporary file, from where the system takes it as needed, when they are many."""
+    if math.prod(shape) <= CHANNEL_VOXELS:
+        return np.zeros(shape, dtype)
+    return np.memmap(tempfile.TemporaryFile(), dtype, "w+", shape=tuple(shape))  # noqa: SIM115 (closed with the array)
 
 
-def segment_probabilities(
-    model: nn.Module, case: Case, task: Task, settings: FinetuneSettings, device: torch.device, keep: bool = False
-) -> tuple[list[np.ndarray], np.ndarray | None]:
-    """One boolean mask a class on the scan's own grid, and with `keep` the probabilities there (out_chans, *spatial).
+def probabilities(
+    model: nn.Module, image: Tensor, task: Task, settings: FinetuneSettings, device: torch.device, progress: Progress | None = None
+) -> Tensor:
+    """Prepared scan (C, *spatial) of any size -> class probabilities (out_chans, *spatial) on the CPU, by Gaussian-weighted windows.
 
-    Probabilities, not labels, are carried back, so that edges stay smooth; a few classes at a time, so that memory stays
+    Run in slabs along the last axis, so that class volumes of a large scan need not be in memory at once; the values are those of one run.
+    """
+    sizes, window = tuple(image.shape[1:]), settings.crop_size
+    out: np.ndarray | None = None
+    planes = CHANNEL_VOXELS // (math.prod(sizes[:2]) * task.out_chans)
+    pieces = list(slabs(sizes[2], window[2], settings.overlap, planes))
+    total = sum(_count((*sizes[:2], stop - start), window, settings.overlap) for start, stop, *_ in pieces)
+    done = 0
+
+    def counted(crops: Tensor) -> Tensor:
+        nonlocal done
+        logits = model(crops)
+        done += len(crops)
+        if progress:
+            progress(done, total)
+        return logits
+
+    for start, stop, first, last in pieces:
+        part = image[None, ..., start:stop].to(device)
+        logits = sliding_window_inference(part, window, sw_batch_size=4, predictor=counted, overlap=settings.overlap, mode="gaussian", device="cpu")[
+            0
+        ].float()
+        probs = logits.softmax(0) if task.exclusive else logits.sigmoid()
+        if len(pieces) == 1:
+            return probs
+        if out is None:
+            out = room((len(probs), *sizes), np.float16)
+        out[..., first:last] = probs[..., first - start : last - start].numpy()
+    return torch.from_numpy(out)
+
+
+def _count(size: Sequence[int], window: Sequence[int], overlap: float) -> int:
+    """Windows over a volume."""
+    return math.prod(1 + math.ceil((n - w) / max(int(w * (1 - overlap)), 1)) for n, w in zip(size, window))
+
+
+def to_scan_grid(channels: Tensor, source: np.ndarray, shape: Sequence[int], target: np.ndarray) -> Tensor:
+    """Volumes (K, *spatial) with affine `source` (4, 4) -> (K, *shape) float32 on the grid with affine `target`, linearly interpolated.
+
+    Only the box of the source that the target touches is read. Outside the source everything is 0.
+    """
+    corners = np.array([[*(c * (n - 1) for c, n in zip(corner, shape)), 1] for corner in np.ndindex(2, 2, 2)], float)
+    inside = (corners @ (np.linalg.inv(source) @ target).T)[:, :3]
+    low = np.clip(np.floor(inside.min(0)).astype(int) - 1, 0, channels.shape[1:])
+    high = np.clip(np.ceil(inside.max(0)).astype(int) + 2, 0, channels.shape[1:])
+    if (high <= low).any():
+        return torch.zeros(len(channels), *shape)
+    box = channels[(slice(None), *(slice(a, b) for a, b in zip(low, high)))].float()
+    moved = source @ np.block([[np.eye(3), low[:, None]], [np.zeros((1, 3)), 1]])
+    resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=torch.float32)
+    return resample(MetaTensor(box, affine=torch.from_numpy(moved)), dst_affine=torch.from_numpy(target), spatial_size=tuple(shape)).as_tensor()
+
+
+def segment(
+    model: nn.Module,
+    case: Case,
+    task: Task,
+    settings: FinetuneSettings,
+    device: torch.device,
+    keep: bool = False,
+    progress: Progress | None = None,
+) -> Segmented:
+    """Predict a scan on its own grid; with `keep` also the probabilities there.
+
+    Probabilities, not labels, are carried back, so that edges stay smooth; some planes of the scan at a time, so that memory stays
     at a few volumes. Outside the resampled body everything is background.
     """
-    transform = prepare(task, settings, with_label=False)
-    prepared = read_case(transform, {"image": case["image"], "case": case["case"]})["image"]
-    probs = probabilities(model, prepared.as_tensor(), task, settings, device)
-    # Whichever grid is larger has to fit.
-    own = int(np.prod(prepared.meta["spatial_shape"]))
-    together = max(1, CHANNEL_VOXELS // max(own, probs[0].numel()))
-    winner, best, masks, kept = None, None, [], []
-    for start in range(0, len(probs), together):
-        values = to_scan_grid(probs[start : start + together], prepared, transform)
-        if keep:
-            kept.append(values)
-        if not task.exclusive:
-            masks += list(values > 0.5)
-            continue
-        for i, value in enumerate(values, start=start):
-            if winner is None:
-                winner, best = np.zeros(value.shape, np.uint8), value
-                continue
-            ahead = value > best
-            winner[ahead], best = i, np.where(ahead, value, best)
-    return (task.class_masks(winner) if task.exclusive else nest(masks)), (np.concatenate(kept) if keep else None)
+    prepared = read_case(prepare(task, settings, with_label=False), {"image": case["image"], "case": case["case"]})["image"]
+    target = np.asarray(prepared.meta["original_affine"], float)
+    shape = tuple(int(n) for n in prepared.meta["spatial_shape"])[:3]
+    source = np.asarray(prepared.affine, float)
+    probs = probabilities(model, prepared.as_tensor(), task, settings, device, progress)
+    labels = np.zeros(shape, np.uint8)
+    kept = room((len(probs), *shape)) if keep else None
+    together = max(1, CHANNEL_VOXELS // (shape[0] * shape[1] * len(probs)))
+    for start in range(0, shape[2], together):
+        stop = min(start + together, shape[2])
+        moved = target @ np.block([[np.eye(3), np.array([[0], [0], [start]])], [np.zeros((1, 3)), 1]])
+        values = to_scan_grid(probs, source, (*shape[:2], stop - start), moved)
+        labels[..., start:stop] = label_map(values, task)
+        if kept is not None:
+            kept[..., start:stop] = values.numpy()
+    return Segmented(labels, target, kept)
 
 
-def nest(masks: list[np.ndarray]) -> list[np.ndarray]:
-    """Regions from the widest to the narrowest, each cut to what the wider ones hold: enhancing tumour outside the tumour is none."""
-    out = masks[:1]
-    for mask in masks[1:]:
-        out.append(out[-1] & mask)
+def label_map(values: Tensor, task: Task) -> np.ndarray:
+    """Probabilities (out_chans, *spatial) -> the task's own label values (*spatial), uint8: the likeliest class, or nested regions above one half."""
+    if task.exclusive:
+        return values.argmax(0).numpy().astype(np.uint8)
+    return region_labels(list((values > 0.5).numpy()), task)
+
+
+def region_labels(masks: list[np.ndarray], task: Task) -> np.ndarray:
+    """Region masks, from the widest to the narrowest -> one label image with the task's own label values.
+
+    A voxel gets the label of the innermost region that holds it, as far as the wider ones hold it too: enhancing tumour outside
+    the tumour is none. The label of a region is the one that it has and the next narrower one has not.
+    """
+    out, inside = np.zeros(masks[0].shape, np.uint8), np.ones(masks[0].shape, bool)
+    for i, (mask, values) in enumerate(zip(masks, task.regions)):
+        inner = task.regions[i + 1] if i + 1 < len(task.regions) else ()
+        inside = inside & mask
+        out[inside] = next(v for v in values if v not in inner)
     return out
+
+
+class Teller:
+    """Says how far a long scan is, at most each `TELL_EVERY` seconds."""
+
+    def __init__(self, name: str, report: Callable[[str], None]):
+        self.name, self.report, self.last = name, report, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() - self.last >= TELL_EVERY:
+            self.last = time.monotonic()
+            self.report(f"  {self.name}: {done} of {total} windows")
 
 
 def classify(model: nn.Module, cases: list[Case], task: Task, settings: FinetuneSettings, device: torch.device, batch_size: int = 64) -> np.ndarray:
@@ -103,11 +220,7 @@ def score_cases(model: nn.Module, task: Task, settings: FinetuneSettings, cases:
         data = read_case(transform, case)
         probs = probabilities(model, data["image"].as_tensor(), task, settings, device)
         label = data["label"].as_tensor()
-        if task.exclusive:
-            pred = task.class_masks(probs.argmax(0).numpy())
-            true = task.class_masks(label[0].numpy())
-        else:
-            pred = nest(list((probs > 0.5).numpy()))
-            true = list(region_targets(label[None], task)[0].bool().numpy())
+        pred = task.class_masks(label_map(probs, task))
+        true = task.class_masks(label[0].numpy()) if task.exclusive else list(region_targets(label[None], task)[0].bool().numpy())
         scores.append([dsc(p, t) for p, t in zip(pred, true)])
     return float(np.nanmean(scores))

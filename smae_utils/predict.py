@@ -18,8 +18,8 @@ from PIL import Image
 from smae_utils import accel
 from smae_utils.data import read_case
 from smae_utils.errors import UserError
-from smae_utils.evaluation import first_file, label_map, load_finetuned
-from smae_utils.inference import classify, segment_probabilities
+from smae_utils.evaluation import first_file, load_finetuned
+from smae_utils.inference import Teller, classify, segment
 from smae_utils.plots import show_overlay
 from smae_utils.reading import CheckCase, ReadScan, read_image
 from smae_utils.runs import Run, write_text
@@ -104,23 +104,17 @@ def _segment(model, task: Task, settings, cases: list[Case], out: Path, device, 
     rows, started = [], time.monotonic()
     labels = {i + 1: name for i, name in enumerate(task.classes)} if task.exclusive else {v: f"label {v}" for v in range(1, task.label_values)}
     for number, case in enumerate(cases, start=1):
-        masks, probs = segment_probabilities(model, case, task, settings, device, keep=probabilities)
-        image = nib.load(first_file(case["image"])) if Path(first_file(case["image"])).is_file() else None
-        affine, spacing, units = _place(case, task, settings, image)
-        values = label_map(masks, task)
+        values, affine, probs = segment(model, case, task, settings, device, keep=probabilities, progress=Teller(case["case"], report))
+        units = _units(case)
         save(out / f"{case['case']}.nii.gz", values, affine, units, "labels: see labels.json")
         if probs is not None:
-            save(
-                out / f"{case['case']}_probabilities.nii.gz",
-                np.moveaxis(probs, 0, -1).astype(np.float32),
-                affine,
-                units,
-                "probabilities: see labels.json",
-            )
+            save(out / f"{case['case']}_probabilities.nii.gz", np.moveaxis(probs, 0, -1), affine, units, "probabilities: see labels.json")
         voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
-        volumes = {name: round(float(mask.sum()) * voxel_ml, 3) for name, mask in zip(task.classes, masks)}
+        counts = np.bincount(values.ravel(), minlength=task.label_values)
+        regions = task.regions or [(i,) for i in range(1, task.label_values)]
+        volumes = {name: round(float(sum(counts[v] for v in region)) * voxel_ml, 3) for name, region in zip(task.classes, regions)}
         rows.append({"case": case["case"], **{f"{name} (ml)": v for name, v in volumes.items()}})
-        _picture(case, values, affine, spacing, task, out / f"{case['case']}.png")
+        _picture(case, values, affine, task, out / f"{case['case']}.png")
         report(
             f"{case['case']}  ({number}/{len(cases)})  {sum(v > 0 for v in volumes.values())} of {len(volumes)} structures  {time.monotonic() - started:.0f} s"
         )
@@ -132,13 +126,10 @@ def _segment(model, task: Task, settings, cases: list[Case], out: Path, device, 
     return table
 
 
-def _place(case: Case, task: Task, settings, image) -> tuple[np.ndarray, list[float], tuple[str, str]]:
-    """Affine, voxel size in mm and units of a scan, as its header says."""
-    if image is not None:
-        return image.affine, [float(s) for s in nib.affines.voxel_sizes(image.affine)], image.header.get_xyzt_units()
-    # A DICOM folder: MONAI gives the affine in RAS already.
-    affine = np.asarray(read_case(prepare(task, settings, with_label=False), case)["image"].meta["original_affine"])
-    return affine, [float(s) for s in nib.affines.voxel_sizes(affine)], ("mm", "unknown")
+def _units(case: Case) -> tuple[str, str]:
+    """Units of space and time as a scan's header has them; DICOM counts in mm."""
+    file = first_file(case["image"])
+    return nib.load(file).header.get_xyzt_units() if Path(file).is_file() else ("mm", "unknown")
 
 
 def save(path: Path, values: np.ndarray, affine: np.ndarray, units: tuple[str, str], text: str) -> None:
@@ -151,7 +142,7 @@ def save(path: Path, values: np.ndarray, affine: np.ndarray, units: tuple[str, s
     part.replace(path)
 
 
-def _picture(case: Case, values: np.ndarray, affine: np.ndarray, spacing: list[float], task: Task, target: Path) -> None:
+def _picture(case: Case, values: np.ndarray, affine: np.ndarray, task: Task, target: Path) -> None:
     """Three planes through the most of what was found."""
     import matplotlib.pyplot as plt
 

@@ -10,13 +10,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from monai.inferers import sliding_window_inference
 from scipy.spatial.distance import cdist
 from sklearn.metrics import f1_score, roc_auc_score
 
 from smae_utils import evaluation, inference
 from smae_utils.data import read_splits
 from smae_utils.errors import UserError
-from smae_utils.evaluation import compare, evaluate, label_map, summarise
+from smae_utils.evaluation import compare, evaluate, summarise
+from smae_utils.inference import region_labels
 from smae_utils.runs import Run
 from smae_utils.settings import FinetuneSettings
 from smae_utils.tasks import get_task
@@ -93,17 +95,34 @@ def test_a_perfect_model_scores_near_one_on_every_scan_whatever_its_orientation(
         if record.exclusive:
             masks = [1 - sum(masks), *masks]
         monkeypatch.setattr(inference, "probabilities", lambda *_, masks=masks: torch.stack(masks))
-        predicted = inference.segment(None, case, record, settings, torch.device("cpu"))
+        predicted = inference.segment(None, case, record, settings, torch.device("cpu")).labels
         stored = nib.load(case["label"])
         orientations.add(nib.aff2axcodes(stored.affine))
-        scores = [inference.dsc(p, t) for p, t in zip(predicted, record.class_masks(np.asarray(stored.dataobj)))]
+        scores = [inference.dsc(p, t) for p, t in zip(record.class_masks(predicted), record.class_masks(np.asarray(stored.dataobj)))]
         assert np.nanmean(scores) > 0.8 and np.nanmin(scores) > 0.55, case["case"]
     assert len(orientations) > 1
 
 
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.75])
+def test_slabs_of_windows_give_what_one_run_gives(overlap, monkeypatch):
+    """Class volumes too large for memory are worked out some planes at a time: the same figures, from MONAI's windows over the whole scan."""
+    torch.manual_seed(0)
+    task, settings = get_task("btcv"), replace(FinetuneSettings(), crop_size=(8, 8, 8), overlap=overlap)
+    net, image = torch.nn.Conv3d(1, task.out_chans, 3, padding=1), torch.rand(1, 11, 8, 61)
+    with torch.inference_mode():
+        whole = inference.probabilities(net, image, task, settings, torch.device("cpu"))
+        expected = sliding_window_inference(image[None], (8, 8, 8), 1, net, overlap=overlap, mode="gaussian")[0].softmax(0)
+        monkeypatch.setattr(inference, "CHANNEL_VOXELS", 11 * 8 * 14 * 20)
+        told = []
+        parts = inference.probabilities(net, image, task, settings, torch.device("cpu"), lambda *n: told.append(n))
+    assert torch.allclose(whole, expected, atol=1e-5)
+    assert parts.dtype == torch.float16 and torch.allclose(parts.float(), whole, atol=1e-3)
+    assert told[-1][0] == told[-1][1] == max(n for n, _ in told)
+
+
 def test_a_mask_that_is_not_brought_back_to_the_scans_grid_is_noticed(btcv, tiny, bare, tmp_path, monkeypatch):
     run = finetune("btcv", btcv, tmp_path / "run", preset=bare, overrides={**tiny["btcv", "finetune"], "steps": 1}, report=quiet)
-    monkeypatch.setattr(evaluation, "segment", lambda *_: [np.zeros((3, 3, 3), bool)] * 13)
+    monkeypatch.setattr(evaluation, "segment", lambda *_, **__: inference.Segmented(np.zeros((3, 3, 3), np.uint8), np.eye(4), None))
     with pytest.raises(UserError, match="must lie on one grid"):
         evaluate(run.path, report=quiet)
 
@@ -150,9 +169,9 @@ def test_a_class_that_no_case_has_is_left_out_of_the_mean():
 def test_tumour_regions_become_labels_and_come_back():
     task = get_task("brats")
     label = np.random.default_rng(0).integers(0, 4, (6, 6, 6))
-    assert np.array_equal(label_map(task.class_masks(label), task), label)
+    assert np.array_equal(region_labels(task.class_masks(label), task), label)
     conflicting = [np.array([False, True, True]), np.array([True, False, True]), np.array([True, True, True])]
-    assert label_map(conflicting, task).tolist() == [0, 1, 3]  # outside the whole tumour nothing is tumour
+    assert region_labels(conflicting, task).tolist() == [0, 1, 3]  # outside the whole tumour nothing is tumour
 
 
 def test_compare_subtracts_and_refuses_what_cannot_be_compared(btcv, brats, runs, tiny, bare, tmp_path):
