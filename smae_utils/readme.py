@@ -48,7 +48,7 @@ PRIMARY = {"cxr14": "mauc", "btcv": "dsc", "brats": "dsc"}
 def evidence_block(root: Path) -> str:
     """Primary figures of `results/evidence/intervals.csv`, and the real data sets, which nobody has run."""
     folder = root / "results" / "evidence"
-    table = pd.read_csv(folder / "intervals.csv", comment="#")
+    table = pd.read_csv(folder / "intervals.csv", comment="#").fillna({"condition": ""}).query("condition == ''")
     rows = []
     for task, metric in PRIMARY.items():
         for row in table[(table.task == task) & (table.metric == metric)].itertuples():
@@ -77,6 +77,26 @@ def controls_block(root: Path) -> str:
     return _table(made) + "\n" + _facts(folder / "controls.csv")
 
 
+def sweeps_block(root: Path) -> str:
+    """Self against scratch under each condition of `results/evidence/sweeps.csv`, beside the study's own data on the same seeds."""
+    folder = root / "results" / "evidence"
+    sweeps = pd.read_csv(folder / "sweeps.csv", comment="#").fillna({"condition": ""})
+    main = pd.read_csv(folder / "main.csv", comment="#").assign(condition="the study's own")
+    rows = []
+    for task, metric in PRIMARY.items():
+        swept = sweeps[(sweeps.task == task) & (sweeps.metric == metric)]
+        own = main[(main.task == task) & (main.metric == metric) & main.seed.isin(swept.seed)]
+        for condition, part in pd.concat([own, swept[swept.condition != ""]]).groupby("condition"):
+            wide = part.pivot(index="seed", columns="arm", values="value")
+            for arm in (a for a in ("self", "self_all_images") if a in wide and "scratch" in wide):
+                both = wide[["scratch", arm]].dropna()
+                gains = " ".join(f"{v:+.3f}" for v in both[arm] - both["scratch"])
+                if len(both):
+                    rows.append((task, metric, condition, arm, len(both), float(both["scratch"].mean()), float(both[arm].mean()), gains))
+    made = pd.DataFrame(rows, columns=["task", "metric", "data", "arm", "seeds", "scratch", "arm's", "difference of each seed"])
+    return _table(made) + "\n" + _facts(folder / "sweeps.csv")
+
+
 def gates_block(root: Path) -> str:
     """`results/evidence/gates.csv`: what held and what did not."""
     table = pd.read_csv(root / "results" / "evidence" / "gates.csv", comment="#", dtype={"gate": str}).sort_values(["task", "gate"], kind="stable")
@@ -95,7 +115,7 @@ def explorer_block(root: Path) -> str:
 # file of the project -> name of a block in it -> what writes it
 BLOCKS: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {"demo": demo_block, "paper": paper_block, "evidence": evidence_block, "explorer": explorer_block},
-    "docs/evidence.md": {"evidence": evidence_block, "controls": controls_block, "gates": gates_block},
+    "docs/evidence.md": {"evidence": evidence_block, "controls": controls_block, "sweeps": sweeps_block, "gates": gates_block},
 }
 
 
