@@ -119,9 +119,8 @@ def _remarks(report: Report, task: Task, splits: dict[str, list[Case]]) -> None:
     table = report.table
     if empty := table[table.labels == "empty"].case.tolist():
         report.remarks.append(f"{len(empty)} labels are empty: {', '.join(empty[:5])}; right if these patients have nothing, else a mistake")
-    for i, name in enumerate(task.classes, start=1):
+    for name, values in zip(task.classes, task.class_values):
         if task.kind == "segmentation":
-            values = task.regions[i - 1] if task.regions else (i,)
             has = table.labels.map(lambda text, values=values: any(f" {v}:" in f" {text}" for v in values))
         else:
             has = table.labels.map(lambda text, name=name: name in text.split("|"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +14,9 @@ import torch
 from monai.data import MetaTensor
 from monai.inferers import sliding_window_inference
 from monai.transforms import Compose, SpatialResample
+from nibabel.affines import from_matvec
 from torch import Tensor, nn
 
-from smae_utils.build import region_targets
 from smae_utils.data import read_case
 from smae_utils.metrics import dsc, mean_auc
 from smae_utils.settings import FinetuneSettings
@@ -73,7 +74,10 @@ def room(shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
     """Zeros of a shape; in an unnamed temporary file, from where the system takes it as needed, when they are many."""
     if math.prod(shape) <= CHANNEL_VOXELS:
         return np.zeros(shape, dtype)
-    return np.memmap(tempfile.TemporaryFile(), dtype, "w+", shape=tuple(shape))  # noqa: SIM115 (closed with the array)
+    file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the array)
+    if hasattr(os, "posix_fallocate"):  # a full disk is told here; later it would kill the process
+        os.posix_fallocate(file.fileno(), 0, math.prod(shape) * np.dtype(dtype).itemsize)
+    return np.memmap(file, dtype, "w+", shape=tuple(shape))
 
 
 def probabilities(
@@ -81,7 +85,8 @@ def probabilities(
 ) -> Tensor:
     """Prepared scan (C, *spatial) of any size -> class probabilities (out_chans, *spatial) on the CPU, by Gaussian-weighted windows.
 
-    Run in slabs along the last axis, so that class volumes of a large scan need not be in memory at once; the values are those of one run.
+    A scan too large for `CHANNEL_VOXELS` is run in slabs along the last axis, so that its class volumes need not be in memory at once; the
+    values are those of one run, kept in half precision.
     """
     sizes, window = tuple(image.shape[1:]), settings.crop_size
     out: np.ndarray | None = None
@@ -100,16 +105,19 @@ def probabilities(
 
     for start, stop, first, last in pieces:
         part = image[None, ..., start:stop].to(device)
-        logits = sliding_window_inference(part, window, sw_batch_size=4, predictor=counted, overlap=settings.overlap, mode="gaussian", device="cpu")[
-            0
-        ].float()
-        probs = logits.softmax(0) if task.exclusive else logits.sigmoid()
+        logits = sliding_window_inference(part, window, 4, counted, overlap=settings.overlap, mode="gaussian", device="cpu")[0]
+        probs = activate(logits.float(), task)
         if len(pieces) == 1:
             return probs
         if out is None:
             out = room((len(probs), *sizes), np.float16)
         out[..., first:last] = probs[..., first - start : last - start].numpy()
     return torch.from_numpy(out)
+
+
+def activate(logits: Tensor, task: Task) -> Tensor:
+    """Logits (out_chans, *spatial) -> probabilities: over classes that exclude each other, or of each region by itself."""
+    return logits.softmax(0) if task.exclusive else logits.sigmoid()
 
 
 def _count(size: Sequence[int], window: Sequence[int], overlap: float) -> int:
@@ -129,7 +137,7 @@ def to_scan_grid(channels: Tensor, source: np.ndarray, shape: Sequence[int], tar
     if (high <= low).any():
         return torch.zeros(len(channels), *shape)
     box = channels[(slice(None), *(slice(a, b) for a, b in zip(low, high)))].float()
-    moved = source @ np.block([[np.eye(3), low[:, None]], [np.zeros((1, 3)), 1]])
+    moved = source @ from_matvec(np.eye(3), low)
     resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=torch.float32)
     return resample(MetaTensor(box, affine=torch.from_numpy(moved)), dst_affine=torch.from_numpy(target), spatial_size=tuple(shape)).as_tensor()
 
@@ -158,8 +166,7 @@ def segment(
     together = max(1, CHANNEL_VOXELS // (shape[0] * shape[1] * len(probs)))
     for start in range(0, shape[2], together):
         stop = min(start + together, shape[2])
-        moved = target @ np.block([[np.eye(3), np.array([[0], [0], [start]])], [np.zeros((1, 3)), 1]])
-        values = to_scan_grid(probs, source, (*shape[:2], stop - start), moved)
+        values = to_scan_grid(probs, source, (*shape[:2], stop - start), target @ from_matvec(np.eye(3), (0, 0, start)))
         labels[..., start:stop] = label_map(values, task)
         if kept is not None:
             kept[..., start:stop] = values.numpy()
@@ -219,8 +226,7 @@ def score_cases(model: nn.Module, task: Task, settings: FinetuneSettings, cases:
     for case in cases:
         data = read_case(transform, case)
         probs = probabilities(model, data["image"].as_tensor(), task, settings, device)
-        label = data["label"].as_tensor()
         pred = task.class_masks(label_map(probs, task))
-        true = task.class_masks(label[0].numpy()) if task.exclusive else list(region_targets(label[None], task)[0].bool().numpy())
+        true = task.class_masks(data["label"][0].numpy())
         scores.append([dsc(p, t) for p, t in zip(pred, true)])
     return float(np.nanmean(scores))

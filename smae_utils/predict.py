@@ -111,8 +111,7 @@ def _segment(model, task: Task, settings, cases: list[Case], out: Path, device, 
             save(out / f"{case['case']}_probabilities.nii.gz", np.moveaxis(probs, 0, -1), affine, units, "probabilities: see labels.json")
         voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
         counts = np.bincount(values.ravel(), minlength=task.label_values)
-        regions = task.regions or [(i,) for i in range(1, task.label_values)]
-        volumes = {name: round(float(sum(counts[v] for v in region)) * voxel_ml, 3) for name, region in zip(task.classes, regions)}
+        volumes = {name: round(float(counts[list(of)].sum()) * voxel_ml, 3) for name, of in zip(task.classes, task.class_values)}
         rows.append({"case": case["case"], **{f"{name} (ml)": v for name, v in volumes.items()}})
         _picture(case, values, affine, task, out / f"{case['case']}.png")
         report(

@@ -14,7 +14,7 @@ from smae_utils.build import build_mae
 from smae_utils.data import read_case, read_splits
 from smae_utils.errors import UserError
 from smae_utils.evaluation import load_finetuned
-from smae_utils.inference import region_labels
+from smae_utils.inference import activate, label_map
 from smae_utils.mae import MaskedAutoencoder
 from smae_utils.runs import Run
 from smae_utils.settings import PretrainSettings, Settings, make_settings
@@ -80,10 +80,8 @@ class Source:
             if task.kind == "classification":
                 order = logits.sigmoid().argsort(descending=True)[:3]
                 verdict.append(f"{name}: " + ", ".join(f"{task.classes[i]} {logits[i].sigmoid():.2f}" for i in order))
-            elif task.exclusive:
-                labels[name] = logits.argmax(0).numpy().astype(np.uint8)
             else:
-                labels[name] = region_index(region_labels(list((logits > 0).numpy()), task), task)
+                labels[name] = region_index(label_map(activate(logits, task), task), task)
         if self.task.kind == "classification" and "label" in item:
             present = [n for n, v in zip(self.task.classes, item["label"]) if v]
             verdict.insert(0, "labelled: " + (", ".join(present) or "no finding"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import nibabel as nib
@@ -118,6 +119,22 @@ def test_slabs_of_windows_give_what_one_run_gives(overlap, monkeypatch):
     assert torch.allclose(whole, expected, atol=1e-5)
     assert parts.dtype == torch.float16 and torch.allclose(parts.float(), whole, atol=1e-3)
     assert told[-1][0] == told[-1][1] == max(n for n, _ in told)
+
+
+def test_room_for_a_large_volume_is_zeros_in_a_file_and_a_full_disk_is_told_at_once(monkeypatch):
+    assert type(inference.room((4, 5))) is np.ndarray
+    monkeypatch.setattr(inference, "CHANNEL_VOXELS", 10)
+    made = inference.room((4, 5), np.float16)
+    assert isinstance(made, np.memmap) and made.dtype == np.float16 and not made.any()
+    made[2] = 3
+    assert made.sum() == 15
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match="No space"):
+        inference.room((4, 5))
 
 
 def test_a_mask_that_is_not_brought_back_to_the_scans_grid_is_noticed(btcv, tiny, bare, tmp_path, monkeypatch):

@@ -74,10 +74,14 @@ class Task:
         """Values that a label image may hold: 0 .. label_values - 1."""
         return len(self.classes) + 1 if self.regions is None else max(map(max, self.regions)) + 1
 
+    @property
+    def class_values(self) -> tuple[tuple[int, ...], ...]:
+        """The label values that make up each class."""
+        return self.regions or tuple((i + 1,) for i in range(len(self.classes)))
+
     def class_masks(self, label: np.ndarray) -> list[np.ndarray]:
         """Integer label image -> one boolean mask a class."""
-        values = self.regions or [(i + 1,) for i in range(len(self.classes))]
-        return [np.isin(label, v) for v in values]
+        return [np.isin(label, values) for values in self.class_values]
 
 
 @cache
