@@ -12,6 +12,7 @@ from smae_utils.build import build_mae
 from smae_utils.data import read_splits
 from smae_utils.demo import pivot
 from smae_utils.errors import UserError
+from smae_utils.evidence.tables import read
 from smae_utils.lesson import load_crop
 from smae_utils.plots import show_reconstruction
 from smae_utils.runs import Run
@@ -48,7 +49,7 @@ PRIMARY = {"cxr14": "mauc", "btcv": "dsc", "brats": "dsc"}
 def evidence_block(root: Path) -> str:
     """Primary figures of `results/evidence/intervals.csv`, and the real data sets, which nobody has run."""
     folder = root / "results" / "evidence"
-    table = pd.read_csv(folder / "intervals.csv", comment="#").fillna({"condition": ""}).query("condition == ''")
+    table = read(folder / "intervals.csv").query("condition == ''")
     rows = []
     for task, metric in PRIMARY.items():
         for row in table[(table.task == task) & (table.metric == metric)].itertuples():
@@ -62,8 +63,8 @@ def evidence_block(root: Path) -> str:
 def controls_block(root: Path) -> str:
     """Controls beside scratch and self on the same seeds, from `results/evidence/{main,controls}.csv`."""
     folder = root / "results" / "evidence"
-    controls = pd.read_csv(folder / "controls.csv", comment="#")
-    table = pd.concat([pd.read_csv(folder / "main.csv", comment="#"), controls])
+    controls = read(folder / "controls.csv")
+    table = pd.concat([read(folder / "main.csv"), controls])
     rows = []
     for task, metric in PRIMARY.items():
         for kind, arms in (
@@ -80,8 +81,7 @@ def controls_block(root: Path) -> str:
 def sweeps_block(root: Path) -> str:
     """Self against scratch under each condition of `results/evidence/sweeps.csv`, beside the study's own data on the same seeds."""
     folder = root / "results" / "evidence"
-    sweeps = pd.read_csv(folder / "sweeps.csv", comment="#").fillna({"condition": ""})
-    main = pd.read_csv(folder / "main.csv", comment="#").assign(condition="the study's own")
+    sweeps, main = read(folder / "sweeps.csv"), read(folder / "main.csv").assign(condition="the study's own")
     rows = []
     for task, metric in PRIMARY.items():
         swept = sweeps[(sweeps.task == task) & (sweeps.metric == metric)]

@@ -17,7 +17,7 @@ from smae_utils.build import build_model
 from smae_utils.cli import main
 from smae_utils.data import derive_seed
 from smae_utils.errors import UserError
-from smae_utils.evidence import study, tables
+from smae_utils.evidence import run, study, tables
 from smae_utils.evidence.study import MAIN, Condition, Unit
 from smae_utils.patches import patchify, shuffle_patches
 from smae_utils.phantoms import MODULES, patient_latents
@@ -109,12 +109,16 @@ def test_arms_of_the_main_comparison_differ_in_their_start_and_tuning_only(tmp_p
 @pytest.mark.parametrize("task", ["cxr14", "brats"])
 def test_the_whole_study_runs_and_is_not_done_twice(task, tmp_path, capsys):
     words = ["evidence", "--task", task, "--out", tmp_path / "out", "--results", tmp_path / "res", "--seeds", 101, 102, "--quick", 40]
-    words = [str(w) for w in [*words, "--part", "tune", "gates", "main", "controls"]]
+    words = [str(w) for w in [*words, "--part", "tune", "gates", "main", "controls", *({"brats": ["scans"], "cxr14": ["longer", "context"]}[task])]]
     assert main(words) == 0, capsys.readouterr().err
     table = tables.read(tmp_path / "res" / "main.csv")
     assert set(table.arm) == {"scratch", "self", "scratch_equal_compute", "cnn"} and set(table.seed) == {101, 102}
     controls = {"shuffled_patches", "permuted_weights", "shuffled_labels", "probe_random", "probe_pretrained"}
     assert set(tables.read(tmp_path / "res" / "controls.csv").arm) == controls
+    twins, swept = {"scratch", "self"}, tables.read(tmp_path / "res" / "sweeps.csv").groupby("condition").arm.agg(set).to_dict()
+    few = dict.fromkeys(("6scans", "12scans"), twins | {"self_all_images"})
+    others = {"": {"steps_x0.25", "steps_x4"}, "context0.0": twins, "context0.5": twins}
+    assert swept == {"brats": few, "cxr14": others}[task]
     assert {"0", "b", "c"} == set(tables.read(tmp_path / "res" / "gates.csv").gate.astype(str))
     head = (tmp_path / "res" / "main.csv").read_text().splitlines()[:2]
     assert "python -m smae_utils evidence" in head[0] and "mean nothing" in head[0] and "commit" in head[1]
@@ -174,6 +178,14 @@ def test_sweeps_hold_the_arms_of_the_protocol():
     assert arms["longer"] == [("", "steps_x0.25"), ("", "steps_x4")] and len(arms["masking"]) == 5
     assert arms["context"] == [(c, a) for c in ("context0.0", "context0.5") for a in ("scratch", "self")]
     assert [a for a in arms["scans"] if a[1] == "self_all_images"] == [("6scans", "self_all_images"), ("12scans", "self_all_images")]
+
+
+def test_on_real_data_no_arm_wants_phantoms_and_a_part_that_only_has_such_arms_is_refused_at_once(tmp_path, capsys):
+    for part in ("main", "controls", *run.SWEEPS):
+        assert all(arm.condition == study.PLAIN for arm in run.arms_of(part, "btcv", real=True)), part
+    assert {a.name for a in run.arms_of("controls", "btcv", real=True)} == {"shuffled_patches", "permuted_weights"}
+    words = ["evidence", "--task", "btcv", "--data", str(tmp_path), "--results", str(tmp_path / "r"), "--part", "main", "context"]
+    assert main(words) == 2 and "context draws phantoms" in capsys.readouterr().err and not (tmp_path / "r").exists()
 
 
 def test_unknown_words_are_refused(tmp_path, capsys):

@@ -16,6 +16,7 @@ from smae_utils.build import build_mae
 from smae_utils.data import derive_seed, read_case, read_splits
 from smae_utils.evaluation import load_finetuned
 from smae_utils.evidence.study import DEV_SEED, DEV_TEST_SEED, GATES, MAIN, N_TEST, PRESET, Arm, Unit, phantom_folder
+from smae_utils.lesson import load_crop
 from smae_utils.mae import sanity_band
 from smae_utils.metrics import mean_auc
 from smae_utils.patches import mask_noise, patch_statistics, patchify
@@ -105,19 +106,13 @@ def _floor(unit: Unit) -> list[tuple]:
 def _prepared(unit: Unit, case: dict, settings) -> torch.Tensor:
     """A scan before it is cut to the model's input; a radiograph at that size."""
     if unit.record.spatial_dims == 2:
-        return crop_of(unit, case, settings)
+        return load_crop(unit.record, settings, case)
     return read_case(prepare(unit.record, settings, with_label=False), case)["image"].as_tensor()
 
 
 def _middle(image: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
     corner = [(n - c) // 2 for n, c in zip(image.shape[1:], size)]
     return image[(slice(None), *(slice(o, o + c) for o, c in zip(corner, size)))]
-
-
-def crop_of(unit: Unit, case: dict, settings) -> torch.Tensor:
-    from smae_utils.lesson import load_crop
-
-    return load_crop(unit.record, settings, case)
 
 
 def _context(unit: Unit, tuned: dict[str, tuple[float, float]]) -> list[tuple]:
@@ -192,10 +187,15 @@ def _context_3d(unit: Unit) -> list[tuple]:
     ]
 
 
+def principal(x: np.ndarray, x_test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """64 principal components of both, fitted on the first; fewer where it has fewer rows or columns."""
+    reduce = make_pipeline(StandardScaler(), PCA(min(64, *x.shape), random_state=0), StandardScaler()).fit(x)
+    return reduce.transform(x), reduce.transform(x_test)
+
+
 def linear_auc(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray, extra=None, extra_test=None) -> float:
     """Mean AUC of a logistic regression a class on 64 principal components (and extra columns)."""
-    reduce = make_pipeline(StandardScaler(), PCA(min(64, *x.shape), random_state=0), StandardScaler()).fit(x)
-    a, b = reduce.transform(x), reduce.transform(x_test)
+    a, b = principal(x, x_test)
     if extra is not None:
         a, b = np.hstack([a, extra]), np.hstack([b, extra_test])
     scores = np.zeros(y_test.shape)

@@ -8,17 +8,15 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.decomposition import PCA
 from sklearn.linear_model import RidgeCV
 from sklearn.metrics import r2_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from smae_utils.build import build_model
 from smae_utils.data import derive_seed, read_splits
-from smae_utils.evidence.gates import crop_of, linear_auc, patch_table
+from smae_utils.evidence.gates import linear_auc, patch_table, principal
 from smae_utils.evidence.study import PRESET, Unit, phantom_folder
+from smae_utils.lesson import load_crop
 from smae_utils.phantoms import patient_latents
 from smae_utils.settings import resolve
 from smae_utils.tasks import get_task
@@ -36,6 +34,7 @@ def probe(where: tuple, task: str, seed: int) -> pd.DataFrame:
 
     unit = make_unit(where, task, seed)
     settings = resolve(unit.record, "finetune", PRESET)
+    patients = None if unit.real else _patients(unit)
     rows = []
     for arm in ("random", "pretrained"):
         torch.manual_seed(derive_seed(seed, 40))
@@ -43,7 +42,9 @@ def probe(where: tuple, task: str, seed: int) -> pd.DataFrame:
         if arm == "pretrained":
             load_weights(model, unit.pretrained("self"))
         tokens = _tokens_of(model.encoder)
-        figures = {"linear_probe_auc": _labels_auc(unit, tokens)} | ({} if unit.real else {"latents_r2": _latents_r2(unit, tokens)})
+        figures = {"linear_probe_auc": _labels_auc(unit, tokens)}
+        if patients:
+            figures["latents_r2"] = _latents_r2(unit, tokens, *patients)
         rows += [{"task": task, "arm": f"probe_{arm}", "seed": seed, "metric": k, "value": v} for k, v in figures.items()]
     return pd.DataFrame(rows)
 
@@ -66,22 +67,26 @@ def _labels_auc(unit: Unit, tokens: Tokens) -> float:
     splits = read_splits(task, unit.real or "", settings)
     sets = []
     for part in ("train", "test"):
-        images = torch.stack([crop_of(unit, case, settings) for case in splits[part]])
+        images = torch.stack([load_crop(unit.record, settings, case) for case in splits[part]])
         sets += [tokens(images).mean(1).numpy(), np.stack([c["label"] for c in splits[part]])]
     return linear_auc(*sets)
 
 
-def _latents_r2(unit: Unit, tokens: Tokens) -> float:
-    """Mean R2, over the twelve latents, of a ridge regression on 64 principal components of all tokens of a scan's middle; unseen patients."""
-    fit, total = (max(4, n // unit.quick) for n in (LATENT_FIT, LATENT_FIT + LATENT_TEST))
+def _patients(unit: Unit) -> tuple[Tensor, np.ndarray]:
+    """The middles of scans of patients drawn for this alone, one scan each, (N, C, *crop_size), and their latents (N, 12)."""
+    total = max(4, (LATENT_FIT + LATENT_TEST) // unit.quick)
     folder = phantom_folder(unit.root, unit.task, total, LATENT_SEED)
-    cases = {c["patient"]: c for part in unit.record.read_splits(folder, 0, 0).values() for c in part}  # one scan a patient
+    cases = {c["patient"]: c for part in unit.record.read_splits(folder, 0, 0).values() for c in part}
     settings = resolve(unit.record, "finetune", PRESET)
     ordered = [cases[name] for name in sorted(cases)]
     np.random.default_rng(LATENT_SEED).shuffle(ordered)
-    x = tokens(torch.stack([crop_of(unit, case, settings) for case in ordered])).flatten(1).numpy()
-    y = np.stack([patient_latents(unit.task, LATENT_SEED, int(re.findall(r"\d+", case["patient"])[-1])) for case in ordered])
-    n = min(fit, len(ordered) * 2 // 3)
-    reduce = make_pipeline(StandardScaler(), PCA(min(64, n - 1), random_state=0), StandardScaler()).fit(x[:n])
-    a, b = reduce.transform(x[:n]), reduce.transform(x[n:])
-    return float(r2_score(y[n:], RidgeCV(np.logspace(-1, 4, 11)).fit(a, y[:n]).predict(b)))
+    latents = np.stack([patient_latents(unit.task, LATENT_SEED, int(re.findall(r"\d+", case["patient"])[-1])) for case in ordered])
+    return torch.stack([load_crop(unit.record, settings, case) for case in ordered]), latents
+
+
+def _latents_r2(unit: Unit, tokens: Tokens, images: Tensor, latents: np.ndarray) -> float:
+    """Mean R2, over the twelve latents, of a ridge regression on 64 principal components of all tokens of a scan's middle; unseen patients."""
+    x = tokens(images).flatten(1).numpy()
+    n = min(max(4, LATENT_FIT // unit.quick), len(x) * 2 // 3)
+    a, b = principal(x[:n], x[n:])
+    return float(r2_score(latents[n:], RidgeCV(np.logspace(-1, 4, 11)).fit(a, latents[:n]).predict(b)))

@@ -34,14 +34,20 @@ def evidence(
         quick: divides steps and cases; such figures mean nothing.
 
     Raises:
-        UserError: for an unknown task or part.
+        UserError: for an unknown task or part, or a part named that real data cannot have.
     """
-    tasks, parts, seeds = list(tasks) or list(TASKS), list(parts) or list(PARTS), list(seeds) or list(SEEDS)
+    parts = list(parts)
+    named = bool(parts)
+    tasks, parts, seeds = list(tasks) or list(TASKS), parts or list(PARTS), list(seeds) or list(SEEDS)
     for name, known, given in (("task", TASKS, tasks), ("part", PARTS, parts)):
         for wrong in set(given) - set(known):
             raise UserError(f"the evidence study has no {name} {wrong!r}: expected some of {', '.join(known)}")
     if data and len(tasks) != 1:
         raise UserError("--data is the folder of one task's download: name it with --task")
+    if data and (none := [part for part in SWEEPS if part in parts and not arms_of(part, tasks[0], real=True)]):
+        if named:
+            raise UserError(f"the part {none[0]} draws phantoms of its own: it has no meaning with --data; leave it out")
+        parts = [part for part in parts if part not in none]
     results = Path(results) / f"real-{tasks[0]}" if data else Path(results)
     where = (out, data, quick, max(1, (os.cpu_count() or 1) // jobs))
     command = f"--task {' '.join(tasks)} --part {' '.join(parts)} --seeds {' '.join(map(str, seeds))} --jobs {jobs}" + (
@@ -57,18 +63,21 @@ def evidence(
             raise UserError(f"{results / 'tuning.csv'} has no learning rates for {task}: run the part tune first")
     if "gates" in parts:
         jobs_of(jobs, gates.run_gates, [(where, task, tuned[task]) for task in tasks], tables_to.gates)
-    if "main" in parts:
-        jobs_of(jobs, _arms, [(where, task, seed, MAIN, tuned[task]) for task, seed in units], tables_to.part("main"))
+    for part in ("main", "controls", *SWEEPS):
+        if part in parts:
+            arguments = [(where, task, seed, arms_of(part, task, bool(data)), tuned[task]) for task, seed in units]
+            jobs_of(jobs, _arms, arguments, tables_to.part("sweeps" if part in SWEEPS else part))
     if "controls" in parts:
-        controls = tuple(arm for arm in CONTROLS if not data or arm.condition == PLAIN)
-        jobs_of(jobs, _arms, [(where, task, seed, controls, tuned[task]) for task, seed in units], tables_to.part("controls"))
         jobs_of(jobs, probes.probe, [(where, task, seed) for task, seed in units], tables_to.part("controls"))
     if "budget" in parts:
         jobs_of(jobs, gates.budget, [(where, task, tuned[task]) for task in tasks], tables_to.gates)
-    for part in (p for p in SWEEPS if p in parts):
-        arguments = [(where, task, seed, sweep(part, task), tuned[task]) for task, seed in units]
-        jobs_of(jobs, _arms, arguments, tables_to.part("sweeps"))
     tables_to.finish()
+
+
+def arms_of(part: str, task: str, real: bool = False) -> tuple[Arm, ...]:
+    """The arms of a part; on real data only those that need no phantoms drawn another way, which may be none."""
+    arms = {"main": MAIN, "controls": CONTROLS}.get(part) or sweep(part, task)
+    return tuple(arm for arm in arms if not real or arm.condition == PLAIN)
 
 
 def jobs_of(jobs: int, function: Callable, arguments: list[tuple], receive: Callable[[pd.DataFrame], None]) -> None:
@@ -106,6 +115,5 @@ def _arms(where: tuple, task: str, seed: int, arms: tuple[Arm, ...], tuned: dict
     rows = []
     for arm in arms:
         scores = unit.run_arm(arm, tuned)
-        where_from = {"condition": arm.condition.name} if arm.condition.name not in ("", arm.name) else {}
-        rows += [{"task": task, **where_from, "arm": arm.name, "seed": seed, "metric": k, "value": v} for k, v in scores.items()]
+        rows += [{"task": task, "condition": arm.condition.name, "arm": arm.name, "seed": seed, "metric": k, "value": v} for k, v in scores.items()]
     return pd.DataFrame(rows)

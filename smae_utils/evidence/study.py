@@ -78,15 +78,13 @@ class Arm:
     all_images: bool = False
 
 
-# Settings of each pre-training; `times` multiplies the preset's steps.
-PRETRAININGS: dict[str, dict[str, Any]] = {
-    "self": {},
-    "shuffled": {"shuffle_patches": True},
+# Settings of each pre-training; `times` multiplies the preset's steps. Two parts of the study are sweeps over them.
+MASKING: dict[str, dict[str, Any]] = {
     **{f"mask{ratio}": {"mask_ratio": ratio} for ratio in (0.125, 0.25, 0.5, 0.9)},
     "raw_pixels": {"norm_pix_loss": False},
-    "steps_x0.25": {"times": 0.25},
-    "steps_x4": {"times": 4},
 }
+LONGER: dict[str, dict[str, Any]] = {"steps_x0.25": {"times": 0.25}, "steps_x4": {"times": 4}}
+PRETRAININGS: dict[str, dict[str, Any]] = {"self": {}, "shuffled": {"shuffle_patches": True}, **MASKING, **LONGER}
 MAIN = (
     Arm("scratch"),
     Arm("self", "self", "self"),
@@ -117,7 +115,7 @@ def sweep(part: str, task: str) -> tuple[Arm, ...]:
             if n < N_TRAIN[task]:
                 arms.append(Arm("self_all_images", "self", "self", condition=condition, all_images=True))
         return tuple(arms)
-    return tuple(Arm(name, name, "self") for name in PRETRAININGS if name.startswith({"masking": ("mask", "raw"), "longer": "steps"}[part]))
+    return tuple(Arm(name, name, "self") for name in {"masking": MASKING, "longer": LONGER}[part])
 
 
 GATES = (
@@ -162,18 +160,18 @@ class Unit:
             return self.task
         file = self.folder / "cases.json"
         if not file.exists():
-            parts = {"training": self._entries(N_TRAIN, self.seed), "test": self._entries(N_TEST, DEV_TEST_SEED if self.dev else TEST_SEED)}
-            if n := self.condition.n_train:
-                parts["training"] = self._entries({self.task: n}, self.seed)
+            training = self._entries(self.condition.n_train or N_TRAIN[self.task], self.seed)
+            test = self._entries(N_TEST[self.task], DEV_TEST_SEED if self.dev else TEST_SEED)
             file.parent.mkdir(parents=True, exist_ok=True)
             if self.condition.shuffle_labels:
-                parts["training"] = shuffled_labels(parts["training"], self.seed, self.folder / "labels")
-            write_text(file, json.dumps({"name": f"{self.task} phantoms, seed {self.seed}", "like": self.task, **parts}, indent=0))
+                training = shuffled_labels(training, self.seed, self.folder / "labels")
+            record = {"name": f"{self.task} phantoms, seed {self.seed}", "like": self.task, "training": training, "test": test}
+            write_text(file, json.dumps(record, indent=0))
         return str(file)
 
-    def _entries(self, counts: dict[str, int], seed: int) -> list[dict]:
+    def _entries(self, n: int, seed: int) -> list[dict]:
         how = {} if self.condition.context == 1 else {"context": self.condition.context}
-        folder = phantom_folder(self.root, self.task, max(6, counts[self.task] // self.quick), seed, **how)
+        folder = phantom_folder(self.root, self.task, max(6, n // self.quick), seed, **how)
         splits = self.record.read_splits(folder, 0, 0)
         cases = sorted((c for part in splits.values() for c in part), key=lambda c: c["case"])
         plain = {"image": str, "label": lambda v: v if isinstance(v, str) else [int(x) for x in v]}

@@ -27,7 +27,8 @@ KEYS = {
 
 def read(file: Path) -> pd.DataFrame:
     """A result file without its `#` lines; empty when it is not there."""
-    return pd.read_csv(file, comment="#") if file.is_file() else pd.DataFrame()
+    table = pd.read_csv(file, comment="#", dtype={"condition": str}) if file.is_file() else pd.DataFrame()
+    return table.fillna({"condition": ""}) if "condition" in table else table  # the study's own data: an empty cell
 
 
 def read_tuned(results: Path) -> dict[str, dict[str, tuple[float, float]]]:
@@ -56,16 +57,14 @@ class Writer:
         self._add("gates", rows, KEYS["gates"])
 
     def part(self, name: str) -> Callable[[pd.DataFrame], None]:
-        """The receiver of main, controls or sweeps."""
-        return lambda rows: self._add(name, rows.assign(condition=rows.get("condition", "")) if name == "sweeps" else rows, KEYS[name])
+        """The receiver of main, controls or sweeps; only sweeps tell conditions apart."""
+        return lambda rows: self._add(name, rows[[*KEYS[name], "value"]], KEYS[name])
 
     def _add(self, name: str, rows: pd.DataFrame, keys: list[str]) -> None:
         file = self.results / f"{name}.csv"
         if file.is_file() and ("figures of a quick run" in file.read_text()) != (self.quick > 1):
             raise UserError(f"{file} holds figures of {'a full' if self.quick > 1 else 'a quick'} run: choose another --results")
-        table = pd.concat([read(file), rows], ignore_index=True)
-        table = table.fillna({"condition": ""}) if "condition" in keys else table
-        table = table.drop_duplicates(keys, keep="last").sort_values(keys, kind="stable")
+        table = pd.concat([read(file), rows], ignore_index=True).drop_duplicates(keys, keep="last").sort_values(keys, kind="stable")
         source = provenance()
         precision = accel.pick_precision("auto", accel.best_device())
         head = [
