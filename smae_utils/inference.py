@@ -128,7 +128,7 @@ def _count(size: Sequence[int], window: Sequence[int], overlap: float) -> int:
 def to_scan_grid(channels: Tensor, source: np.ndarray, shape: Sequence[int], target: np.ndarray) -> Tensor:
     """Volumes (K, *spatial) with affine `source` (4, 4) -> (K, *shape) float32 on the grid with affine `target`, linearly interpolated.
 
-    Only the box of the source that the target touches is read. Outside the source everything is 0.
+    Only the box of the source that the target touches is read. The source's edge holds for half a voxel more; further out everything is 0.
     """
     corners = np.array([[*(c * (n - 1) for c, n in zip(corner, shape)), 1] for corner in np.ndindex(2, 2, 2)], float)
     inside = (corners @ (np.linalg.inv(source) @ target).T)[:, :3]
@@ -138,8 +138,13 @@ def to_scan_grid(channels: Tensor, source: np.ndarray, shape: Sequence[int], tar
         return torch.zeros(len(channels), *shape)
     box = channels[(slice(None), *(slice(a, b) for a, b in zip(low, high)))].float()
     moved = source @ from_matvec(np.eye(3), low)
+    covered = torch.cat([box, torch.ones_like(box[:1])])
     resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=torch.float32)
-    return resample(MetaTensor(box, affine=torch.from_numpy(moved)), dst_affine=torch.from_numpy(target), spatial_size=tuple(shape)).as_tensor()
+    with torch.autocast("cpu", enabled=False):  # bf16 is too coarse for where a voxel lies
+        out = resample(
+            MetaTensor(covered, affine=torch.from_numpy(moved)), dst_affine=torch.from_numpy(target), spatial_size=tuple(shape)
+        ).as_tensor()
+    return out[:-1] / out[-1:].clamp(min=0.5)  # the last half voxel of a scan is no less certain than what lies inside
 
 
 def segment(

@@ -219,12 +219,27 @@ def test_a_mask_comes_back_from_the_prepared_grid_to_the_scans_own(axcodes, tilt
     assert back.shape == (2, *truth.shape) and dsc((back[0] > 0.5).numpy(), truth) > 0.9
     index = np.indices(truth.shape).reshape(3, -1)  # the same by scipy, voxel by voxel
     place = (np.linalg.inv(np.asarray(image.affine)) @ stored.affine @ np.vstack([index, np.ones(index.shape[1])]))[:3]
-    expected = ndimage.map_coordinates(channels[0].numpy(), place, order=1, mode="grid-constant").reshape(truth.shape)
-    assert np.abs(back[0].numpy() - expected).max() < 1e-3
+    expected = ndimage.map_coordinates(channels[1].numpy(), place, order=1, mode="grid-constant")
+    last = np.array(channels.shape[1:])[:, None] - 1
+    inside, outside = ((place >= 0) & (place <= last)).all(0), ((place < -1) | (place > last + 1)).any(0)
+    made = back[1].numpy().ravel()
+    assert inside.sum() > 10_000 and np.abs(made - expected)[inside].max() < 1e-3 and not made[outside].any()
+    # Half precision is for the network, not for where voxels lie.
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(to_scan_grid(channels, np.asarray(image.affine), truth.shape, stored.affine), back)
     # Some planes at a time give the same.
     lower = stored.affine @ np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 7], [0, 0, 0, 1]])
     part = to_scan_grid(channels, np.asarray(image.affine), (*truth.shape[:2], 5), lower)
     assert torch.allclose(part, back[..., 7:12], atol=1e-4)
+
+
+def test_what_reaches_the_edge_of_a_scan_is_carried_to_its_last_plane():
+    coarse, fine = np.diag([4.0, 4, 4, 1]), np.diag([2.0, 2, 2, 1])
+    coarse[:3, 3] = 1  # the fields of view are one: voxels of 4 mm have their centres 1 mm further in than those of 2 mm
+    back = to_scan_grid(torch.full((1, 5, 5, 5), 0.6), coarse, (10, 10, 10), fine)[0]
+    assert torch.allclose(back[1:-1, 1:-1], torch.tensor(0.6), atol=1e-4)
+    far = to_scan_grid(torch.full((1, 5, 5, 5), 0.6), coarse, (10, 10, 14), fine)[0]
+    assert not far[..., 12:].any()  # and no further
 
 
 def test_radiograph_crops_are_standardised_by_the_whole_radiograph(tmp_path):
