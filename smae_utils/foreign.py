@@ -12,6 +12,7 @@ import pickle
 import re
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,8 +33,9 @@ NAMES = [
     (r"^decoder\.encoder(\d)\.", lambda m: f"skips.{int(m[1]) - 2}."),
     (r"^decoder\.decoder(\d)\.", lambda m: f"ups.{5 - int(m[1])}."),
     (r"^decoder\.out\.", "out."),
-    (r"^(patch_embed|blocks|norm)\.", r"encoder.\1."),
-    (r"^(cls_token|pos_embed)$", r"encoder.\1"),
+    # What this encoder lacks (a norm before the blocks, registers, a distillation token, rotary positions) is named too, so as to be refused.
+    (r"^(patch_embed|blocks|norm|norm_pre|rope)\.", r"encoder.\1."),
+    (r"^(cls_token|pos_embed|reg_token|dist_token)$", r"encoder.\1"),
 ]
 # MONAI: the same blocks under other names; its MAE keeps the last norm as one more block.
 MONAI_NAMES = [
@@ -54,32 +56,48 @@ MONAI_BLOCK = {".mlp.linear1.": ".mlp.fc1.", ".mlp.linear2.": ".mlp.fc2.", ".att
 
 
 TIMM = "timm:"
+MONAI_EPS, OTHERS_EPS = 1e-5, 1e-6
 
 
-def read_timm(name: str) -> dict[str, Tensor]:
+class Checkpoint(NamedTuple):
+    """A checkpoint in this package's terms.
+
+    Attributes:
+        tensors: by this package's names.
+        grid: of the patches; None where the file does not say it.
+        norm_eps: epsilon of the layer norms it was trained with; None where neither the file nor its maker's habit says it.
+    """
+
+    tensors: dict[str, Tensor]
+    grid: tuple[int, ...] | None
+    norm_eps: float | None
+
+
+def read_timm(name: str) -> Checkpoint:
     """Weights of a timm model that timm itself keeps or downloads; only ever on the user's own word, `--init timm:NAME`."""
     from smae_utils.timm_glue import pretrained_tensors
 
     return to_own(pretrained_tensors(name))
 
 
-def read_file(file: Path) -> tuple[dict[str, Tensor], tuple[int, ...] | None]:
-    """Tensors of a checkpoint by this package's names, and the patch grid if the file says it.
+def read_file(file: Path) -> Checkpoint:
+    """A checkpoint of this package, or of one of the sources named above.
 
     Raises:
         UserError: for a damaged file, or a pickle that holds more than tensors and plain values; such a file is never executed.
     """
     if file.name.lower().endswith(PICKLED):
-        return to_own(_read_pickle(file)), None
+        return to_own(_read_pickle(file))
     try:
         with safe_open(file, framework="pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
-            grid = tuple(json.loads((handle.metadata() or {}).get("grid", "[]")))
+            facts = handle.metadata() or {}
+            grid, norm_eps = tuple(json.loads(facts.get("grid", "[]"))), json.loads(facts.get("norm_eps", "null"))
     except (SafetensorError, OSError, ValueError) as error:
         line = " ".join(str(error).split())[:160]
         raise UserError(f"{file} is no whole safetensors file ({line}): save the weights again or copy them again") from None
     # With a grid the file was written by this package: its names and its table are its own.
-    return (tensors, grid) if grid else (to_own(tensors), None)
+    return Checkpoint(tensors, grid, norm_eps) if grid else to_own(tensors)
 
 
 def _read_pickle(file: Path) -> dict[str, Tensor]:
@@ -103,14 +121,14 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def to_own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_own(tensors: dict[str, Tensor]) -> Checkpoint:
     """Names of whichever known source -> this package's names; a class token's position becomes part of the token."""
     if any("patch_embedding." in name for name in tensors):
-        return _from_monai(tensors)
+        return Checkpoint(_from_monai(tensors), None, MONAI_EPS)
     out = {}
     for name, value in tensors.items():
         out[_renamed(name, NAMES)] = value
-    return _fold_class_position(out)
+    return Checkpoint(_fold_class_position(out), None, OTHERS_EPS)
 
 
 def _renamed(name: str, table: list) -> str:

@@ -7,9 +7,11 @@ A preset is a YAML file that holds only what differs from the defaults below, in
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,37 +160,56 @@ def resolve(task: Task, stage: str, preset: str, arm: str = "scratch", overrides
     cls = STAGE_SETTINGS[stage]
     content = load_preset(preset)
     values: dict[str, Any] = {}
-    layers = []
-    for section in (content.get("all") or {}, content.get(task.like) or {}, content.get(task.name) or {}, task.settings):
-        layers += [section, section.get(stage) or {}]
+    origin: dict[str, str] = {}
+    layers: list[tuple[str, dict]] = []
+    sections = [(f"preset {preset!r}", content.get(name) or {}) for name in ("all", task.like, task.name)]
+    for where, section in (*sections, (f"'settings' of {task.name}", task.settings)):
+        layers += [(where, section), (where, section.get(stage) or {})]
         if stage == "finetune":
-            layers.append((section.get(stage) or {}).get(arm) or {})
-    for layer in layers:
-        values.update({k: v for k, v in layer.items() if k not in (*STAGES, *ARMS)})
+            layers.append((where, (section.get(stage) or {}).get(arm) or {}))
+    for where, layer in layers:
+        found = {k: v for k, v in layer.items() if k not in (*STAGES, *ARMS)}
+        values.update(found)
+        origin.update(dict.fromkeys(found, where))
     given = dict(overrides or {})
     for name, other in (("epochs", "steps"), ("steps", "epochs"), ("warmup_steps", "warmup_epochs"), ("warmup_epochs", "warmup_steps")):
         if name in given and other not in given:  # the one that was asked for counts, also where the preset says the other
             values[other] = 0
+            origin[other] = "--set"
     values.update(given)
-    return make_settings(cls, values, where=f"preset {preset!r}")
+    origin.update(dict.fromkeys(given, "--set"))
+    return make_settings(cls, values, where=origin)
 
 
-def make_settings(cls: type[Settings], values: dict[str, Any], where: str) -> Settings:
-    """A settings object from plain values, each checked against the type of its field."""
+def make_settings(cls: type[Settings], values: dict[str, Any], where: str | dict[str, str]) -> Settings:
+    """A settings object from plain values, each checked against the type of its field.
+
+    Args:
+        where: who gave the values, of all or of each by its name; errors say it.
+    """
+
+    given_by = dict.fromkeys(values, where) if isinstance(where, str) else where
+    said = {name: f"{name} ({given_by[name]})" for name in values}
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     if unknown:
-        raise UserError(f"unknown setting {unknown[0]!r} ({where} or --set): expected one of {', '.join(sorted(hints))}")
-    made = {name: coerce(value, hints[name], name) for name, value in values.items()}
+        raise UserError(f"unknown setting {unknown[0]!r} ({given_by[unknown[0]]}): {_meant(unknown[0], hints)}")
+    made = {name: coerce(value, hints[name], said[name]) for name, value in values.items()}
     for name in ("betas", "crop_area"):
         if name in made and (len(made[name]) != 2 or list(made[name]) != sorted(made[name])):
-            raise UserError(f"{name} must be two numbers, the smaller first, got {list(made[name])}")
+            raise UserError(f"{said[name]} must be two numbers, the smaller first, got {list(made[name])}")
     for name, value in made.items():
         low, high = AT_LEAST.get(name, -math.inf), AT_MOST.get(name, math.inf)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, (int, float)) and not low <= number <= high:
-                raise UserError(f"{name} must be {_range(low, high)}, got {list(value) if isinstance(value, tuple) else value}")
+                raise UserError(f"{said[name]} must be {_range(low, high)}, got {list(value) if isinstance(value, tuple) else value}")
     return cls(**made)
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    """What a mistyped name may have been; else all there are."""
+    close = difflib.get_close_matches(name, known, 1)
+    return (f"did you mean {close[0]}? " if close else "") + f"There are {', '.join(sorted(known))}"
 
 
 def _range(low: float, high: float) -> str:

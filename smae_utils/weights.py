@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smae_utils.errors import UserError
-from smae_utils.foreign import TIMM, adapt_patches, adapt_positions, as_convolution, read_file, read_timm
+from smae_utils.foreign import TIMM, Checkpoint, adapt_patches, adapt_positions, as_convolution, read_file, read_timm
 from smae_utils.patches import as_tuple
 
 WEIGHTS = "model.safetensors"
@@ -24,7 +24,7 @@ PATCHES = "encoder.patch_embed.proj.weight"
 
 @dataclass
 class LoadReport:
-    """Tensor names by what became of them; `resized` are among the loaded."""
+    """Tensor names by what became of them; `resized` and `adapted` are among the loaded; `notes` tell what else to mind."""
 
     source: str
     loaded: list[str] = field(default_factory=list)
@@ -32,6 +32,7 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
     adapted: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         def few(names: list[str]) -> str:
@@ -40,17 +41,23 @@ class LoadReport:
 
         return (
             f"weights from {self.source}: loaded {few(self.loaded)}, resized {few(self.resized)}, adapted {few(self.adapted)}, "
-            f"new in this model {few(self.missing)}, not used {few(self.unexpected)}"
+            f"new in this model {few(self.missing)}, not used {few(self.unexpected)}" + "".join(f"; note: {note}" for note in self.notes)
         )
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write the parameters of `model`, with the patch grid of its encoder beside them; never leaves half a file."""
+    """Write the parameters of `model`, with the patch grid and norm epsilon of its encoder beside them; never leaves half a file."""
     grid = getattr(getattr(model, "encoder", None), "grid", ())
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     part = path.with_name(path.name + ".part")
-    save_file(tensors, part, metadata={"grid": json.dumps(list(grid))})
+    save_file(tensors, part, metadata={"grid": json.dumps(list(grid)), "norm_eps": json.dumps(norm_eps(model))})
     part.replace(path)
+
+
+def norm_eps(model: nn.Module) -> float | None:
+    """Epsilon of the layer norms of a model's encoder; None without an encoder."""
+    encoder = getattr(model, "encoder", None)
+    return next((m.eps for m in encoder.modules() if isinstance(m, nn.LayerNorm)), None) if encoder else None
 
 
 def weights_file(source: str | Path) -> Path:
@@ -67,10 +74,10 @@ def weights_file(source: str | Path) -> Path:
     return file
 
 
-def read_weights(source: str | Path) -> tuple[dict[str, Tensor], tuple[int, ...] | None]:
-    """Tensors by this package's names, and the patch grid if the file says it; other people's checkpoints are converted, see `foreign`."""
+def read_weights(source: str | Path) -> Checkpoint:
+    """A checkpoint by this package's names; other people's are converted, see `foreign`."""
     if str(source).startswith(TIMM):
-        return read_timm(str(source).removeprefix(TIMM)), None
+        return read_timm(str(source).removeprefix(TIMM))
     return read_file(weights_file(source))
 
 
@@ -91,16 +98,24 @@ def load_weights(model: nn.Module, source: str | Path, require: str = "encoder."
         require: every tensor of the model whose name starts so must be loaded; "" requires all (to evaluate, not to fine-tune).
 
     Raises:
-        UserError: if the file cannot be read, a required tensor is missing or has another shape, or the file's encoder is larger.
+        UserError: if the file cannot be read, a required tensor is missing or has another shape, or the file's encoder has parts
+            that this one lacks.
     """
-    tensors, old_grid = read_weights(source)
+    tensors, old_grid, eps = read_weights(source)
     own = model.state_dict()
     new_grid = getattr(getattr(model, "encoder", None), "grid", ())
     report = LoadReport(str(source))
+    report.unexpected = [name for name in tensors if name not in own]
+    # A model without a class token, or whose head norms the mean of the tokens, has no use for these; all else changes what the encoder says.
+    spare = ("encoder.cls_token", "encoder.norm.")
+    if surplus := [name for name in report.unexpected if name.startswith("encoder.") and not name.startswith(spare)]:
+        raise UserError(
+            f"{source} does not fit this model, which has no place for {len(surplus)} tensors of its encoder, the first is {surplus[0]}. "
+            "Use the same depth for both runs; of other people's, plain ViTs fit"
+        )
     clashes = []
     for name, value in tensors.items():
         if name not in own:
-            report.unexpected.append(name)
             continue
         if name == PATCHES:
             value = as_convolution(value, own[name].shape)
@@ -126,16 +141,15 @@ def load_weights(model: nn.Module, source: str | Path, require: str = "encoder."
         report.loaded.append(name)
     report.missing = [name for name in own if name not in report.loaded]
     needed = [name for name in report.missing if name.startswith(require)]
-    surplus = [name for name in report.unexpected if name.startswith("encoder.blocks.")]
-    if needed or surplus:
+    if needed:
         why = "; ".join(c for c in clashes if c.split(" ")[0] in needed)
-        if needed and not why:
-            why = f"{len(needed)} tensors are not in the file, the first is {needed[0]}"
-        why = why or f"the model has no place for {len(surplus)} tensors of the file, the first is {surplus[0]}"
+        why = why or f"{len(needed)} tensors are not in the file, the first is {needed[0]}"
         raise UserError(
             f"{source} does not fit this model: {why}. Use the same preset (width, depth, patch size, channels) for both runs"
             + ("" if adapt else "; --adapt fits weights of other channels or of 2D images")
         )
+    if eps not in (None, own_eps := norm_eps(model)):
+        report.notes.append(f"made with layer norms of eps {eps:g}, this model has {own_eps:g}: --set norm_eps={eps:g} gives its outputs exactly")
     model.load_state_dict(own)
     return report
 

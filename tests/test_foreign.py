@@ -132,6 +132,37 @@ def test_pickled_checkpoints_of_the_authors_and_of_facebook_load_as_their_safete
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
 
 
+@pytest.mark.parametrize(
+    ("more", "part"),
+    [({"reg_tokens": 2}, "encoder.reg_token"), ({"pre_norm": True}, "encoder.norm_pre"), ({"init_values": 0.1}, "encoder.blocks.0.ls1.gamma")],
+)
+def test_a_vit_with_parts_that_this_encoder_lacks_is_refused_by_the_part(more, part, tmp_path):
+    from timm.models.vision_transformer import VisionTransformer
+
+    theirs = VisionTransformer(img_size=(32, 32), patch_size=8, in_chans=1, embed_dim=24, depth=2, num_heads=2, num_classes=2, **more)
+    save_file(theirs.state_dict(), tmp_path / "timm.safetensors")
+    ours = ViTClassifier((32, 32), 8, 1, 24, 2, 2, 2)
+    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    with pytest.raises(UserError, match=f"no place for .*{part}"):
+        load_weights(ours, tmp_path / "timm.safetensors")
+    assert all(torch.equal(before[k], v) for k, v in ours.state_dict().items())
+
+
+def test_weights_made_with_another_epsilon_of_the_norms_say_so(tmp_path):
+    from monai.networks.nets import ViT
+
+    from smae_utils.weights import save_weights
+
+    theirs = shaken(ViT(1, (16, 16), 8, 24, 96, 2, 2, classification=True, num_classes=3, spatial_dims=2, post_activation=None, qkv_bias=True))
+    save_file(theirs.state_dict(), tmp_path / "monai.safetensors")
+    ours, right = (shaken(ViTClassifier((16, 16), 8, 1, 24, 2, 2, 3, norm_eps=eps)) for eps in (1e-6, 1e-5))
+    assert "norm_eps=1e-05" in str(load_weights(ours, tmp_path / "monai.safetensors"))
+    assert load_weights(right, tmp_path / "monai.safetensors").notes == []
+    save_weights(right, tmp_path / "own.safetensors")
+    assert len(load_weights(ours, tmp_path / "own.safetensors").notes) == 1
+    assert load_weights(right, tmp_path / "own.safetensors").notes == []
+
+
 class Malicious:
     def __init__(self, proof: Path):
         self.proof = proof

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import yaml
 
@@ -105,6 +107,18 @@ def test_a_mistyped_key_in_a_preset_is_refused(tmp_path):
     path.write_text("btcv: {finetune: {slef: {base_lr: 4}}}")
     with pytest.raises(UserError, match="'slef'"):
         resolve(BTCV, "finetune", str(path))
+
+
+def test_an_error_names_who_gave_the_value(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text("all: {steps: many}")
+    task = dataclasses.replace(BTCV, name="mine.json", settings={"finetune": {"self": {"steps": "few"}}})
+    with pytest.raises(UserError, match=r"steps \(preset .*p.yaml"):
+        resolve(task, "finetune", str(path))
+    with pytest.raises(UserError, match=r"steps \('settings' of mine.json\)"):
+        resolve(task, "finetune", str(path), "self")
+    with pytest.raises(UserError, match=r"epochs \(--set\)"):
+        resolve(task, "finetune", str(path), "self", {"epochs": "no"})
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "all: [1", "all: 3", "btcv: {pretrain: 5}", "btcvv: {steps: 3}"])
