@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from smae_utils import accel
+from smae_utils.cost import crop_cost, measured_flops_per_second
 from smae_utils.data import read_case
 from smae_utils.errors import UserError
-from smae_utils.lesson import crop_flops, measured_flops_per_second
-from smae_utils.reading import ReadRadiograph, ReadScan, check_label_values, check_same_place
+from smae_utils.reading import ReadRadiograph, ReadScan, check_label_values, check_same_place, contradiction
 from smae_utils.settings import resolve, total_steps
 from smae_utils.tasks import Case, Task, get_task
 
@@ -55,6 +54,7 @@ def check(list_or_task: str, data_dir: str = "", preset: str = "small", say: Cal
     report = Report(pd.DataFrame(rows), problems)
     if rows:
         _remarks(report, task, splits)
+        report.table = report.table.drop(columns="header", errors="ignore")
         if task.spatial_dims == 3:
             report.proposal = _propose(report.table, task)
     _print(report, task, splits, preset, say)
@@ -78,6 +78,7 @@ def _look_3d(case: Case, task: Task) -> dict:
     low, high = np.percentile(values, (0.5, 99.5))
     row = {"case": case["case"], "shape": "x".join(map(str, values.shape[1:])), "spacing_mm": "x".join(f"{s:.2f}" for s in spacing)}
     row |= {"orientation": "".join(_codes(affine)), "low": float(low), "high": float(high), "labels": ""}
+    row["header"] = contradiction(name) if name.endswith((".nii", ".nii.gz")) else ""
     if isinstance(case.get("label"), str):
         row["labels"] = _look_label(case, task, affine, values.shape[1:], name)
     return row
@@ -119,6 +120,12 @@ def _remarks(report: Report, task: Task, splits: dict[str, list[Case]]) -> None:
     table = report.table
     if empty := table[table.labels == "empty"].case.tolist():
         report.remarks.append(f"{len(empty)} labels are empty: {', '.join(empty[:5])}; right if these patients have nothing, else a mistake")
+    odd = table[table["header"] != ""] if "header" in table else table[:0]
+    if len(odd):
+        some = "; ".join(f"{row.case}: {row.header}" for row in odd[:5].itertuples())
+        report.remarks.append(
+            f"{len(odd)} headers contradict themselves, and other programs may read them otherwise: the affine counts here ({some})"
+        )
     for name, values in zip(task.classes, task.class_values):
         if task.kind == "segmentation":
             has = table.labels.map(lambda text, values=values: any(f" {v}:" in f" {text}" for v in values))
@@ -165,12 +172,16 @@ def _print(report: Report, task: Task, splits: dict[str, list[Case]], preset: st
         print(f"error: {line}", file=sys.stderr)
     say(f"{len(report.problems)} errors, {len(report.remarks)} notes in {len(report.table) + len(report.problems)} cases")
     if len(report.table):
-        for line in estimate(task, len(splits["train"]), preset):
+        for line in estimate(task, len(splits["train"]), preset, _prepared_voxels(report.table, task, preset)):
             say(line)
 
 
-def estimate(task: Task, n_train: int, preset: str) -> list[str]:
-    """What a preset would cost on this machine, and how long to pre-train for so many cases."""
+def estimate(task: Task, n_train: int, preset: str, scan_voxels: float = 0.0) -> list[str]:
+    """What a preset would cost on this machine, and how long to pre-train for so many cases.
+
+    Args:
+        scan_voxels: voxels (pixels) of a prepared scan; 0 takes four crops.
+    """
     device = accel.best_device()
     lines = []
     for stage in ("pretrain", "finetune"):
@@ -180,11 +191,15 @@ def estimate(task: Task, n_train: int, preset: str) -> list[str]:
         precision = accel.pick_precision(settings.precision, device)
         speed = measured_flops_per_second(device, precision) * EFFICIENCY
         steps, _ = total_steps(settings, n_train)
-        flops = crop_flops(task, settings) * steps * settings.batch_size * settings.crops_per_scan
-        cached = 4 * np.prod(settings.crop_size) * task.in_chans * 4 * n_train * settings.cache_rate / 1e9  # scans are some times a crop
+        cost, crops = crop_cost(task, settings), settings.batch_size * settings.crops_per_scan
+        channels = task.in_chans + (0.25 if stage == "finetune" else 0)  # fp32, and labels of a byte
+        cached = 4 * (scan_voxels or 4 * np.prod(settings.crop_size)) * channels * n_train * settings.cache_rate if task.spatial_dims == 3 else 0
+        # Gradients and AdamW's two moments are as large as the weights; on top of what is kept for the backward pass comes a fifth for the moment;
+        # bf16 halves most of it (both measured with the preset small).
+        training = 4 * cost.weights + cost.activations * crops * (0.7 if precision == "bf16" else 1.2)
         lines.append(
-            f"{stage} with preset {preset}: {steps} steps, about {flops / speed / 3600:.1f} hours on this {accel.device_name(device)} in {precision}; "
-            f"at least {cached + _model_gb(task, settings):.1f} GB of memory"
+            f"{stage} with preset {preset}: {steps} steps, about {cost.flops * steps * crops / speed / 3600:.1f} hours on this "
+            f"{accel.device_name(device)} in {precision}; memory about {training / 1e9:.1f} GB to train with, {cached / 1e9:.1f} GB for scans that are kept"
         )
     settings = resolve(task, "pretrain", preset)
     wanted = CROPS_2D if task.spatial_dims == 2 else CROPS_3D
@@ -196,11 +211,10 @@ def estimate(task: Task, n_train: int, preset: str) -> list[str]:
     return lines
 
 
-def _model_gb(task: Task, settings) -> float:
-    """Weights, gradients and two moments of the optimiser in fp32."""
-    from smae_utils.build import build_mae, build_model
-    from smae_utils.settings import PretrainSettings
-
-    with torch.device("meta"):
-        model = build_mae(task, settings) if isinstance(settings, PretrainSettings) else build_model(task, settings)
-    return 16 * sum(p.numel() for p in model.parameters()) / 1e9
+def _prepared_voxels(table: pd.DataFrame, task: Task, preset: str) -> float:
+    """Voxels of the median scan at the voxel size it is trained with, before it is cut to the body."""
+    spacing = resolve(task, "pretrain", preset).spacing_mm or task.spacing_mm
+    if task.spatial_dims == 2 or not spacing:
+        return 0.0
+    volumes = [np.prod([float(v) for v in f"{row.shape}x{row.spacing_mm}".split("x")]) for row in table[["shape", "spacing_mm"]].itertuples()]
+    return float(np.median(volumes) / np.prod(spacing))

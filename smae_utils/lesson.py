@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from smae_utils.build import build_mae, build_model
 from smae_utils.data import read_case
 from smae_utils.environment import work_root
 from smae_utils.errors import UserError
 from smae_utils.phantoms import DEFAULT_N, write_phantoms
-from smae_utils.settings import PretrainSettings, Settings, resolve, total_steps
+from smae_utils.settings import Settings
 from smae_utils.tasks import Task
 from smae_utils.tasks import get_task as find_task
 from smae_utils.tasks.lists import is_list
 from smae_utils.tasks.mni152 import write_list as write_mni152_list
-from smae_utils.transforms import ResizeRadiograph, prepare
+from smae_utils.transforms import ResizeRadiograph, middle, prepare
 
 
 def data_folder(task: str, data_dir: str = "", seed: int = 0) -> Path:
@@ -108,40 +105,4 @@ def load_crop(task: Task, settings: Settings, case: dict) -> torch.Tensor:
     scan = read_case(prepare(task, settings, with_label=False), case)
     if task.spatial_dims == 2:
         return ResizeRadiograph(settings.crop_size)(scan)["image"]
-    image = scan["image"].as_tensor()
-    corner = [(n - c) // 2 for n, c in zip(image.shape[1:], settings.crop_size)]
-    return image[(slice(None), *(slice(o, o + c) for o, c in zip(corner, settings.crop_size)))]
-
-
-def crop_flops(task: Task, settings: Settings) -> float:
-    """Counted FLOPs of one forward and backward pass of one crop, without allocating weights or data."""
-    pretraining = isinstance(settings, PretrainSettings)
-    # The meta device does the shapes and none of the arithmetic.
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = build_mae(task, settings) if pretraining else build_model(task, settings)
-        image = torch.zeros(1, task.in_chans, *settings.crop_size)
-        out = model(image)
-        (out.loss if pretraining else out.float().mean()).backward()
-    return float(counter.get_total_flops())
-
-
-def run_flops(task: str, stage: str, preset: str, n_train: int) -> tuple[float, int]:
-    """(FLOPs of a whole run, steps) of a preset on `n_train` scans."""
-    record = find_task(task)
-    settings = resolve(record, stage, preset)
-    steps, _ = total_steps(settings, n_train)
-    return crop_flops(record, settings) * steps * settings.batch_size * settings.crops_per_scan, steps
-
-
-def measured_flops_per_second(device: torch.device, precision: str = "fp32", seconds: float = 0.5) -> float:
-    """What this device reaches on a plain matrix product in this precision: more than training will."""
-    size, together = (8192, 8) if device.type == "cuda" else (1024, 1)
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    (a @ a).sum().item()
-    count, begin = 0, time.monotonic()
-    while time.monotonic() - begin < seconds:
-        for _ in range(together):  # a GPU works while Python goes on: wait for it once in a while, not each time
-            b = a @ a
-        b[0, 0].item()
-        count += together
-    return 2 * size**3 * count / (time.monotonic() - begin)
+    return middle(scan["image"].as_tensor(), settings.crop_size)

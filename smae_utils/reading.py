@@ -32,15 +32,20 @@ class ReadScan(mt.Transform):
         out = dict(data)
         for key in self.keys:
             files = data[key] if isinstance(data[key], (list, tuple)) else [data[key]]
+            affines: list[np.ndarray] = []
             if all(str(f).endswith((".nii", ".nii.gz")) for f in files):
-                for f in files:  # as stored: MONAI takes the voxel sizes instead where a header contradicts itself
-                    check_affine(nib.load(f).affine, str(f))
+                # As viewers take it, sform first: MONAI takes the qform, even one that is not set, where the voxel sizes contradict the sform.
+                affines = [nib.load(f).affine for f in files]
+                for affine, f in zip(affines, files):
+                    check_affine(affine, str(f))
                 reader = mt.LoadImage("NibabelReader", image_only=True, ensure_channel_first=True)
             elif Path(files[0]).is_dir():
                 reader = mt.LoadImage(_dicom_reader(files[0]), image_only=True, ensure_channel_first=True)
             else:
                 raise UserError(f"{files[0]} is no NIfTI file (.nii, .nii.gz) and no folder of a DICOM series: convert it first")
             parts = [reader(str(f)) for f in files]
+            for part, affine in zip(parts, affines):
+                part.affine, part.meta["original_affine"] = torch.from_numpy(affine), affine
             for part, name in zip(parts, files):
                 if unit := {1: "metres", 3: "micrometres"}.get(int(part.meta.get("xyzt_units", 0)) % 8):
                     raise UserError(
@@ -95,10 +100,33 @@ def check_affine(affine: np.ndarray, path: str) -> None:
         raise UserError(f"{path} has a singular affine: its header does not say where the voxels lie; repair it, for example with its DICOM original")
 
 
+def contradiction(path: str) -> str:
+    """In which way a NIfTI header says two things of where the voxels lie; "" where it does not. Its affine (sform first) is what counts here."""
+    scan = nib.load(path)
+    sizes, stored = np.asarray(scan.header.get_zooms()[:3], float), np.linalg.norm(scan.affine[:3, :3], axis=0)
+    if not np.allclose(sizes, stored, rtol=1e-3):
+        return f"voxel sizes {_by(sizes)} mm, by its affine {_by(stored)}"
+    if scan.header["sform_code"] > 0 and scan.header["qform_code"] > 0:
+        sform, qform = scan.get_sform(), scan.get_qform()
+        off = _farthest_corner(sform, qform, scan.shape)
+        if off > 0.5 * stored.min():
+            return f"its qform lies up to {off:.1f} mm away from its sform"
+    return ""
+
+
+def _by(values: np.ndarray) -> str:
+    return "x".join(f"{v:.2f}" for v in values)
+
+
+def _farthest_corner(one: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> float:
+    """How far, in mm, two affines (4, 4) place a corner of a grid apart, along the worst axis."""
+    corners = np.array([[*c, 1] for c in np.ndindex(2, 2, 2)]) * [*(n - 1 for n in shape[:3]), 1]
+    return float(np.abs(corners @ (one - other).T)[:, :3].max())
+
+
 def check_same_place(label: np.ndarray, image: np.ndarray, shape: Sequence[int], label_path: str, image_path: str) -> None:
     """Refuse a label whose affine (4, 4) puts its corners half a voxel or more away from where the image has them."""
-    corners = np.array([[*c, 1] for c in np.ndindex(2, 2, 2)]) * [*(n - 1 for n in shape[:3]), 1]
-    off = np.abs(corners @ (label - image).T)[:, :3].max()
+    off = _farthest_corner(label, image, shape)
     voxel = np.linalg.norm(image[:3, :3], axis=0).min()
     if off > 0.5 * voxel:
         raise UserError(

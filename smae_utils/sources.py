@@ -19,7 +19,7 @@ from smae_utils.mae import MaskedAutoencoder
 from smae_utils.runs import Run
 from smae_utils.settings import PretrainSettings, Settings, make_settings
 from smae_utils.tasks import Task, task_of
-from smae_utils.transforms import ResizeRadiograph, prepare
+from smae_utils.transforms import ResizeRadiograph, middle, prepare
 from smae_utils.weights import load_weights
 
 
@@ -93,13 +93,8 @@ class Source:
         data = read_case(prepare(self.task, self.settings, with_label=labelled), case)
         if self.ndim == 2:
             return ResizeRadiograph(self.size)(data)["image"], None
-        image = data["image"].as_tensor()
-        corner = [(n - c) // 2 for n, c in zip(image.shape[1:], self.size)]
-        place = (slice(None), *(slice(o, o + c) for o, c in zip(corner, self.size)))
-        if not labelled:
-            return image[place], None
-        values = data["label"].as_tensor()[place][0].numpy()
-        return image[place], region_index(values, self.task)
+        image, *label = (middle(data[key].as_tensor(), self.size) for key in ("image", "label")[: 1 + labelled])
+        return image, region_index(label[0][0].numpy(), self.task) if label else None
 
     def _checked(self, image: Tensor) -> Tensor:
         expected = (len(self.channels), *self.size)

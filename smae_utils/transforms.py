@@ -50,6 +50,12 @@ def prepare(task: Task, settings: Settings, with_label: bool) -> Compose:
     return Compose(steps)
 
 
+def middle(image: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """The middle of a volume (C, *spatial), cut to (C, *size)."""
+    corner = [(n - c) // 2 for n, c in zip(image.shape[1:], size)]
+    return image[(slice(None), *(slice(o, o + c) for o, c in zip(corner, size)))]
+
+
 def is_foreground(image: torch.Tensor) -> torch.Tensor:
     """Voxels that hold something: not the value to which the normalisation maps air and empty background."""
     return image != 0

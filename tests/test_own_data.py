@@ -464,6 +464,60 @@ def test_check_gives_each_fault_a_line_that_names_the_file(smae, monkeypatch, tm
     assert "1 errors" in out and "p0" in out  # the other cases are looked at all the same
 
 
+def test_check_names_every_file_that_is_not_there(smae, tmp_path):
+    file = write_list(tmp_path)
+    for name in ("images/p1.nii.gz", "labels/p2.nii.gz", "labels/p4.nii.gz"):
+        (tmp_path / name).unlink()
+    code, _, err = smae("check", file)
+    assert code == 2 and err.count("\n") == 1 and "do not exist" in err
+    assert [name in err for name in ("images/p1", "labels/p2", "labels/p4", "images/p2")] == [True, True, True, False]
+
+
+def contradictory(path: Path, image: np.ndarray, affine: np.ndarray, sizes) -> str:
+    """A NIfTI whose affine is in its sform alone, beside voxel sizes that say otherwise."""
+    header = nib.Nifti1Header()
+    header.set_data_shape(image.shape)
+    header["pixdim"][1:4] = sizes
+    header.set_sform(affine, 1)
+    nib.save(nib.Nifti1Image(image, None, header), path)
+    return str(path)
+
+
+def test_a_header_that_contradicts_itself_is_told_and_read_by_its_affine_as_viewers_do(trained, monkeypatch, tmp_path):
+    monkeypatch.setattr(checking, "estimate", lambda *_: [])
+    image, _ = phantom(3)
+    affine = np.array([[-3.0, 0, 0, 20], [0, -3.5, 0, 30], [0, 0, 4, -7], [0, 0, 0, 1]])
+    odd = contradictory(tmp_path / "odd.nii.gz", image, affine, (3, 3.7, 4))
+    write(tmp_path / "even.nii.gz", image, affine)
+    (tmp_path / "list.json").write_text(json.dumps({"training": ["odd.nii.gz", "even.nii.gz"]}))
+    made = checking.check(str(tmp_path / "list.json"), say=quiet)
+    assert made.problems == [] and any("odd: voxel sizes 3.00x3.70x4.00 mm, by its affine 3.00x3.50x4.00" in line for line in made.remarks)
+    assert not any("even" in line for line in made.remarks) and set(made.table.orientation) == {"LPS"}
+    predict.predict(trained, [odd, str(tmp_path / "even.nii.gz")], tmp_path / "out", report=quiet)
+    one, other = (nib.load(tmp_path / "out" / f"{name}.nii.gz") for name in ("odd", "even"))
+    np.testing.assert_allclose(one.affine, affine, atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(one.dataobj), np.asarray(other.dataobj))
+
+
+def test_check_names_a_qform_that_lies_elsewhere_than_the_sform(tmp_path, monkeypatch):
+    monkeypatch.setattr(checking, "estimate", lambda *_: [])
+    scan = nib.Nifti1Image(phantom()[0], np.diag([*SPACING, 1.0]))
+    scan.set_qform(np.array([[3.0, 0, 0, 12], [0, 3.5, 0, 0], [0, 0, 4, 0], [0, 0, 0, 1]]), 1)
+    nib.save(scan, tmp_path / "a.nii.gz")
+    (tmp_path / "list.json").write_text(json.dumps({"training": ["a.nii.gz"]}))
+    assert any("qform lies up to 12.0 mm away" in line for line in checking.check(str(tmp_path / "list.json"), say=quiet).remarks)
+
+
+def test_check_estimates_the_memory_of_scans_that_are_kept_by_their_own_size(smae, small, tmp_path):
+    file = write_list(tmp_path, 4, 0, settings={**small, "spacing_mm": [3, 3, 3]})
+    write(tmp_path / "images" / "p0.nii.gz", phantom(0)[0])
+    table = checking.check(str(file), preset="demo", say=quiet).table
+    voxels = checking._prepared_voxels(table, get_task(str(file)), "demo")
+    assert voxels == pytest.approx(np.prod(SHAPE) * np.prod(SPACING) / 27)
+    more, less = (checking.estimate(get_task(str(file)), 4, "demo", v)[0] for v in (1e9, 1.0))
+    assert "16.0 GB for scans" in more and "0.0 GB for scans" in less
+
+
 def test_check_proposes_the_spacing_in_the_order_of_axes_that_training_uses(tmp_path):
     image, label = phantom()
     turned = nib.Nifti1Image(image, np.diag([*SPACING, 1.0])).as_reoriented(np.array([[2, -1], [0, 1], [1, -1]], float))

@@ -23,7 +23,7 @@ from smae_utils.patches import mask_noise, patch_statistics, patchify
 from smae_utils.runs import Run
 from smae_utils.settings import resolve
 from smae_utils.tasks import get_task
-from smae_utils.transforms import ResizeRadiograph, prepare
+from smae_utils.transforms import ResizeRadiograph, middle, prepare
 from smae_utils.weights import load_weights
 
 CROPS_PER_SCAN = 12
@@ -82,7 +82,7 @@ def _floor(unit: Unit) -> list[tuple]:
         images.append([_prepared(unit, case, settings) for case in cases])
     # The body's box depends on the noise: twins are compared where both boxes have one size, cut at the same place.
     pairs = [(a, b) for a, b in zip(*images) if a.shape == b.shape]
-    noisy, clean = (torch.stack([_middle(x, settings.crop_size) for x in part]) for part in zip(*pairs))
+    noisy, clean = (torch.stack([middle(x, settings.crop_size) for x in part]) for part in zip(*pairs))
     targets = []
     for batch in (noisy, clean):
         patches = patchify(batch, settings.patch_size)
@@ -108,11 +108,6 @@ def _prepared(unit: Unit, case: dict, settings) -> torch.Tensor:
     if unit.record.spatial_dims == 2:
         return load_crop(unit.record, settings, case)
     return read_case(prepare(unit.record, settings, with_label=False), case)["image"].as_tensor()
-
-
-def _middle(image: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
-    corner = [(n - c) // 2 for n, c in zip(image.shape[1:], size)]
-    return image[(slice(None), *(slice(o, o + c) for o, c in zip(corner, size)))]
 
 
 def _context(unit: Unit, tuned: dict[str, tuple[float, float]]) -> list[tuple]:

@@ -13,10 +13,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from smae_utils.cost import crop_cost
 from smae_utils.data import derive_seed, read_splits
 from smae_utils.errors import UserError
 from smae_utils.evaluation import evaluate, read_metrics
-from smae_utils.lesson import crop_flops
 from smae_utils.phantoms import write_phantoms
 from smae_utils.runs import write_text
 from smae_utils.settings import FinetuneSettings, PretrainSettings, resolve, total_steps
@@ -282,7 +282,7 @@ def equal_compute_steps(task: str) -> int:
     record = get_task(task)
     pre, fine = (resolve(record, stage, PRESET) for stage in ("pretrain", "finetune"))
     assert isinstance(pre, PretrainSettings) and isinstance(fine, FinetuneSettings)
-    cost = [crop_flops(record, s) * s.steps * s.batch_size * s.crops_per_scan for s in (pre, fine)]
+    cost = [crop_cost(record, s).flops * s.steps * s.batch_size * s.crops_per_scan for s in (pre, fine)]
     return round(fine.steps * (1 + cost[0] / cost[1]))
 
 

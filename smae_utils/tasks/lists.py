@@ -283,6 +283,7 @@ def _splits(path: Path, cases: dict[str, list[dict]], kind: str, classes: tuple[
     out: Splits = {}
     seen: dict[str, str] = {}
     files: dict[str, str] = {}
+    _all_there(path, root, [entry for entries in cases.values() for entry in entries], kind)
     for split, entries in cases.items():
         out[split] = []
         for entry in entries:
@@ -304,11 +305,18 @@ def _splits(path: Path, cases: dict[str, list[dict]], kind: str, classes: tuple[
     return out
 
 
+def _all_there(path: Path, root: Path, entries: list[dict], kind: str) -> None:
+    """Refuse a list whose files are not all there, naming them: a mistake in a path is seldom alone."""
+    names = [name for e in entries for name in (e["image"] if isinstance(e["image"], list) else [e["image"]])]
+    masks = [str(e["label"]) for e in entries if "label" in e and kind == "segmentation"]
+    missing = [str(root / n) for n in names if not (root / n).exists()] + [str(root / n) for n in masks if not (root / n).is_file()]
+    if missing:
+        some = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise UserError(f"{path} names {some}, which {'does' if len(missing) == 1 else 'do'} not exist: paths are relative to {root}")
+
+
 def _case(path: Path, root: Path, entry: dict, kind: str, classes: tuple[str, ...]) -> Case:
     images = [str(root / name) for name in (entry["image"] if isinstance(entry["image"], list) else [entry["image"]])]
-    for name in images:
-        if not Path(name).exists():
-            raise UserError(f"{path} names {name}, which does not exist: paths are relative to {root}")
     stem = Path(images[0]).name.split(".")[0]
     case: Case = {"case": str(entry.get("case", stem)), "image": images if len(images) > 1 else images[0]}
     if not case["case"] or "/" in case["case"] or "\\" in case["case"]:
@@ -318,8 +326,6 @@ def _case(path: Path, root: Path, entry: dict, kind: str, classes: tuple[str, ..
         return case
     if kind == "segmentation":
         case["label"] = str(root / str(entry["label"]))
-        if not Path(case["label"]).is_file():
-            raise UserError(f"{path} names {case['label']}, which does not exist: paths are relative to {root}")
     else:
         case["label"] = _vector(path, case["case"], entry["label"], classes)
     return case
