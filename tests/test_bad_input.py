@@ -356,6 +356,9 @@ listed("an entry whose image is a number", "path", training=[{"image": 5}])
 listed("an entry whose image is empty", "path", training=[{"image": ""}])
 listed("an image that does not exist", "typo.nii.gz", "does not exist", training=[{**ENTRY, "image": "typo.nii.gz"}])
 listed("a label that does not exist", "typo.nii.gz", "does not exist", training=[{**ENTRY, "label": "typo.nii.gz"}])
+listed(
+    "an image and a label that do not exist", "one.nii.gz", "two.nii.gz", "do not exist", training=[{"image": "one.nii.gz", "label": "two.nii.gz"}]
+)
 listed("one scan under two names", "s0.nii.gz", "twice", training=[ENTRY, {**ENTRY, "case": "other"}])
 listed("a case whose name has a slash", "slash", training=[{**ENTRY, "case": "a/b"}])
 listed("label values with gaps", "without gaps", labels={"0": "background", "1": "liver", "4": "tumour"})
@@ -463,6 +466,14 @@ def _(place):
     return place.finetune(place.scans(), init=init)
 
 
+@row("a checkpoint of another kind of ViT", "pretrain", "no place", "encoder.reg_token")
+def _(place):
+    init = place.run("pretrain")
+    tensors = load_file(init / "model.safetensors")
+    save_file({**tensors, "encoder.reg_token": np.zeros((1, 4, 24), np.float32)}, init / "model.safetensors", {"grid": "[2, 2, 2]"})
+    return place.finetune(place.scans(), init=init)
+
+
 @row("an initial run that does not exist", "typo")
 def _(place):
     return place.finetune(place.scans(), init=place.folder / "typo")
@@ -561,6 +572,17 @@ def _(place):
 
 
 # What looks like a mistake and is none.
+@row("a scan whose header contradicts itself (its affine counts; check says it)", works=True)
+def _(place):
+    file = place.scans()
+    scan = nib.load(place.folder / "s1.nii.gz")
+    values, header = np.asarray(scan.dataobj), scan.header.copy()
+    header.set_sform(scan.affine, 1)
+    header["qform_code"], header["pixdim"][1:4] = 0, (1, 1, 1)
+    nib.save(nib.Nifti1Image(values, None, header), place.folder / "s1.nii.gz")
+    return place.train(file)
+
+
 @row("a path with letters that are not ASCII", works=True)
 def _(place):
     folder = place.folder / "Übung é 画像"

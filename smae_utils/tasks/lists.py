@@ -15,7 +15,6 @@ CSV:
 
 from __future__ import annotations
 
-import csv
 import json
 from dataclasses import replace
 from functools import partial
@@ -26,25 +25,10 @@ import numpy as np
 
 from smae_utils.errors import UserError
 from smae_utils.tasks import Case, Splits, Task, get_task, hold_out
+from smae_utils.tasks.list_files import read_list
 
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
 MASK_ENDINGS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".png")
 FLAT_ENDINGS = (".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-KEYS = (
-    "name",
-    "title",
-    "description",
-    "like",
-    "labels",
-    "classes",
-    "modality",
-    "channel_names",
-    "window",
-    "spacing_mm",
-    "sided",
-    "settings",
-    "spatial_dims",
-)
 
 
 def is_list(name: str) -> bool:
@@ -61,7 +45,7 @@ def task_from_list(path: str | Path) -> Task:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"list file {path} does not exist: expected a JSON or CSV list of scans, see the documentation of own data")
-    content = _read_json(path) if path.suffix.lower() == ".json" else _read_csv(path)
+    content = read_list(path)
     cases = content["cases"]
     if not any(cases.values()):
         raise UserError(f"{path} lists no scans: expected a list 'training' of entries with 'image' and 'label'")
@@ -145,73 +129,6 @@ def _numbers(path: Path, key: str, value: Any, count: int) -> tuple[float, ...]:
     if not isinstance(value, list) or len(value) != count or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value):
         raise UserError(f"{path}: {key!r} must be a list of {count} numbers, got {value!r}")
     return tuple(map(float, value))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold an object with 'training' and more, got a {type(content).__name__}")
-    cases: dict[str, list[dict]] = {"train": [], "val": [], "test": []}
-    for key, entries in content.items():
-        if key not in SPLITS:
-            continue
-        if not isinstance(entries, list):
-            raise UserError(f"{path}: {key!r} must be a list of entries, got {type(entries).__name__}")
-        for number, entry in enumerate(entries):
-            entry = {"image": entry} if isinstance(entry, (str, list)) else entry
-            if not isinstance(entry, dict) or "image" not in entry:
-                raise UserError(f"{path}: entry {number} of {key!r} must be an object with 'image', got {entry!r}")
-            files = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
-            if not files or not all(isinstance(f, str) and f for f in files):
-                raise UserError(f"{path}: 'image' of entry {number} of {key!r} must be a path or a list of paths, got {entry['image']!r}")
-            cases[SPLITS[key]].append({k: v for k, v in entry.items() if v is not None})  # null is nothing
-    out = {key: content[key] for key in KEYS if key in content}
-    channels = content.get("channel_names", content.get("modality"))
-    if isinstance(channels, dict):
-        out["channels"] = tuple(str(channels[key]) for key in sorted(channels, key=lambda k: int(k) if str(k).isdigit() else 0))
-    return {**out, "cases": cases}
-
-
-def _read_csv(path: Path) -> dict[str, Any]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as handle:
-            reader = csv.DictReader(handle)
-            header, rows = [h.strip() for h in reader.fieldnames or []], [{k.strip(): (v or "").strip() for k, v in r.items() if k} for r in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is no readable CSV: {error}: save it as UTF-8") from None
-    if "image" not in header:
-        raise UserError(f"{path} has the columns {', '.join(header) or '(none)'}: a column 'image' is needed, and 'label', 'class' or 0/1 columns")
-    content: dict[str, Any] = {}
-    if named := next((h for h in header if h.startswith("label=")), None):
-        content["labels"] = {str(i): name.strip() for i, name in enumerate(named.removeprefix("label=").split("|"), start=1)}
-        header = ["label" if h == named else h for h in header]
-        rows = [{"label" if k == named else k: v for k, v in row.items()} for row in rows]
-    own = [h for h in header if h and h not in ("image", "label", "class", "split", "patient", "case")]
-    cases: dict[str, list[dict]] = {"train": [], "val": [], "test": []}
-    for line, row in enumerate(rows, start=2):
-        if not row["image"]:
-            raise UserError(f"{path}, line {line}: the column 'image' is empty")
-        split = row.get("split") or "train"
-        if split.lower() not in SPLITS:
-            raise UserError(f"{path}, line {line}: split {split!r} is none of train, val, test")
-        entry: dict[str, Any] = {"image": row["image"].split("|") if "|" in row["image"] else row["image"]}
-        entry.update({key: row[key] for key in ("patient", "case", "label") if row.get(key)})
-        if "class" in header:
-            entry["label"] = [name for name in row["class"].split("|") if name]
-        elif own and "label" not in header:
-            if bad := [name for name in own if row[name] not in ("0", "1", "0.0", "1.0")]:
-                raise UserError(f"{path}, line {line}: column {bad[0]!r} holds {row[bad[0]]!r}, expected 0 or 1")
-            entry["label"] = [name for name in own if float(row[name])]
-        cases[SPLITS[split.lower()]].append(entry)
-    content["cases"] = cases
-    if "class" in header:
-        content["classes"] = sorted({name for entries in cases.values() for e in entries for name in e["label"]})
-    elif own and "label" not in header:
-        content["classes"] = own
-    return content
 
 
 def _guess_task(path: Path, content: dict[str, Any]) -> Task:
