@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add("evidence", _evidence, "does self pre-training help here? the study of docs/protocol.md; goes on where it stopped")
     command.add_argument("--task", nargs="*", default=[], help="cxr14, btcv, brats; all when left out")
     command.add_argument(
-        "--part", nargs="*", default=[], help="tune, gates, main, controls, budget, masking, longer, context, scans; all when left out"
+        "--part", nargs="*", default=[], help="tune, gates, main, controls, budget, finetune4x, masking, longer, context, scans; all when left out"
     )
     command.add_argument("--seeds", nargs="*", type=int, default=[], help="the protocol's five when left out")
     command.add_argument("--data", help="folder of a real download (with one --task), instead of phantoms")

@@ -79,21 +79,24 @@ def controls_block(root: Path) -> str:
 
 
 def sweeps_block(root: Path) -> str:
-    """Self against scratch under each condition of `results/evidence/sweeps.csv`, beside the study's own data on the same seeds."""
+    """Arms against scratch under each condition of `results/evidence/sweeps.csv`, beside the study's own on the same seeds."""
     folder = root / "results" / "evidence"
-    sweeps, main = read(folder / "sweeps.csv"), read(folder / "main.csv").assign(condition="the study's own")
+    own_name = "the study's own"
+    sweeps = read(folder / "sweeps.csv").replace({"condition": {"": own_name}})
+    main = read(folder / "main.csv").query("arm in ('scratch', 'self')").assign(condition=own_name)
     rows = []
     for task, metric in PRIMARY.items():
         swept = sweeps[(sweeps.task == task) & (sweeps.metric == metric)]
         own = main[(main.task == task) & (main.metric == metric) & main.seed.isin(swept.seed)]
-        for condition, part in pd.concat([own, swept[swept.condition != ""]]).groupby("condition"):
+        for condition, part in pd.concat([own, swept]).groupby("condition"):
             wide = part.pivot(index="seed", columns="arm", values="value")
-            for arm in (a for a in ("self", "self_all_images") if a in wide and "scratch" in wide):
+            for arm in (a for a in wide.columns if a != "scratch" and "scratch" in wide):
                 both = wide[["scratch", arm]].dropna()
                 gains = " ".join(f"{v:+.3f}" for v in both[arm] - both["scratch"])
                 if len(both):
-                    rows.append((task, metric, condition, arm, len(both), float(both["scratch"].mean()), float(both[arm].mean()), gains))
-    made = pd.DataFrame(rows, columns=["task", "metric", "data", "arm", "seeds", "scratch", "arm's", "difference of each seed"])
+                    seeds = " ".join(map(str, both.index))
+                    rows.append((task, metric, condition, arm, seeds, float(both["scratch"].mean()), float(both[arm].mean()), gains))
+    made = pd.DataFrame(rows, columns=["task", "metric", "condition", "arm", "seeds", "scratch", "arm's", "difference of each seed"])
     return _table(made) + "\n" + _facts(folder / "sweeps.csv")
 
 

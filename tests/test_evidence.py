@@ -21,6 +21,7 @@ from smae_utils.evidence import run, study, tables
 from smae_utils.evidence.study import MAIN, Condition, Unit
 from smae_utils.patches import patchify, shuffle_patches
 from smae_utils.phantoms import MODULES, patient_latents
+from smae_utils.runs import Run
 from smae_utils.settings import FinetuneSettings, make_settings, resolve
 from smae_utils.tasks import get_task
 from smae_utils.training import finetune
@@ -109,7 +110,10 @@ def test_arms_of_the_main_comparison_differ_in_their_start_and_tuning_only(tmp_p
 @pytest.mark.parametrize("task", ["cxr14", "brats"])
 def test_the_whole_study_runs_and_is_not_done_twice(task, tmp_path, capsys):
     words = ["evidence", "--task", task, "--out", tmp_path / "out", "--results", tmp_path / "res", "--seeds", 101, 102, "--quick", 40]
-    words = [str(w) for w in [*words, "--part", "tune", "gates", "main", "controls", *({"brats": ["scans"], "cxr14": ["longer", "context"]}[task])]]
+    words = [
+        str(w)
+        for w in [*words, "--part", "tune", "gates", "main", "controls", *({"brats": ["scans"], "cxr14": ["longer", "context", "finetune4x"]}[task])]
+    ]
     assert main(words) == 0, capsys.readouterr().err
     table = tables.read(tmp_path / "res" / "main.csv")
     assert set(table.arm) == {"scratch", "self", "scratch_equal_compute", "cnn"} and set(table.seed) == {101, 102}
@@ -117,12 +121,18 @@ def test_the_whole_study_runs_and_is_not_done_twice(task, tmp_path, capsys):
     assert set(tables.read(tmp_path / "res" / "controls.csv").arm) == controls
     twins, swept = {"scratch", "self"}, tables.read(tmp_path / "res" / "sweeps.csv").groupby("condition").arm.agg(set).to_dict()
     few = dict.fromkeys(("6scans", "12scans"), twins | {"self_all_images"})
-    others = {"": {"steps_x0.25", "steps_x4"}, "context0.0": twins, "context0.5": twins}
+    others = {"": {"steps_x0.25", "steps_x4"}, "context0.0": twins, "context0.5": twins, "finetune4x": twins}
     assert swept == {"brats": few, "cxr14": others}[task]
     assert {"0", "b", "c"} == set(tables.read(tmp_path / "res" / "gates.csv").gate.astype(str))
     head = (tmp_path / "res" / "main.csv").read_text().splitlines()[:2]
     assert "python -m smae_utils evidence" in head[0] and "mean nothing" in head[0] and "commit" in head[1]
     assert (tmp_path / "res" / "main.png").stat().st_size > 5000
+    if task == "cxr14":  # the same pre-training, four times the steps of both
+        runs = {name: Run.open(tmp_path / "out/quick40/cxr14/seed101" / name).config for name in ("self", "finetune4x/self", "finetune4x/scratch")}
+        steps = {name: run["settings"]["steps"] for name, run in runs.items()}
+        # A quick run divides 350 and 1400 by 40.
+        assert steps == {"self": 8, "finetune4x/self": 35, "finetune4x/scratch": 35}
+        assert runs["finetune4x/self"]["init"] == runs["self"]["init"] and runs["finetune4x/self"]["cases"] == runs["self"]["cases"]
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("model.safetensors")}
     assert main(words) == 0
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("model.safetensors")}
@@ -174,15 +184,17 @@ def test_patient_latents_are_what_the_phantoms_are_drawn_from():
 
 
 def test_sweeps_hold_the_arms_of_the_protocol():
-    arms = {part: [(a.condition.name, a.name) for a in study.sweep(part, "btcv")] for part in ("masking", "longer", "context", "scans")}
+    arms = {part: [(a.condition.name, a.name) for a in study.sweep(part, "btcv")] for part in ("masking", "longer", "context", "scans", "finetune4x")}
     assert arms["longer"] == [("", "steps_x0.25"), ("", "steps_x4")] and len(arms["masking"]) == 5
+    assert arms["finetune4x"] == [("finetune4x", "scratch"), ("finetune4x", "self")]
     assert arms["context"] == [(c, a) for c in ("context0.0", "context0.5") for a in ("scratch", "self")]
     assert [a for a in arms["scans"] if a[1] == "self_all_images"] == [("6scans", "self_all_images"), ("12scans", "self_all_images")]
 
 
 def test_on_real_data_no_arm_wants_phantoms_and_a_part_that_only_has_such_arms_is_refused_at_once(tmp_path, capsys):
     for part in ("main", "controls", *run.SWEEPS):
-        assert all(arm.condition == study.PLAIN for arm in run.arms_of(part, "btcv", real=True)), part
+        assert all(not arm.condition.draws for arm in run.arms_of(part, "btcv", real=True)), part
+    assert len(run.arms_of("finetune4x", "btcv", real=True)) == 2 and run.arms_of("context", "btcv", real=True) == ()
     assert {a.name for a in run.arms_of("controls", "btcv", real=True)} == {"shuffled_patches", "permuted_weights"}
     words = ["evidence", "--task", "btcv", "--data", str(tmp_path), "--results", str(tmp_path / "r"), "--part", "main", "context"]
     assert main(words) == 2 and "context draws phantoms" in capsys.readouterr().err and not (tmp_path / "r").exists()

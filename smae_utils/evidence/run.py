@@ -13,9 +13,9 @@ import torch
 
 from smae_utils.errors import UserError
 from smae_utils.evidence import gates, probes, study, tables
-from smae_utils.evidence.study import CONTROLS, DEV_SEED, MAIN, PLAIN, SEEDS, TASKS, Arm, Unit, sweep
+from smae_utils.evidence.study import CONTROLS, DEV_SEED, MAIN, SEEDS, TASKS, Arm, Unit, sweep
 
-SWEEPS = ("masking", "longer", "context", "scans")
+SWEEPS = ("finetune4x", "masking", "longer", "context", "scans")
 PARTS = ("tune", "gates", "main", "controls", "budget", *SWEEPS)
 Tuned = dict[str, dict[str, tuple[float, float]]]
 
@@ -77,7 +77,7 @@ def evidence(
 def arms_of(part: str, task: str, real: bool = False) -> tuple[Arm, ...]:
     """The arms of a part; on real data only those that need no phantoms drawn another way, which may be none."""
     arms = {"main": MAIN, "controls": CONTROLS}.get(part) or sweep(part, task)
-    return tuple(arm for arm in arms if not real or arm.condition == PLAIN)
+    return tuple(arm for arm in arms if not real or not arm.condition.draws)
 
 
 def jobs_of(jobs: int, function: Callable, arguments: list[tuple], receive: Callable[[pd.DataFrame], None]) -> None:

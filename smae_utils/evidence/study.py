@@ -38,19 +38,26 @@ CNN_GRID = ((1.0, 1.0), (2.0, 1.0), (0.5, 1.0))  # a CNN has no blocks to decay
 
 @dataclass(frozen=True)
 class Condition:
-    """What is done to the training data of a seed, apart from which all arms stay as they are.
+    """What is done to the training data of a seed, or to the length of training, apart from which all arms stay as they are.
 
     Attributes:
         name: how tables and folders call it; "" is the study's own data.
         context: share of each phantom structure that follows the patient's latents; the test phantoms are drawn alike.
         n_train: how many training scans, the first of the seed's; 0: as many as always.
         shuffle_labels: each training scan gets the label of another one.
+        finetune_times: fine-tuning steps of every arm, as a multiple of the preset's.
     """
 
     name: str = ""
     context: float = 1.0
     n_train: int = 0
     shuffle_labels: bool = False
+    finetune_times: float = 1.0
+
+    @property
+    def draws(self) -> bool:
+        """Whether it needs phantoms of its own, which real data cannot have."""
+        return self.context != 1 or self.n_train > 0 or self.shuffle_labels
 
 
 PLAIN = Condition()
@@ -104,7 +111,10 @@ def _twins(condition: Condition) -> tuple[Arm, ...]:
 
 
 def sweep(part: str, task: str) -> tuple[Arm, ...]:
-    """The arms of a sweep: `masking`, `longer`, `context` or `scans`."""
+    """The arms of a sweep: `masking`, `longer`, `finetune4x`, `context` or `scans`."""
+    if part == "finetune4x":
+        condition = Condition("finetune4x", finetune_times=4)
+        return Arm("scratch", condition=condition), Arm("self", "self", "self", condition=condition, all_images=True)
     if part == "context":
         return tuple(arm for c in (0.0, 0.5) for arm in _twins(Condition(f"context{c}", context=c)))
     if part == "scans":
@@ -139,7 +149,7 @@ class Unit:
     def __init__(self, root: Path, task: str, seed: int, data: str | None = None, quick: int = 1, condition: Condition = PLAIN):
         self.root, self.task, self.seed, self.real, self.quick = Path(root).resolve(), task, seed, data, quick
         self.base, self.condition = Path(root), condition
-        if data and condition != PLAIN:
+        if data and condition.draws:
             raise UserError(f"the condition {condition.name} draws phantoms of its own: it has no meaning with --data")
         # Real data, and quick runs, have folders of their own: their figures must not pass for others.
         if data:
@@ -214,6 +224,8 @@ class Unit:
         factor, decay = tuned[arm.tuned_as]
         base = resolve(self.record, "finetune", PRESET, overrides=dict(arm.overrides))
         values = {**dict(arm.overrides), "base_lr": base.base_lr * factor, "layer_decay": decay}
+        if self.condition.finetune_times != 1:
+            values["steps"] = round(base.steps * self.condition.finetune_times)
         if arm.equal_compute:
             values["steps"] = equal_compute_steps(self.task)
         return self.overrides("finetune", values)
