@@ -96,7 +96,7 @@ def test_permuted_weights_hold_the_same_numbers_elsewhere(tmp_path):
 def test_equal_compute_counts_pretraining_as_fine_tuning_steps():
     for task in study.TASKS:
         steps = resolve(get_task(task), "finetune", study.PRESET).steps
-        assert 1.5 * steps < study.equal_compute_steps(task) < 6 * steps
+        assert 1.5 * steps < study.finetune_steps(task, 1, 1) < 6 * steps
 
 
 def test_arms_of_the_main_comparison_differ_in_their_start_and_tuning_only(tmp_path):
@@ -121,7 +121,7 @@ def test_the_whole_study_runs_and_is_not_done_twice(task, tmp_path, capsys):
     assert set(tables.read(tmp_path / "res" / "controls.csv").arm) == controls
     twins, swept = {"scratch", "self"}, tables.read(tmp_path / "res" / "sweeps.csv").groupby("condition").arm.agg(set).to_dict()
     few = dict.fromkeys(("6scans", "12scans"), twins | {"self_all_images"})
-    others = {"": {"steps_x0.25", "steps_x4"}, "context0.0": twins, "context0.5": twins, "finetune4x": twins}
+    others = {"": {"steps_x0.25", "steps_x4"}, "context0.0": twins, "context0.5": twins, "finetune4x": twins | {"steps_x4", "scratch_equal_compute"}}
     assert swept == {"brats": few, "cxr14": others}[task]
     assert {"0", "b", "c"} == set(tables.read(tmp_path / "res" / "gates.csv").gate.astype(str))
     head = (tmp_path / "res" / "main.csv").read_text().splitlines()[:2]
@@ -186,7 +186,7 @@ def test_patient_latents_are_what_the_phantoms_are_drawn_from():
 def test_sweeps_hold_the_arms_of_the_protocol():
     arms = {part: [(a.condition.name, a.name) for a in study.sweep(part, "btcv")] for part in ("masking", "longer", "context", "scans", "finetune4x")}
     assert arms["longer"] == [("", "steps_x0.25"), ("", "steps_x4")] and len(arms["masking"]) == 5
-    assert arms["finetune4x"] == [("finetune4x", "scratch"), ("finetune4x", "self")]
+    assert arms["finetune4x"] == [("finetune4x", a) for a in ("scratch", "self", "steps_x4", "scratch_equal_compute")]
     assert arms["context"] == [(c, a) for c in ("context0.0", "context0.5") for a in ("scratch", "self")]
     assert [a for a in arms["scans"] if a[1] == "self_all_images"] == [("6scans", "self_all_images"), ("12scans", "self_all_images")]
 
@@ -194,7 +194,7 @@ def test_sweeps_hold_the_arms_of_the_protocol():
 def test_on_real_data_no_arm_wants_phantoms_and_a_part_that_only_has_such_arms_is_refused_at_once(tmp_path, capsys):
     for part in ("main", "controls", *run.SWEEPS):
         assert all(not arm.condition.draws for arm in run.arms_of(part, "btcv", real=True)), part
-    assert len(run.arms_of("finetune4x", "btcv", real=True)) == 2 and run.arms_of("context", "btcv", real=True) == ()
+    assert len(run.arms_of("finetune4x", "btcv", real=True)) == 4 and run.arms_of("context", "btcv", real=True) == ()
     assert {a.name for a in run.arms_of("controls", "btcv", real=True)} == {"shuffled_patches", "permuted_weights"}
     words = ["evidence", "--task", "btcv", "--data", str(tmp_path), "--results", str(tmp_path / "r"), "--part", "main", "context"]
     assert main(words) == 2 and "context draws phantoms" in capsys.readouterr().err and not (tmp_path / "r").exists()

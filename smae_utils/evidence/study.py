@@ -19,7 +19,7 @@ from smae_utils.errors import UserError
 from smae_utils.evaluation import evaluate, read_metrics
 from smae_utils.phantoms import write_phantoms
 from smae_utils.runs import write_text
-from smae_utils.settings import FinetuneSettings, PretrainSettings, resolve, total_steps
+from smae_utils.settings import resolve, total_steps
 from smae_utils.tasks import get_task
 from smae_utils.training import finetune, pretrain
 from smae_utils.weights import WEIGHTS
@@ -71,7 +71,7 @@ class Arm:
         init: "scratch", or the name of a pre-training of this seed.
         tuned_as: whose learning rate and layer decay it takes.
         overrides: settings it has of its own.
-        equal_compute: as many more fine-tuning steps as the pre-training cost, by counted FLOPs.
+        equal_compute: as many more fine-tuning steps as so many times the preset's pre-training cost, by counted FLOPs.
         condition: the data it is trained on.
         all_images: pre-trained on all images of the seed, also where the condition leaves only some of them with a label.
     """
@@ -80,7 +80,7 @@ class Arm:
     init: str = "scratch"
     tuned_as: str = "scratch"
     overrides: tuple[tuple[str, Any], ...] = ()
-    equal_compute: bool = False
+    equal_compute: float = 0.0
     condition: Condition = PLAIN
     all_images: bool = False
 
@@ -95,7 +95,7 @@ PRETRAININGS: dict[str, dict[str, Any]] = {"self": {}, "shuffled": {"shuffle_pat
 MAIN = (
     Arm("scratch"),
     Arm("self", "self", "self"),
-    Arm("scratch_equal_compute", equal_compute=True),
+    Arm("scratch_equal_compute", equal_compute=1),
     Arm("cnn", tuned_as="cnn", overrides=(("network", "cnn"),)),
 )
 CONTROLS = (
@@ -114,7 +114,12 @@ def sweep(part: str, task: str) -> tuple[Arm, ...]:
     """The arms of a sweep: `masking`, `longer`, `finetune4x`, `context` or `scans`."""
     if part == "finetune4x":
         condition = Condition("finetune4x", finetune_times=4)
-        return Arm("scratch", condition=condition), Arm("self", "self", "self", condition=condition, all_images=True)
+        return (
+            Arm("scratch", condition=condition),
+            Arm("self", "self", "self", condition=condition, all_images=True),
+            Arm("steps_x4", "steps_x4", "self", condition=condition, all_images=True),
+            Arm("scratch_equal_compute", condition=condition, equal_compute=4),  # of the longest: steps_x4
+        )
     if part == "context":
         return tuple(arm for c in (0.0, 0.5) for arm in _twins(Condition(f"context{c}", context=c)))
     if part == "scans":
@@ -224,10 +229,8 @@ class Unit:
         factor, decay = tuned[arm.tuned_as]
         base = resolve(self.record, "finetune", PRESET, overrides=dict(arm.overrides))
         values = {**dict(arm.overrides), "base_lr": base.base_lr * factor, "layer_decay": decay}
-        if self.condition.finetune_times != 1:
-            values["steps"] = round(base.steps * self.condition.finetune_times)
-        if arm.equal_compute:
-            values["steps"] = equal_compute_steps(self.task)
+        if self.condition.finetune_times != 1 or arm.equal_compute:
+            values["steps"] = finetune_steps(self.task, self.condition.finetune_times, arm.equal_compute)
         return self.overrides("finetune", values)
 
     def run_arm(self, arm: Arm, tuned: dict[str, tuple[float, float]], name: str = "") -> dict[str, float]:
@@ -289,13 +292,12 @@ def phantom_folder(root: Path, task: str, n: int, seed: int, **how) -> Path:
     return folder
 
 
-def equal_compute_steps(task: str) -> int:
-    """Fine-tuning steps from scratch that cost what pre-training and fine-tuning cost together, by counted FLOPs."""
+def finetune_steps(task: str, times: float = 1.0, pretrainings: float = 0.0) -> int:
+    """`times` the preset's fine-tuning steps, and as many more as cost what `pretrainings` times its pre-training costs, by counted FLOPs."""
     record = get_task(task)
     pre, fine = (resolve(record, stage, PRESET) for stage in ("pretrain", "finetune"))
-    assert isinstance(pre, PretrainSettings) and isinstance(fine, FinetuneSettings)
     cost = [crop_cost(record, s).flops * s.steps * s.batch_size * s.crops_per_scan for s in (pre, fine)]
-    return round(fine.steps * (1 + cost[0] / cost[1]))
+    return round(fine.steps * (times + pretrainings * cost[0] / cost[1]))
 
 
 def test_cases(unit: Unit) -> list[dict]:
