@@ -127,6 +127,7 @@ def test_the_whole_study_runs_and_is_not_done_twice(task, tmp_path, capsys):
     head = (tmp_path / "res" / "main.csv").read_text().splitlines()[:2]
     assert "python -m smae_utils evidence" in head[0] and "mean nothing" in head[0] and "commit" in head[1]
     assert (tmp_path / "res" / "main.png").stat().st_size > 5000
+    assert (tmp_path / "res" / "longer.png").is_file() == (task == "cxr14")
     if task == "cxr14":  # the same pre-training, four times the steps of both
         runs = {name: Run.open(tmp_path / "out/quick40/cxr14/seed101" / name).config for name in ("self", "finetune4x/self", "finetune4x/scratch")}
         steps = {name: run["settings"]["steps"] for name, run in runs.items()}

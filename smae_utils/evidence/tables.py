@@ -84,9 +84,11 @@ class Writer:
             self.results / "intervals.csv",
             f"# paired t intervals over seeds, from main.csv, controls.csv, sweeps.csv\n{table.to_csv(index=False, float_format='%.4g')}",
         )
-        figure = show_differences(main)
-        figure.savefig(self.results / "main.png", dpi=90)
-        plt.close(figure)
+        figures = {"main": show_differences(main)}
+        longer = show_pretraining(main, read(self.results / "sweeps.csv"))
+        for name, figure in {**figures, **({"longer": longer} if longer else {})}.items():
+            figure.savefig(self.results / f"{name}.png", dpi=90)
+            plt.close(figure)
 
 
 def intervals(table: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
@@ -111,6 +113,34 @@ def intervals(table: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
                 (task, condition, metric, arm, n, both["scratch"].mean(), both[arm].mean(), change.mean(), change.mean() - half, change.mean() + half)
             )
     return pd.DataFrame(rows, columns=["task", "condition", "metric", "arm", "seeds", "scratch", "value", "difference", "low", "high"])
+
+
+def show_pretraining(main: pd.DataFrame, sweeps: pd.DataFrame) -> Figure | None:
+    """Score of each seed against the length of pre-training (0 is scratch), after the study's fine-tuning and after four times as much; a panel a task.
+
+    Returns:
+        None when no longer pre-training was run.
+    """
+    if sweeps.empty or not sweeps.arm.isin(["steps_x4"]).any():
+        return None
+    lengths = {"scratch": "0", "steps_x0.25": "1/4", "self": "1", "steps_x4": "4"}
+    table = pd.concat([main.assign(condition=""), sweeps[sweeps.condition.isin(["", "finetune4x"])]])
+    table = table[table.arm.isin(lengths) & table.metric.isin(["mauc", "dsc"])]
+    tasks = sorted(sweeps[sweeps.arm == "steps_x4"].task.unique())
+    figure, axes = plt.subplots(1, len(tasks), figsize=(3.8 * len(tasks), 3.2), squeeze=False, layout="constrained")
+    for axis, task in zip(axes[0], tasks):
+        for condition, colour, label in (("", "#0072B2", "fine-tuning 1x"), ("finetune4x", "#D55E00", "fine-tuning 4x")):
+            wide = table[(table.task == task) & (table.condition == condition)].pivot(index="seed", columns="arm", values="value")
+            wide = wide.reindex(columns=list(lengths))
+            for number, row in enumerate(wide.to_numpy()):
+                there = np.flatnonzero(np.isfinite(row))
+                axis.plot(there, row[there], "o-", color=colour, alpha=0.5, markersize=4, linewidth=1, label=label if number == 0 else None)
+        axis.set(
+            title=task, xticks=range(len(lengths)), xlabel="pre-training steps, times the study's", ylabel="mAUC" if task == "cxr14" else "mean DSC"
+        )
+        axis.set_xticklabels(list(lengths.values()))
+        axis.legend(fontsize=8)
+    return figure
 
 
 def show_differences(main: pd.DataFrame) -> Figure:
