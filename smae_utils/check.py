@@ -78,10 +78,16 @@ def _look_3d(case: Case, task: Task) -> dict:
     low, high = np.percentile(values, (0.5, 99.5))
     row = {"case": case["case"], "shape": "x".join(map(str, values.shape[1:])), "spacing_mm": "x".join(f"{s:.2f}" for s in spacing)}
     row |= {"orientation": "".join(_codes(affine)), "low": float(low), "high": float(high), "labels": ""}
-    row["header"] = contradiction(name) if name.endswith((".nii", ".nii.gz")) else ""
+    row["header"] = "; ".join(f"{Path(f).name}: {said}" for f in _nifti_files(case) if (said := contradiction(f)))
     if isinstance(case.get("label"), str):
         row["labels"] = _look_label(case, task, affine, values.shape[1:], name)
     return row
+
+
+def _nifti_files(case: Case) -> list[str]:
+    """Images and mask of a case, as far as they are NIfTI."""
+    files = [*(case["image"] if isinstance(case["image"], list) else [case["image"]]), case.get("label")]
+    return [f for f in files if isinstance(f, str) and f.endswith((".nii", ".nii.gz"))]
 
 
 def _codes(affine: np.ndarray) -> tuple[str, ...]:
@@ -122,7 +128,7 @@ def _remarks(report: Report, task: Task, splits: dict[str, list[Case]]) -> None:
         report.remarks.append(f"{len(empty)} labels are empty: {', '.join(empty[:5])}; right if these patients have nothing, else a mistake")
     odd = table[table["header"] != ""] if "header" in table else table[:0]
     if len(odd):
-        some = "; ".join(f"{row.case}: {row.header}" for row in odd[:5].itertuples())
+        some = "; ".join(odd["header"][:5])
         report.remarks.append(
             f"{len(odd)} headers contradict themselves, and other programs may read them otherwise: the affine counts here ({some})"
         )
@@ -180,7 +186,7 @@ def estimate(task: Task, n_train: int, preset: str, scan_voxels: float = 0.0) ->
     """What a preset would cost on this machine, and how long to pre-train for so many cases.
 
     Args:
-        scan_voxels: voxels (pixels) of a prepared scan; 0 takes four crops.
+        scan_voxels: voxels of a prepared scan, or pixels of a radiograph; 0 takes four crops.
     """
     device = accel.best_device()
     lines = []
@@ -192,14 +198,15 @@ def estimate(task: Task, n_train: int, preset: str, scan_voxels: float = 0.0) ->
         speed = measured_flops_per_second(device, precision) * EFFICIENCY
         steps, _ = total_steps(settings, n_train)
         cost, crops = crop_cost(task, settings), settings.batch_size * settings.crops_per_scan
-        channels = task.in_chans + (0.25 if stage == "finetune" else 0)  # fp32, and labels of a byte
-        cached = 4 * (scan_voxels or 4 * np.prod(settings.crop_size)) * channels * n_train * settings.cache_rate if task.spatial_dims == 3 else 0
+        # fp32 and labels of a byte; radiographs are kept as they were read, a byte a pixel; each loading process keeps its own.
+        voxel = 4 * task.in_chans + (stage == "finetune") if task.spatial_dims == 3 else task.in_chans
+        kept = (scan_voxels or 4 * np.prod(settings.crop_size)) * voxel * n_train * settings.cache_rate * max(1, settings.num_workers)
         # Gradients and AdamW's two moments are as large as the weights; on top of what is kept for the backward pass comes a fifth for the moment;
         # bf16 halves most of it (both measured with the preset small).
         training = 4 * cost.weights + cost.activations * crops * (0.7 if precision == "bf16" else 1.2)
         lines.append(
             f"{stage} with preset {preset}: {steps} steps, about {cost.flops * steps * crops / speed / 3600:.1f} hours on this "
-            f"{accel.device_name(device)} in {precision}; memory about {training / 1e9:.1f} GB to train with, {cached / 1e9:.1f} GB for scans that are kept"
+            f"{accel.device_name(device)} in {precision}; memory about {training / 1e9:.1f} GB to train with, {kept / 1e9:.1f} GB for scans that are kept"
         )
     settings = resolve(task, "pretrain", preset)
     wanted = CROPS_2D if task.spatial_dims == 2 else CROPS_3D
@@ -212,9 +219,11 @@ def estimate(task: Task, n_train: int, preset: str, scan_voxels: float = 0.0) ->
 
 
 def _prepared_voxels(table: pd.DataFrame, task: Task, preset: str) -> float:
-    """Voxels of the median scan at the voxel size it is trained with, before it is cut to the body."""
+    """Voxels of the median scan at the voxel size it is trained with, before it is cut to the body; pixels of the median radiograph."""
+    if task.spatial_dims == 2:
+        return float(np.median([np.prod([int(v) for v in shape.split("x")]) for shape in table["shape"]]))
     spacing = resolve(task, "pretrain", preset).spacing_mm or task.spacing_mm
-    if task.spatial_dims == 2 or not spacing:
+    if not spacing:
         return 0.0
     volumes = [np.prod([float(v) for v in f"{row.shape}x{row.spacing_mm}".split("x")]) for row in table[["shape", "spacing_mm"]].itertuples()]
     return float(np.median(volumes) / np.prod(spacing))

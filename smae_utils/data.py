@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def derive_seed(*parts: int) -> int:
     return int(np.random.SeedSequence([p % 2**32 for p in parts]).generate_state(1)[0])
 
 
-def read_case(transform: Compose, case: Case) -> dict[str, Any]:
+def read_case(transform: Callable[[dict], Any], case: Case) -> Any:
     """Apply a deterministic transform to a case.
 
     Raises:
@@ -49,6 +50,8 @@ def read_case(transform: Compose, case: Case) -> dict[str, Any]:
             root = root.__cause__ or root.__context__
         if isinstance(root, UserError):
             raise UserError(str(root)) from None
+        if isinstance(root, OSError) and root.errno == errno.ENOSPC:  # no fault of the case
+            raise
         line = " ".join(str(root).split())[:200] or type(root).__name__
         files = " or ".join(str(case[key]) for key in ("image", "label") if isinstance(case.get(key), str))
         raise UserError(f"cannot read case {case['case']} ({files}): {line}. The file may be cut short: copy or unpack it again") from error

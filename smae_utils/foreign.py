@@ -93,11 +93,11 @@ def read_file(file: Path) -> Checkpoint:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
             facts = handle.metadata() or {}
             grid, norm_eps = tuple(json.loads(facts.get("grid", "[]"))), json.loads(facts.get("norm_eps", "null"))
+            own = "grid" in facts  # this package writes it, and its names and its table are its own
     except (SafetensorError, OSError, ValueError) as error:
         line = " ".join(str(error).split())[:160]
         raise UserError(f"{file} is no whole safetensors file ({line}): save the weights again or copy them again") from None
-    # With a grid the file was written by this package: its names and its table are its own.
-    return Checkpoint(tensors, grid, norm_eps) if grid else to_own(tensors)
+    return Checkpoint(tensors, grid or None, norm_eps) if own else to_own(tensors)
 
 
 def _read_pickle(file: Path) -> dict[str, Tensor]:

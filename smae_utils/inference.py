@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,17 +12,16 @@ import torch
 from monai.data import MetaTensor
 from monai.inferers import sliding_window_inference
 from monai.transforms import Compose, SpatialResample
-from nibabel.affines import from_matvec
 from torch import Tensor, nn
 
+from smae_utils import large
 from smae_utils.data import read_case
 from smae_utils.metrics import dsc, mean_auc
+from smae_utils.reading import CheckCase, ReadScan
 from smae_utils.settings import FinetuneSettings
 from smae_utils.tasks import Case, Task
 from smae_utils.transforms import ResizeRadiograph, prepare
 
-# Voxels x channels that are held in memory at a time, in a few arrays: 256 MB each in fp32. What is larger goes to a temporary file.
-CHANNEL_VOXELS = 64_000_000
 # Seconds between two lines of progress within one scan.
 TELL_EVERY = 15.0
 
@@ -70,27 +67,17 @@ def slabs(size: int, window: int, overlap: float, planes: int) -> Iterator[tuple
         row, done = max(0, (last - window + step) // step), last  # from where every window that holds the next plane is there
 
 
-def room(shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
-    """Zeros of a shape; in an unnamed temporary file, from where the system takes it as needed, when they are many."""
-    if math.prod(shape) <= CHANNEL_VOXELS:
-        return np.zeros(shape, dtype)
-    file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the array)
-    if hasattr(os, "posix_fallocate"):  # a full disk is told here; later it would kill the process
-        os.posix_fallocate(file.fileno(), 0, math.prod(shape) * np.dtype(dtype).itemsize)
-    return np.memmap(file, dtype, "w+", shape=tuple(shape))
-
-
 def probabilities(
     model: nn.Module, image: Tensor, task: Task, settings: FinetuneSettings, device: torch.device, progress: Progress | None = None
 ) -> Tensor:
     """Prepared scan (C, *spatial) of any size -> class probabilities (out_chans, *spatial) on the CPU, by Gaussian-weighted windows.
 
-    A scan too large for `CHANNEL_VOXELS` is run in slabs along the last axis, so that its class volumes need not be in memory at once; the
+    A scan too large for `large.CHANNEL_VOXELS` is run in slabs along the last axis, so that its class volumes need not be in memory at once; the
     values are those of one run, kept in half precision.
     """
     sizes, window = tuple(image.shape[1:]), settings.crop_size
     out: np.ndarray | None = None
-    planes = CHANNEL_VOXELS // (math.prod(sizes[:2]) * task.out_chans)
+    planes = large.CHANNEL_VOXELS // (math.prod(sizes[:2]) * task.out_chans)
     pieces = list(slabs(sizes[2], window[2], settings.overlap, planes))
     total = sum(_count((*sizes[:2], stop - start), window, settings.overlap) for start, stop, *_ in pieces)
     done = 0
@@ -110,7 +97,7 @@ def probabilities(
         if len(pieces) == 1:
             return probs
         if out is None:
-            out = room((len(probs), *sizes), np.float16)
+            out = large.room((len(probs), *sizes), np.float16)
         out[..., first:last] = probs[..., first - start : last - start].numpy()
     return torch.from_numpy(out)
 
@@ -130,14 +117,10 @@ def to_scan_grid(channels: Tensor, source: np.ndarray, shape: Sequence[int], tar
 
     Only the box of the source that the target touches is read. The source's edge holds for half a voxel more; further out everything is 0.
     """
-    corners = np.array([[*(c * (n - 1) for c, n in zip(corner, shape)), 1] for corner in np.ndindex(2, 2, 2)], float)
-    inside = (corners @ (np.linalg.inv(source) @ target).T)[:, :3]
-    low = np.clip(np.floor(inside.min(0)).astype(int) - 1, 0, channels.shape[1:])
-    high = np.clip(np.ceil(inside.max(0)).astype(int) + 2, 0, channels.shape[1:])
-    if (high <= low).any():
+    found = large.touched(tuple(slice(0, n) for n in shape), np.linalg.inv(source) @ target, channels.shape[1:])
+    if found is None:
         return torch.zeros(len(channels), *shape)
-    box = channels[(slice(None), *(slice(a, b) for a, b in zip(low, high)))].float()
-    moved = source @ from_matvec(np.eye(3), low)
+    box, moved = channels[(slice(None), *found)].float(), source @ large.start_of(found)
     covered = torch.cat([box, torch.ones_like(box[:1])])
     resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=torch.float32)
     with torch.autocast("cpu", enabled=False):  # bf16 is too coarse for where a voxel lies
@@ -158,24 +141,40 @@ def segment(
 ) -> Segmented:
     """Predict a scan on its own grid; with `keep` also the probabilities there.
 
-    Probabilities, not labels, are carried back, so that edges stay smooth; some planes of the scan at a time, so that memory stays
-    at a few volumes. Outside the resampled body everything is background.
+    Probabilities, not labels, are carried back, so that edges stay smooth; block by block, so that memory stays at a few volumes of
+    `large.CHANNEL_VOXELS`. Outside the resampled body everything is background.
     """
-    prepared = read_case(prepare(task, settings, with_label=False), {"image": case["image"], "case": case["case"]})["image"]
-    target = np.asarray(prepared.meta["original_affine"], float)
-    shape = tuple(int(n) for n in prepared.meta["spatial_shape"])[:3]
-    source = np.asarray(prepared.affine, float)
-    probs = probabilities(model, prepared.as_tensor(), task, settings, device, progress)
-    labels = np.zeros(shape, np.uint8)
-    kept = room((len(probs), *shape)) if keep else None
-    together = max(1, CHANNEL_VOXELS // (shape[0] * shape[1] * len(probs)))
-    for start in range(0, shape[2], together):
-        stop = min(start + together, shape[2])
-        values = to_scan_grid(probs, source, (*shape[:2], stop - start), target @ from_matvec(np.eye(3), (0, 0, start)))
-        labels[..., start:stop] = label_map(values, task)
+    prepared = read_case(lambda scan: (large.prepare_large if large.is_large(scan) else _prepare)(scan, task, settings), _image_of(case))
+    probs = probabilities(model, prepared.image, task, settings, device, progress)
+    labels = large.room(prepared.shape, np.uint8)
+    kept = large.room((len(probs), *prepared.shape)) if keep else None
+    for box in large.blocks(prepared.shape, len(probs)):
+        size = [s.stop - s.start for s in box]
+        values = to_scan_grid(probs, prepared.affine, size, prepared.scan_affine @ large.start_of(box))
+        labels[box] = label_map(values, task)
         if kept is not None:
-            kept[..., start:stop] = values.numpy()
-    return Segmented(labels, target, kept)
+            kept[(slice(None), *box)] = values.numpy()
+    return Segmented(labels, prepared.scan_affine, kept)
+
+
+def check_scan(case: Case, task: Task) -> None:
+    """Refuse a scan that cannot be predicted, before anything is.
+
+    Raises:
+        UserError: naming the file.
+    """
+    read = Compose([ReadScan(["image"]), CheckCase(task, with_label=False)])
+    read_case(lambda scan: large.look_through(scan, task) if large.is_large(scan) else read(scan), _image_of(case))
+
+
+def _image_of(case: Case) -> Case:
+    return {"case": case["case"], "image": case["image"]}
+
+
+def _prepare(case: Case, task: Task, settings: FinetuneSettings) -> large.Prepared:
+    image = prepare(task, settings, with_label=False)(_image_of(case))["image"]
+    shape = tuple(int(n) for n in image.meta["spatial_shape"])[:3]
+    return large.Prepared(image.as_tensor(), np.asarray(image.affine, float), shape, np.asarray(image.meta["original_affine"], float))
 
 
 def label_map(values: Tensor, task: Task) -> np.ndarray:

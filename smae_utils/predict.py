@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -12,16 +13,15 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
-from monai.transforms import Compose
 from PIL import Image
 
-from smae_utils import accel
+from smae_utils import accel, large
 from smae_utils.data import read_case
 from smae_utils.errors import UserError
 from smae_utils.evaluation import first_file, load_finetuned
-from smae_utils.inference import Teller, classify, segment
+from smae_utils.inference import Teller, check_scan, classify, segment
 from smae_utils.plots import show_overlay
-from smae_utils.reading import CheckCase, ReadScan, read_image
+from smae_utils.reading import read_image
 from smae_utils.runs import Run, write_text
 from smae_utils.tasks import Case, Task, get_task
 from smae_utils.tasks.lists import is_list
@@ -100,7 +100,7 @@ def collect(scans: Sequence[str | Path | list[str]], task: Task) -> list[Case]:
 
 def _segment(model, task: Task, settings, cases: list[Case], out: Path, device, probabilities: bool, report: Say) -> pd.DataFrame:
     for case in cases:  # a scan that cannot be used shows before anything is written
-        read_case(Compose([ReadScan(["image"]), CheckCase(task, with_label=False)]), {"case": case["case"], "image": case["image"]})
+        check_scan(case, task)
     rows, started = [], time.monotonic()
     labels = {i + 1: name for i, name in enumerate(task.classes)} if task.exclusive else {v: f"label {v}" for v in range(1, task.label_values)}
     for number, case in enumerate(cases, start=1):
@@ -110,7 +110,7 @@ def _segment(model, task: Task, settings, cases: list[Case], out: Path, device, 
         if probs is not None:
             save(out / f"{case['case']}_probabilities.nii.gz", np.moveaxis(probs, 0, -1), affine, units, "probabilities: see labels.json")
         voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
-        counts = np.bincount(values.ravel(), minlength=task.label_values)
+        counts = sum(np.bincount(values[box].ravel(), minlength=task.label_values) for box in large.blocks(values.shape))
         volumes = {name: round(float(counts[list(of)].sum()) * voxel_ml, 3) for name, of in zip(task.classes, task.class_values)}
         rows.append({"case": case["case"], **{f"{name} (ml)": v for name, v in volumes.items()}})
         _picture(case, values, affine, task, out / f"{case['case']}.png")
@@ -142,16 +142,17 @@ def save(path: Path, values: np.ndarray, affine: np.ndarray, units: tuple[str, s
 
 
 def _picture(case: Case, values: np.ndarray, affine: np.ndarray, task: Task, target: Path) -> None:
-    """Three planes through the most of what was found."""
+    """Three planes through the most of what was found; of a large scan each second voxel, or fewer."""
     import matplotlib.pyplot as plt
 
     file = first_file(case["image"])
     if not Path(file).is_file():
         return
-    scan = nib.load(file)
-    voxels = np.asarray(scan.dataobj, np.float32)
+    thin = math.ceil((values.size / large.CHANNEL_VOXELS) ** (1 / 3))
+    some, affine = (slice(None, None, thin),) * 3, affine @ np.diag([thin, thin, thin, 1.0])
+    voxels = np.asarray(nib.load(file).dataobj[some], np.float32)
     scan = nib.as_closest_canonical(nib.Nifti1Image(voxels[..., 0] if voxels.ndim == 4 else voxels, affine))
-    mask = nib.as_closest_canonical(nib.Nifti1Image(values, affine))
+    mask = nib.as_closest_canonical(nib.Nifti1Image(values[some], affine))
     grey, labels = np.asarray(scan.dataobj), np.asarray(mask.dataobj)
     for axis, n in enumerate(labels.shape):
         if n == 1:  # an outline needs two pixels each way

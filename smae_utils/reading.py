@@ -32,32 +32,23 @@ class ReadScan(mt.Transform):
         out = dict(data)
         for key in self.keys:
             files = data[key] if isinstance(data[key], (list, tuple)) else [data[key]]
-            affines: list[np.ndarray] = []
+            headers = []
             if all(str(f).endswith((".nii", ".nii.gz")) for f in files):
-                # As viewers take it, sform first: MONAI takes the qform, even one that is not set, where the voxel sizes contradict the sform.
-                affines = [nib.load(f).affine for f in files]
-                for affine, f in zip(affines, files):
-                    check_affine(affine, str(f))
+                headers = [nib.load(f) for f in files]
+                for header, f in zip(headers, files):
+                    check_header(header, str(f))
                 reader = mt.LoadImage("NibabelReader", image_only=True, ensure_channel_first=True)
             elif Path(files[0]).is_dir():
                 reader = mt.LoadImage(_dicom_reader(files[0]), image_only=True, ensure_channel_first=True)
             else:
                 raise UserError(f"{files[0]} is no NIfTI file (.nii, .nii.gz) and no folder of a DICOM series: convert it first")
             parts = [reader(str(f)) for f in files]
-            for part, affine in zip(parts, affines):
-                part.affine, part.meta["original_affine"] = torch.from_numpy(affine), affine
-            for part, name in zip(parts, files):
-                if unit := {1: "metres", 3: "micrometres"}.get(int(part.meta.get("xyzt_units", 0)) % 8):
-                    raise UserError(
-                        f"the header of {name} counts in {unit}: voxel sizes are taken as mm here; correct the header or convert the scan"
-                    )
+            # As viewers take it, sform first: MONAI takes the qform, even one that is not set, where the voxel sizes contradict the sform.
+            for part, header in zip(parts, headers):
+                part.affine, part.meta["original_affine"] = torch.from_numpy(header.affine), header.affine
             for other, name in zip(parts[1:], files[1:]):
-                if other.shape != parts[0].shape:
-                    raise UserError(
-                        f"{name} has shape {tuple(other.shape[1:])}, {files[0]} {tuple(parts[0].shape[1:])}: channels must lie on one grid"
-                    )
-                check_same_place(np.asarray(other.affine), np.asarray(parts[0].affine), other.shape[1:], str(name), str(files[0]))
-            joined = torch.cat([p.as_tensor() for p in parts])
+                check_grid((other.shape[1:], np.asarray(other.affine)), str(name), (parts[0].shape[1:], np.asarray(parts[0].affine)), str(files[0]))
+            joined = torch.cat([p.as_tensor() for p in parts]) if len(parts) > 1 else parts[0].as_tensor()
             out[key] = MetaTensor(joined, meta={**parts[0].meta, "filename_or_obj": str(files[0])})
         return out
 
@@ -78,13 +69,8 @@ class CheckCase(mt.Transform):
 
     def __call__(self, data: dict) -> dict:
         image, name = data["image"], data["image"].meta["filename_or_obj"]
-        if image.ndim - 1 != self.task.spatial_dims or image.shape[0] != self.task.in_chans:
-            raise UserError(
-                f"{name} has {image.shape[0]} channels of shape {tuple(image.shape[1:])}: task {self.task.name} expects "
-                f"{self.task.in_chans} ({', '.join(self.task.channels)}) in {self.task.spatial_dims}D"
-            )
-        if not torch.isfinite(image).all():
-            raise UserError(f"{name} holds NaN or infinite values: repair or leave out this scan")
+        check_channels(image.shape[0], tuple(image.shape[1:]), self.task, name)
+        check_finite(image.as_tensor().numpy(), name)
         if self.with_label:
             label, path = data["label"], data["label"].meta["filename_or_obj"]
             if label.shape[1:] != image.shape[1:]:
@@ -94,10 +80,35 @@ class CheckCase(mt.Transform):
         return data
 
 
-def check_affine(affine: np.ndarray, path: str) -> None:
-    """Refuse an affine (4, 4) by which the voxels lie in a plane, or nowhere."""
+def check_channels(channels: int, shape: tuple[int, ...], task: Task, path: str) -> None:
+    """Refuse a scan of other channels or dimensions than the task's."""
+    if len(shape) != task.spatial_dims or channels != task.in_chans:
+        raise UserError(
+            f"{path} has {channels} channels of shape {tuple(shape)}: task {task.name} expects "
+            f"{task.in_chans} ({', '.join(task.channels)}) in {task.spatial_dims}D"
+        )
+
+
+def check_finite(values: np.ndarray, path: str) -> None:
+    """Refuse NaN and infinity."""
+    if not np.isfinite(values).all():
+        raise UserError(f"{path} holds NaN or infinite values: repair or leave out this scan")
+
+
+def check_header(scan: nib.Nifti1Image, path: str) -> None:
+    """Refuse a NIfTI header that counts in other units than mm, or an affine (4, 4) by which the voxels lie in a plane, or nowhere."""
+    if unit := {1: "metres", 3: "micrometres"}.get(int(scan.header["xyzt_units"]) % 8):
+        raise UserError(f"the header of {path} counts in {unit}: voxel sizes are taken as mm here; correct the header or convert the scan")
+    affine = scan.affine
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
         raise UserError(f"{path} has a singular affine: its header does not say where the voxels lie; repair it, for example with its DICOM original")
+
+
+def check_grid(other: tuple, path: str, first: tuple, first_path: str) -> None:
+    """Refuse a channel whose grid (shape, affine) is not the first one's."""
+    if tuple(other[0]) != tuple(first[0]):
+        raise UserError(f"{path} has shape {tuple(other[0])}, {first_path} {tuple(first[0])}: channels must lie on one grid")
+    check_same_place(other[1], first[1], other[0], path, first_path)
 
 
 def contradiction(path: str) -> str:
@@ -107,7 +118,10 @@ def contradiction(path: str) -> str:
     if not np.allclose(sizes, stored, rtol=1e-3):
         return f"voxel sizes {_by(sizes)} mm, by its affine {_by(stored)}"
     if scan.header["sform_code"] > 0 and scan.header["qform_code"] > 0:
-        sform, qform = scan.get_sform(), scan.get_qform()
+        try:
+            sform, qform = scan.get_sform(), scan.get_qform()
+        except ValueError:
+            return "its qform is no rotation"
         off = _farthest_corner(sform, qform, scan.shape)
         if off > 0.5 * stored.min():
             return f"its qform lies up to {off:.1f} mm away from its sform"

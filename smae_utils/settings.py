@@ -163,7 +163,7 @@ def resolve(task: Task, stage: str, preset: str, arm: str = "scratch", overrides
     origin: dict[str, str] = {}
     layers: list[tuple[str, dict]] = []
     sections = [(f"preset {preset!r}", content.get(name) or {}) for name in ("all", task.like, task.name)]
-    for where, section in (*sections, (f"'settings' of {task.name}", task.settings)):
+    for where, section in (*sections, (f"list {task.name}", task.settings)):
         layers += [(where, section), (where, section.get(stage) or {})]
         if stage == "finetune":
             layers.append((where, (section.get(stage) or {}).get(arm) or {}))
@@ -191,9 +191,9 @@ def make_settings(cls: type[Settings], values: dict[str, Any], where: str | dict
     given_by = dict.fromkeys(values, where) if isinstance(where, str) else where
     said = {name: f"{name} ({given_by[name]})" for name in values}
     hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
+    unknown = sorted(set(values) - set(hints), key=str)
     if unknown:
-        raise UserError(f"unknown setting {unknown[0]!r} ({given_by[unknown[0]]}): {_meant(unknown[0], hints)}")
+        raise UserError(f"unknown setting {unknown[0]!r} ({given_by[unknown[0]]}): {_meant(str(unknown[0]), hints)}")
     made = {name: coerce(value, hints[name], said[name]) for name, value in values.items()}
     for name in ("betas", "crop_area"):
         if name in made and (len(made[name]) != 2 or list(made[name]) != sorted(made[name])):
@@ -207,7 +207,9 @@ def make_settings(cls: type[Settings], values: dict[str, Any], where: str | dict
 
 
 def _meant(name: str, known: Iterable[str]) -> str:
-    """What a mistyped name may have been; else all there are."""
+    """What a mistyped name may have been, or where it belongs, and all names there are."""
+    if stage := next((s for s, other in STAGE_SETTINGS.items() if name in typing.get_type_hints(other)), ""):
+        return f"it belongs to {stage} only. Here there are {', '.join(sorted(known))}"
     close = difflib.get_close_matches(name, known, 1)
     return (f"did you mean {close[0]}? " if close else "") + f"There are {', '.join(sorted(known))}"
 

@@ -27,27 +27,40 @@ def prepare(task: Task, settings: Settings, with_label: bool) -> Compose:
         return Compose([ReadRadiograph(task.in_chans)])
     keys = ["image", "label"] if with_label else ["image"]
     modes = ["bilinear", "nearest"][: len(keys)]
-    spacing = settings.spacing_mm or task.spacing_mm
-    if not spacing:
-        raise UserError(
-            f'{task.name} does not say to which voxel size scans are resampled: add "spacing_mm": [x, y, z]; the command check proposes one'
-        )
-    if task.window:
-        low, high = task.window
-        normalise = mt.ScaleIntensityRanged("image", low, high, 0.0, 1.0, clip=True)
-    else:
-        normalise = mt.NormalizeIntensityd("image", nonzero=True, channel_wise=True)
     steps = [
         ReadScan(keys),
         CheckCase(task, with_label),
-        mt.Orientationd(keys, axcodes="RAS", labels=(("L", "R"), ("P", "A"), ("I", "S"))),
-        mt.Spacingd(keys, pixdim=spacing, mode=modes),
-        normalise,
+        mt.Orientationd(keys, **oriented()),
+        mt.Spacingd(keys, **resampled(task, settings), mode=modes),
+        normalisation(task),
         mt.CropForegroundd(keys, source_key="image", select_fn=is_foreground, allow_smaller=True),
         mt.SpatialPadd(keys, spatial_size=settings.crop_size),
         mt.EnsureTyped(keys, dtype=[torch.float32, torch.uint8][: len(keys)]),
     ]
     return Compose(steps)
+
+
+def oriented() -> dict:
+    """Arguments of MONAI's Orientation: every scan is turned to RAS."""
+    return {"axcodes": "RAS", "labels": (("L", "R"), ("P", "A"), ("I", "S"))}
+
+
+def resampled(task: Task, settings: Settings) -> dict:
+    """Arguments of MONAI's Spacing: the voxel size in mm.
+
+    Raises:
+        UserError: where neither the settings nor the task say it.
+    """
+    if spacing := settings.spacing_mm or task.spacing_mm:
+        return {"pixdim": spacing}
+    raise UserError(f'{task.name} does not say to which voxel size scans are resampled: add "spacing_mm": [x, y, z]; the command check proposes one')
+
+
+def normalisation(task: Task) -> mt.MapTransform:
+    """The task's window to 0 .. 1; without one, each channel's mean and spread of what is not 0."""
+    if task.window:
+        return mt.ScaleIntensityRanged("image", *task.window, 0.0, 1.0, clip=True)
+    return mt.NormalizeIntensityd("image", nonzero=True, channel_wise=True)
 
 
 def middle(image: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

@@ -148,7 +148,8 @@ def load_weights(model: nn.Module, source: str | Path, require: str = "encoder."
             f"{source} does not fit this model: {why}. Use the same preset (width, depth, patch size, channels) for both runs"
             + ("" if adapt else "; --adapt fits weights of other channels or of 2D images")
         )
-    if eps not in (None, own_eps := norm_eps(model)):
+    own_eps = norm_eps(model)
+    if None not in (eps, own_eps) and eps != own_eps:
         report.notes.append(f"made with layer norms of eps {eps:g}, this model has {own_eps:g}: --set norm_eps={eps:g} gives its outputs exactly")
     model.load_state_dict(own)
     return report

@@ -533,12 +533,12 @@ setting("a word where a number is wanted", "steps", "int", "'many'", value="step
 setting("a setting without value", "key=value", value="steps")
 
 
-@row("an unknown setting in a list", "mask_ration", "did you mean mask_ratio", "'settings'", "list.json")
+@row("an unknown setting in a list", "mask_ration", "did you mean mask_ratio", "list.json")
 def _(place):
     return place.train(place.scans(settings={"mask_ration": 0.5}))
 
 
-@row("a setting of a list that is no number", "mask_ratio ('settings'", "list.json", "float", "'many'")
+@row("a setting of a list that is no number", "mask_ratio (list", "list.json", "float", "'many'")
 def _(place):
     return place.train(place.scans(settings={"pretrain": {"weight_decay": 0.1, "mask_ratio": "many"}}))
 

@@ -15,7 +15,7 @@ from monai.inferers import sliding_window_inference
 from scipy.spatial.distance import cdist
 from sklearn.metrics import f1_score, roc_auc_score
 
-from smae_utils import evaluation, inference
+from smae_utils import evaluation, inference, large
 from smae_utils.data import read_splits
 from smae_utils.errors import UserError
 from smae_utils.evaluation import compare, evaluate, summarise
@@ -113,7 +113,7 @@ def test_slabs_of_windows_give_what_one_run_gives(overlap, monkeypatch):
     with torch.inference_mode():
         whole = inference.probabilities(net, image, task, settings, torch.device("cpu"))
         expected = sliding_window_inference(image[None], (8, 8, 8), 1, net, overlap=overlap, mode="gaussian")[0].softmax(0)
-        monkeypatch.setattr(inference, "CHANNEL_VOXELS", 11 * 8 * 14 * 20)
+        monkeypatch.setattr(large, "CHANNEL_VOXELS", 11 * 8 * 14 * 20)
         told = []
         parts = inference.probabilities(net, image, task, settings, torch.device("cpu"), lambda *n: told.append(n))
     assert torch.allclose(whole, expected, atol=1e-5)
@@ -122,9 +122,9 @@ def test_slabs_of_windows_give_what_one_run_gives(overlap, monkeypatch):
 
 
 def test_room_for_a_large_volume_is_zeros_in_a_file_and_a_full_disk_is_told_at_once(monkeypatch):
-    assert type(inference.room((4, 5))) is np.ndarray
-    monkeypatch.setattr(inference, "CHANNEL_VOXELS", 10)
-    made = inference.room((4, 5), np.float16)
+    assert type(large.room((4, 5))) is np.ndarray
+    monkeypatch.setattr(large, "CHANNEL_VOXELS", 10)
+    made = large.room((4, 5), np.float16)
     assert isinstance(made, np.memmap) and made.dtype == np.float16 and not made.any()
     made[2] = 3
     assert made.sum() == 15
@@ -134,7 +134,7 @@ def test_room_for_a_large_volume_is_zeros_in_a_file_and_a_full_disk_is_told_at_o
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     with pytest.raises(OSError, match="No space"):
-        inference.room((4, 5))
+        large.room((4, 5))
 
 
 def test_a_mask_that_is_not_brought_back_to_the_scans_grid_is_noticed(btcv, tiny, bare, tmp_path, monkeypatch):

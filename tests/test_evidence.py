@@ -129,10 +129,11 @@ def test_the_whole_study_runs_and_is_not_done_twice(task, tmp_path, capsys):
     assert (tmp_path / "res" / "main.png").stat().st_size > 5000
     assert (tmp_path / "res" / "longer.png").is_file() == (task == "cxr14")
     if task == "cxr14":  # the same pre-training, four times the steps of both
-        runs = {name: Run.open(tmp_path / "out/quick40/cxr14/seed101" / name).config for name in ("self", "finetune4x/self", "finetune4x/scratch")}
+        names = ("self", "finetune4x/self", "finetune4x/scratch", "finetune4x/scratch_equal_compute")
+        runs = {name: Run.open(tmp_path / "out/quick40/cxr14/seed101" / name).config for name in names}
         steps = {name: run["settings"]["steps"] for name, run in runs.items()}
-        # A quick run divides 350 and 1400 by 40.
-        assert steps == {"self": 8, "finetune4x/self": 35, "finetune4x/scratch": 35}
+        # A quick run divides 350, 1400 and 1400 + 4 * 587 by 40.
+        assert list(steps.values()) == [8, 35, 35, 93]
         assert runs["finetune4x/self"]["init"] == runs["self"]["init"] and runs["finetune4x/self"]["cases"] == runs["self"]["cases"]
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("model.safetensors")}
     assert main(words) == 0

@@ -491,7 +491,7 @@ def test_a_header_that_contradicts_itself_is_told_and_read_by_its_affine_as_view
     write(tmp_path / "even.nii.gz", image, affine)
     (tmp_path / "list.json").write_text(json.dumps({"training": ["odd.nii.gz", "even.nii.gz"]}))
     made = checking.check(str(tmp_path / "list.json"), say=quiet)
-    assert made.problems == [] and any("odd: voxel sizes 3.00x3.70x4.00 mm, by its affine 3.00x3.50x4.00" in line for line in made.remarks)
+    assert made.problems == [] and any("odd.nii.gz: voxel sizes 3.00x3.70x4.00 mm, by its affine 3.00x3.50x4.00" in line for line in made.remarks)
     assert not any("even" in line for line in made.remarks) and set(made.table.orientation) == {"LPS"}
     predict.predict(trained, [odd, str(tmp_path / "even.nii.gz")], tmp_path / "out", report=quiet)
     one, other = (nib.load(tmp_path / "out" / f"{name}.nii.gz") for name in ("odd", "even"))
@@ -506,6 +506,23 @@ def test_check_names_a_qform_that_lies_elsewhere_than_the_sform(tmp_path, monkey
     nib.save(scan, tmp_path / "a.nii.gz")
     (tmp_path / "list.json").write_text(json.dumps({"training": ["a.nii.gz"]}))
     assert any("qform lies up to 12.0 mm away" in line for line in checking.check(str(tmp_path / "list.json"), say=quiet).remarks)
+
+
+def test_check_looks_at_the_headers_of_masks_and_of_each_channel_and_survives_a_qform_that_is_no_rotation(tmp_path, monkeypatch):
+    monkeypatch.setattr(checking, "estimate", lambda *_: [])
+    image, label = phantom()
+    affine = np.diag([*SPACING, 1.0])
+    write(tmp_path / "a.nii.gz", image, affine)
+    contradictory(tmp_path / "b.nii.gz", image, affine, (1, 1, 1))
+    odd = nib.Nifti1Image(label, affine)
+    odd.set_qform(affine, 1)
+    odd.header["quatern_b"], odd.header["quatern_c"] = 0.9, 0.9
+    nib.save(nib.Nifti1Image(label, None, odd.header), tmp_path / "mask.nii.gz")
+    (tmp_path / "list.json").write_text(json.dumps({"labels": LABELS, "training": [{"image": ["a.nii.gz", "b.nii.gz"], "label": "mask.nii.gz"}]}))
+    made = checking.check(str(tmp_path / "list.json"), say=quiet)
+    assert made.problems == []
+    told = next(line for line in made.remarks if "contradict" in line)
+    assert "b.nii.gz: voxel sizes 1.00x1.00x1.00" in told and "mask.nii.gz: its qform is no rotation" in told and "a.nii.gz: " not in told
 
 
 def test_check_estimates_the_memory_of_scans_that_are_kept_by_their_own_size(smae, small, tmp_path):

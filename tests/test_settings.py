@@ -109,13 +109,26 @@ def test_a_mistyped_key_in_a_preset_is_refused(tmp_path):
         resolve(BTCV, "finetune", str(path))
 
 
+def test_a_setting_of_the_other_stage_is_told_where_it_belongs_and_not_guessed(bare):
+    with pytest.raises(UserError, match="layer_decay.*belongs to finetune only") as error:
+        resolve(BTCV, "pretrain", bare, overrides={"layer_decay": 0.5})
+    assert "did you mean" not in str(error.value)
+
+
+def test_a_key_that_is_no_word_is_refused_too(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text("all: {on: 3, steps: 2}")  # YAML reads `on` as true
+    with pytest.raises(UserError, match="unknown setting True"):
+        resolve(BTCV, "pretrain", str(path))
+
+
 def test_an_error_names_who_gave_the_value(tmp_path):
     path = tmp_path / "p.yaml"
     path.write_text("all: {steps: many}")
     task = dataclasses.replace(BTCV, name="mine.json", settings={"finetune": {"self": {"steps": "few"}}})
     with pytest.raises(UserError, match=r"steps \(preset .*p.yaml"):
         resolve(task, "finetune", str(path))
-    with pytest.raises(UserError, match=r"steps \('settings' of mine.json\)"):
+    with pytest.raises(UserError, match=r"steps \(list mine.json\)"):
         resolve(task, "finetune", str(path), "self")
     with pytest.raises(UserError, match=r"epochs \(--set\)"):
         resolve(task, "finetune", str(path), "self", {"epochs": "no"})

@@ -6,8 +6,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import smae_utils.weights as weights_module
+from smae_utils.build import build_cnn
 from smae_utils.errors import UserError
 from smae_utils.mae import MaskedAutoencoder
+from smae_utils.tasks import get_task
 from smae_utils.unetr import UNETR
 from smae_utils.vit import ViTClassifier
 from smae_utils.weights import load_weights, parameter_count, read_weights, resize_positions, save_weights, weights_file
@@ -46,6 +48,13 @@ def rewrite(folder, change):
     path = folder / "changed.safetensors"
     save_file(tensors, path, metadata={"grid": str(list(grid))})
     return path
+
+
+def test_the_weights_of_a_cnn_which_has_no_encoder_are_kept_too(tmp_path):
+    one, two = (build_cnn(get_task("brats")) for _ in range(2))
+    save_weights(one, tmp_path / "model.safetensors")
+    assert load_weights(two, tmp_path, require="").notes == []
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
 
 
 @pytest.mark.parametrize("target, new", [(classifier, {"head"}), (unetr, {"image_skip", "skips", "ups", "out"})])

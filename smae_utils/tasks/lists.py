@@ -227,7 +227,7 @@ def _all_there(path: Path, root: Path, entries: list[dict], kind: str) -> None:
     names = [name for e in entries for name in (e["image"] if isinstance(e["image"], list) else [e["image"]])]
     masks = [str(e["label"]) for e in entries if "label" in e and kind == "segmentation"]
     missing = [str(root / n) for n in names if not (root / n).exists()] + [str(root / n) for n in masks if not (root / n).is_file()]
-    if missing:
+    if missing := list(dict.fromkeys(missing)):
         some = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise UserError(f"{path} names {some}, which {'does' if len(missing) == 1 else 'do'} not exist: paths are relative to {root}")
 
