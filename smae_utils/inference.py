@@ -148,7 +148,7 @@ def segment(
     probs = probabilities(model, prepared.image, task, settings, device, progress)
     labels = large.room(prepared.shape, np.uint8)
     kept = large.room((len(probs), *prepared.shape)) if keep else None
-    for box in large.blocks(prepared.shape, len(probs)):
+    for box in large.blocks(prepared.shape, len(probs), np.linalg.inv(prepared.affine) @ prepared.scan_affine):
         size = [s.stop - s.start for s in box]
         values = to_scan_grid(probs, prepared.affine, size, prepared.scan_affine @ large.start_of(box))
         labels[box] = label_map(values, task)

@@ -44,9 +44,14 @@ def room(shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
     return np.memmap(file, dtype, "w+", shape=tuple(shape))
 
 
-def blocks(shape: Sequence[int], channels: int = 1) -> Iterator[Box]:
-    """Boxes that fill a grid, near cubes, so that what a turned one touches elsewhere is not much larger; a few of them fit `CHANNEL_VOXELS`."""
-    side = max(8, int((CHANNEL_VOXELS / 8 / channels) ** (1 / 3)))
+def blocks(shape: Sequence[int], channels: int = 1, to_other: np.ndarray | None = None) -> Iterator[Box]:
+    """Boxes that fill a grid, near cubes, so that what a turned one touches elsewhere is not much larger; a few of them fit `CHANNEL_VOXELS`.
+
+    Args:
+        to_other: (4, 4) to the grid from which each box is filled, where that is another one and may be finer.
+    """
+    finer = 1.0 if to_other is None else max(1.0, abs(np.linalg.det(to_other[:3, :3])))
+    side = max(8, int((CHANNEL_VOXELS / 8 / channels / finer) ** (1 / 3)))
     cuts = [[slice(start, min(start + side, n)) for start in range(0, n, side)] for n in shape]
     return ((a, b, c) for a in cuts[0] for b in cuts[1] for c in cuts[2])
 
@@ -153,7 +158,7 @@ def prepare_large(case: Case, task: Task, settings: Settings) -> Prepared:
         to_scan = np.linalg.inv(scan.affine) @ affine
         resample = mt.SpatialResample(mode="bilinear", padding_mode="border", dtype=torch.float64)
         with torch.autocast("cpu", enabled=False):  # bf16 is too coarse for where a voxel lies
-            for box in blocks(shape, scan.channels):
+            for box in blocks(shape, scan.channels, to_scan):
                 # Beyond the scan's last plane its edge goes on.
                 source = touched(box, to_scan, scan.shape) or tuple(slice(0, n) for n in scan.shape)
                 values = MetaTensor(torch.from_numpy(scan.read(source)), affine=torch.from_numpy(scan.affine @ start_of(source)))
