@@ -51,7 +51,7 @@ def blocks(shape: Sequence[int], channels: int = 1, to_other: np.ndarray | None 
         to_other: (4, 4) to the grid from which each box is filled, where that is another one and may be finer.
     """
     finer = 1.0 if to_other is None else max(1.0, abs(np.linalg.det(to_other[:3, :3])))
-    side = max(8, int((CHANNEL_VOXELS / 8 / channels / finer) ** (1 / 3)))
+    side = max(8, math.floor((CHANNEL_VOXELS / 8 / channels / finer) ** (1 / 3) + 1e-9))
     cuts = [[slice(start, min(start + side, n)) for start in range(0, n, side)] for n in shape]
     return ((a, b, c) for a in cuts[0] for b in cuts[1] for c in cuts[2])
 
