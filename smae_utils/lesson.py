@@ -73,7 +73,7 @@ def evidence_table(task: str) -> pd.DataFrame:
     file = work_root() / "results" / "evidence" / "intervals.csv"
     if not file.is_file():
         return pd.DataFrame()
-    table = pd.read_csv(file, comment="#")
+    table = pd.read_csv(file, comment="#").fillna({"condition": "the study's own"})
     return table[(table.task == task) & table.metric.isin(["mauc", "dsc", "hd95_mm"])].drop(columns="task").round(3)
 
 
