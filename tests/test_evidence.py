@@ -135,10 +135,20 @@ def test_the_whole_study_runs_and_is_not_done_twice(task, tmp_path, capsys):
         # A quick run divides 350, 1400 and 1400 + 4 * 587 by 40.
         assert list(steps.values()) == [8, 35, 35, 93]
         assert runs["finetune4x/self"]["init"] == runs["self"]["init"] and runs["finetune4x/self"]["cases"] == runs["self"]["cases"]
+    assert sum(line.startswith("#") for line in (tmp_path / "res" / "main.csv").read_text().splitlines()) == 2  # one command, each seed's rows
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("model.safetensors")}
     assert main(words) == 0
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("model.safetensors")}
     assert tables.read(tmp_path / "res" / "main.csv").equals(table)
+
+
+def test_a_result_file_names_every_command_its_rows_came_from(tmp_path):
+    rows = pd.DataFrame({"task": ["btcv"], "arm": ["self"], "seed": [1], "metric": ["dsc"], "value": [0.5]})
+    for seed, command in ((1, "--seeds 1"), (2, "--seeds 2"), (1, "--seeds 1")):
+        tables.Writer(tmp_path, command).part("main")(rows.assign(seed=seed))
+    lines = (tmp_path / "main.csv").read_text().splitlines()
+    assert [line.split("evidence ")[1] for line in lines[:4:2]] == ["--seeds 2", "--seeds 1"] and all("commit" in line for line in lines[1:4:2])
+    assert len(tables.read(tmp_path / "main.csv")) == 2
 
 
 def test_shuffled_labels_are_other_patients_on_the_own_grid(tmp_path):

@@ -42,7 +42,7 @@ def read_tuned(results: Path) -> dict[str, dict[str, tuple[float, float]]]:
 
 
 class Writer:
-    """Adds rows to the result files as they come; a row of the same key replaces the old one."""
+    """Adds rows to the result files as they come; a row of the same key replaces the old one. The `#` lines name the commands, the latest last."""
 
     def __init__(self, results: Path, command: str = "", quick: int = 1):
         self.results, self.command, self.quick = Path(results), command, quick
@@ -72,7 +72,11 @@ class Writer:
             + (f" --quick {self.quick} (figures of a quick run mean nothing)" if self.quick > 1 else ""),
             f"{source['machine']}, {source['date']}, commit {source['commit']}, torch {source['packages']['torch']}, {accel.device_name(accel.best_device())}, {precision}",
         ]
-        write_text(file, "".join(f"# {line}\n" for line in head) + table.to_csv(index=False, float_format="%.6g"))
+        # Rows come from several commands: each is named with where and when it was run last.
+        said = [line[2:] for line in file.read_text().splitlines() if line.startswith("# ")] if file.is_file() else []
+        earlier = [pair for pair in zip(said[::2], said[1::2]) if pair[0] != head[0]]
+        lines = [line for pair in [*earlier, tuple(head)] for line in pair]
+        write_text(file, "".join(f"# {line}\n" for line in lines) + table.to_csv(index=False, float_format="%.6g"))
 
     def finish(self) -> None:
         """Intervals and the figure, from whatever is there."""
