@@ -120,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         "--part", nargs="*", default=[], help="tune, gates, main, controls, budget, finetune4x, masking, longer, context, scans; all when left out"
     )
     command.add_argument("--seeds", nargs="*", type=int, default=[], help="the protocol's five when left out")
+    command.add_argument("--arm", nargs="*", default=[], help="only these arms of the parts; all when left out")
     command.add_argument("--data", help="folder of a real download (with one --task), instead of phantoms")
     command.add_argument("--out", type=Path, default=Path("build/evidence"), help="folder of phantoms and runs")
     command.add_argument("--results", type=Path, default=Path("results/evidence"), help="folder of the tables")
@@ -230,7 +231,7 @@ def _demo(args) -> None:
 def _evidence(args) -> None:
     from smae_utils.evidence.run import evidence
 
-    evidence(args.out, args.results, args.task, args.part, args.seeds, args.data, args.jobs, args.quick)
+    evidence(args.out, args.results, args.task, args.part, args.seeds, args.data, args.jobs, args.quick, args.arm)
 
 
 def _benchmark(args) -> None:

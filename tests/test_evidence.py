@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -137,6 +138,9 @@ def test_the_whole_study_runs_and_is_not_done_twice(task, tmp_path, capsys):
         assert runs["finetune4x/self"]["init"] == runs["self"]["init"] and runs["finetune4x/self"]["cases"] == runs["self"]["cases"]
     assert sum(line.startswith("#") for line in (tmp_path / "res" / "main.csv").read_text().splitlines()) == 2  # one command, each seed's rows
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("model.safetensors")}
+    some = [*words[: words.index("--part")], "--results", str(tmp_path / "few"), "--part", "main", "--arm", "self"]
+    shutil.copytree(tmp_path / "res", tmp_path / "few", ignore=shutil.ignore_patterns("main*"))
+    assert main(some) == 0 and set(tables.read(tmp_path / "few" / "main.csv").arm) == {"self"}
     assert main(words) == 0
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("model.safetensors")}
     assert tables.read(tmp_path / "res" / "main.csv").equals(table)
@@ -216,4 +220,5 @@ def test_unknown_words_are_refused(tmp_path, capsys):
     assert main(["evidence", "--task", "btvc", "--out", str(tmp_path), "--results", str(tmp_path / "r")]) == 2
     assert main(["evidence", "--part", "mian", "--out", str(tmp_path), "--results", str(tmp_path / "r")]) == 2
     assert main(["evidence", "--data", "x", "--out", str(tmp_path), "--results", str(tmp_path / "r")]) == 2
-    assert capsys.readouterr().err.count("\n") == 3 and not (tmp_path / "r").exists()
+    assert main(["evidence", "--part", "main", "--arm", "slef", "--out", str(tmp_path), "--results", str(tmp_path / "r")]) == 2
+    assert capsys.readouterr().err.count("\n") == 4 and not (tmp_path / "r").exists()

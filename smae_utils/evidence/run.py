@@ -22,7 +22,7 @@ Tuned = dict[str, dict[str, tuple[float, float]]]
 
 def evidence(
     out: Path, results: Path, tasks: Iterable[str] = (), parts: Iterable[str] = (), seeds: Iterable[int] = (), data: str | None = None,
-    jobs: int = 1, quick: int = 1,
+    jobs: int = 1, quick: int = 1, arms: Iterable[str] = (),
 ) -> None:  # fmt: skip
     """Run the study, or parts of it, and write its tables.
 
@@ -32,9 +32,10 @@ def evidence(
         data: folder of a real download instead of phantoms; needs one task. Seeds are then seeds of the training alone.
         jobs: processes at a time, which share the cores.
         quick: divides steps and cases; such figures mean nothing.
+        arms: only these arms of the parts that have arms; all when empty.
 
     Raises:
-        UserError: for an unknown task or part, or a part named that real data cannot have.
+        UserError: for an unknown task, part or arm, or a part named that real data cannot have.
     """
     parts = list(parts)
     named = bool(parts)
@@ -48,11 +49,16 @@ def evidence(
         if named:
             raise UserError(f"the part {none[0]} draws phantoms of its own: it has no meaning with --data; leave it out")
         parts = [part for part in parts if part not in none]
+    arms = list(arms)
+    there = {arm.name for task in tasks for part in ("main", "controls", *SWEEPS) if part in parts for arm in arms_of(part, task, bool(data))}
+    if wrong := sorted(set(arms) - there):
+        raise UserError(f"no arm {wrong[0]!r} in these parts: expected some of {', '.join(sorted(there)) or '(none)'}")
     results = Path(results) / f"real-{tasks[0]}" if data else Path(results)
     where = (out, data, quick, max(1, (os.cpu_count() or 1) // jobs))
     command = f"--task {' '.join(tasks)} --part {' '.join(parts)} --seeds {' '.join(map(str, seeds))} --jobs {jobs}" + (
         f" --data {data}" if data else ""
     )
+    command += f" --arm {' '.join(arms)}" if arms else ""
     tables_to = tables.Writer(results, command, quick)
     units = [(task, seed) for seed in seeds for task in tasks]
     if "tune" in parts:
@@ -65,9 +71,10 @@ def evidence(
         jobs_of(jobs, gates.run_gates, [(where, task, tuned[task]) for task in tasks], tables_to.gates)
     for part in ("main", "controls", *SWEEPS):
         if part in parts:
-            arguments = [(where, task, seed, arms_of(part, task, bool(data)), tuned[task]) for task, seed in units]
+            wanted = {task: tuple(a for a in arms_of(part, task, bool(data)) if not arms or a.name in arms) for task in tasks}
+            arguments = [(where, task, seed, wanted[task], tuned[task]) for task, seed in units if wanted[task]]
             jobs_of(jobs, _arms, arguments, tables_to.part("sweeps" if part in SWEEPS else part))
-    if "controls" in parts:
+    if "controls" in parts and not arms:  # a probe is no arm
         jobs_of(jobs, probes.probe, [(where, task, seed) for task, seed in units], tables_to.part("controls"))
     if "budget" in parts:
         jobs_of(jobs, gates.budget, [(where, task, tuned[task]) for task in tasks], tables_to.gates)

@@ -81,7 +81,7 @@ class Writer:
     def finish(self) -> None:
         """Intervals and the figure, from whatever is there."""
         main = read(self.results / "main.csv")
-        if main.empty:
+        if main.empty or "scratch" not in set(main.arm):  # nothing to compare with yet
             return
         table = intervals(pd.concat([main, *(read(self.results / f"{name}.csv") for name in ("controls", "sweeps"))]))
         write_text(
