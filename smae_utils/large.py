@@ -61,12 +61,16 @@ def start_of(box: Box) -> np.ndarray:
     return from_matvec(np.eye(3), [s.start for s in box])
 
 
-def touched(box: Box, to_other: np.ndarray, other: Sequence[int]) -> Box | None:
-    """What a box touches, and a voxel around it, on another grid that (4, 4) `to_other` leads to; None where nothing is."""
+def touched(box: Box, to_other: np.ndarray, other: Sequence[int], edge: bool = False) -> Box | None:
+    """What a box touches, and a voxel around it, on another grid that (4, 4) `to_other` leads to; None where nothing is.
+
+    Args:
+        edge: the other grid's edge goes on beyond it, so that what lies outside touches its nearest planes.
+    """
     corners = np.array([[*(s.start if c == 0 else s.stop - 1 for c, s in zip(corner, box)), 1] for corner in np.ndindex(2, 2, 2)], float)
     inside = (corners @ to_other.T)[:, :3]
     low, high = np.floor(inside.min(0)).astype(int) - 1, np.ceil(inside.max(0)).astype(int) + 2
-    low, high = np.clip(low, 0, other), np.clip(high, 0, other)
+    low, high = np.clip(low, 0, np.array(other) - edge), np.clip(high, int(edge), other)
     return None if (high <= low).any() else tuple(slice(int(a), int(b)) for a, b in zip(low, high))
 
 
@@ -159,8 +163,7 @@ def prepare_large(case: Case, task: Task, settings: Settings) -> Prepared:
         resample = mt.SpatialResample(mode="bilinear", padding_mode="border", dtype=torch.float64)
         with torch.autocast("cpu", enabled=False):  # bf16 is too coarse for where a voxel lies
             for box in blocks(shape, scan.channels, to_scan):
-                # Beyond the scan's last plane its edge goes on.
-                source = touched(box, to_scan, scan.shape) or tuple(slice(0, n) for n in scan.shape)
+                source = touched(box, to_scan, scan.shape, edge=True)
                 values = MetaTensor(torch.from_numpy(scan.read(source)), affine=torch.from_numpy(scan.affine @ start_of(source)))
                 size = tuple(s.stop - s.start for s in box)
                 image[(slice(None), *box)] = resample(values, dst_affine=torch.from_numpy(affine @ start_of(box)), spatial_size=size).numpy()

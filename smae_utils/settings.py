@@ -162,8 +162,8 @@ def resolve(task: Task, stage: str, preset: str, arm: str = "scratch", overrides
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
     layers: list[tuple[str, dict]] = []
-    sections = [(f"preset {preset!r}", content.get(name) or {}) for name in ("all", task.like, task.name)]
-    for where, section in (*sections, (f"list {task.name}", task.settings)):
+    sections = [*((f"preset {preset!r}", content.get(name) or {}) for name in ("all", task.like, task.name)), (f"list {task.name}", task.settings)]
+    for where, section in sections:
         layers += [(where, section), (where, section.get(stage) or {})]
         if stage == "finetune":
             layers.append((where, (section.get(stage) or {}).get(arm) or {}))
@@ -187,7 +187,6 @@ def make_settings(cls: type[Settings], values: dict[str, Any], where: str | dict
     Args:
         where: who gave the values, of all or of each by its name; errors say it.
     """
-
     given_by = dict.fromkeys(values, where) if isinstance(where, str) else where
     said = {name: f"{name} ({given_by[name]})" for name in values}
     hints = typing.get_type_hints(cls)

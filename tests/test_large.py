@@ -87,7 +87,10 @@ def test_what_a_box_touches_holds_the_places_of_all_its_voxels():
     places = np.array([(to_other @ [*(s.start + v for s, v in zip(box, voxel)), 1])[:3] for voxel in np.ndindex(5, 4, 4)])
     assert (places > [s.start for s in found]).all() and (places < [s.stop - 1 for s in found]).all()
     assert max(s.stop - s.start for s in found) < 12  # no more than needed
-    assert large.touched(box, nib.affines.from_matvec(np.eye(3), [500, 0, 0]), (10, 10, 10)) is None
+    away = nib.affines.from_matvec(np.eye(3), [500, 0, -500])
+    assert large.touched(box, away, (10, 10, 10)) is None
+    # Where the edge goes on, its nearest planes are read and no more.
+    assert large.touched(box, away, (10, 10, 10), edge=True) == (slice(9, 10), slice(0, 5), slice(0, 1))
 
 
 @pytest.fixture(scope="module")

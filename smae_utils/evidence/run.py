@@ -16,6 +16,7 @@ from smae_utils.evidence import gates, probes, study, tables
 from smae_utils.evidence.study import CONTROLS, DEV_SEED, MAIN, SEEDS, TASKS, Arm, Unit, sweep
 
 SWEEPS = ("finetune4x", "masking", "longer", "context", "scans")
+WITH_ARMS = ("main", "controls", *SWEEPS)
 PARTS = ("tune", "gates", "main", "controls", "budget", *SWEEPS)
 Tuned = dict[str, dict[str, tuple[float, float]]]
 
@@ -50,7 +51,7 @@ def evidence(
             raise UserError(f"the part {none[0]} draws phantoms of its own: it has no meaning with --data; leave it out")
         parts = [part for part in parts if part not in none]
     arms = list(arms)
-    there = {arm.name for task in tasks for part in ("main", "controls", *SWEEPS) if part in parts for arm in arms_of(part, task, bool(data))}
+    there = {arm.name for task in tasks for part in WITH_ARMS if part in parts for arm in arms_of(part, task, bool(data))}
     if wrong := sorted(set(arms) - there):
         raise UserError(f"no arm {wrong[0]!r} in these parts: expected some of {', '.join(sorted(there)) or '(none)'}")
     results = Path(results) / f"real-{tasks[0]}" if data else Path(results)
@@ -69,7 +70,7 @@ def evidence(
             raise UserError(f"{results / 'tuning.csv'} has no learning rates for {task}: run the part tune first")
     if "gates" in parts:
         jobs_of(jobs, gates.run_gates, [(where, task, tuned[task]) for task in tasks], tables_to.gates)
-    for part in ("main", "controls", *SWEEPS):
+    for part in WITH_ARMS:
         if part in parts:
             wanted = {task: tuple(a for a in arms_of(part, task, bool(data)) if not arms or a.name in arms) for task in tasks}
             arguments = [(where, task, seed, wanted[task], tuned[task]) for task, seed in units if wanted[task]]
