@@ -136,4 +136,4 @@ def build_optimizer(model: nn.Module, settings: Settings, layer_decay: float = 1
         )
         group["params"].append(parameter)
     lr = settings.base_lr * settings.batch_size / 256
-    return torch.optim.AdamW(list(groups.values()), lr=lr, betas=settings.betas)
+    return torch.optim.AdamW(list(groups.values()), lr=lr, betas=settings.betas, fused=True)

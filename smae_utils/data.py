@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
+from monai.data import MetaTensor, get_track_meta, set_track_meta
 from monai.transforms import Compose
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -78,6 +79,17 @@ class Scans(Dataset):
         return item
 
 
+@contextmanager
+def untracked() -> Iterator[None]:
+    """MONAI transforms without a record of what they did: a third of their time, and a crop for training is never mapped back."""
+    before = get_track_meta()
+    set_track_meta(False)
+    try:
+        yield
+    finally:
+        set_track_meta(before)
+
+
 class Crops(Dataset):
     """Crop number `sample` of an endless shuffled stream: which scan, which crop and which augmentation follow from (seed, sample)."""
 
@@ -93,7 +105,8 @@ class Crops(Dataset):
         scan = self.scans[self.scan_index(sample)]
         seed = derive_seed(self.seed, 1, sample)
         self.augment.set_random_state(seed=seed)
-        crops = self.augment(dict(scan))
+        with untracked():
+            crops = self.augment(dict(scan))
         crops = crops if isinstance(crops, list) else [crops]
         out = {"case": [c["case"] for c in crops], "noise_seed": [derive_seed(seed, i) for i in range(len(crops))]}
         for key in ("image", "label"):
