@@ -125,6 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, default=Path("build/evidence"), help="folder of phantoms and runs")
     command.add_argument("--results", type=Path, default=Path("results/evidence"), help="folder of the tables")
     command.add_argument("--jobs", type=int, default=1, help="processes at a time; they share the cores")
+    command.add_argument("--preset", default="evidence", help="other networks and lengths of training, as small: for a GPU")
+    command.add_argument("--size", default="demo", help="demo, or full: phantoms of the real data's matrix sizes, for a GPU")
     command.add_argument("--quick", type=int, default=1, help="divide steps and cases by this: for tests, such figures mean nothing")
 
     command = add("readme", _readme, "write the figures of README.md and docs/ anew from results/")
@@ -231,7 +233,7 @@ def _demo(args) -> None:
 def _evidence(args) -> None:
     from smae_utils.evidence.run import evidence
 
-    evidence(args.out, args.results, args.task, args.part, args.seeds, args.data, args.jobs, args.quick, args.arm)
+    evidence(args.out, args.results, args.task, args.part, args.seeds, args.data, args.jobs, args.quick, args.arm, args.preset, args.size)
 
 
 def _benchmark(args) -> None:

@@ -19,11 +19,11 @@ from smae_utils.cli import main
 from smae_utils.data import derive_seed
 from smae_utils.errors import UserError
 from smae_utils.evidence import run, study, tables
-from smae_utils.evidence.study import MAIN, Condition, Unit
+from smae_utils.evidence.study import MAIN, Condition, Setup, Unit
 from smae_utils.patches import patchify, shuffle_patches
 from smae_utils.phantoms import MODULES, patient_latents
 from smae_utils.runs import Run
-from smae_utils.settings import FinetuneSettings, make_settings, resolve
+from smae_utils.settings import FinetuneSettings, make_settings
 from smae_utils.tasks import get_task
 from smae_utils.training import finetune
 from smae_utils.weights import save_weights
@@ -94,14 +94,14 @@ def test_permuted_weights_hold_the_same_numbers_elsewhere(tmp_path):
     assert torch.equal(permuted.flatten().sort().values, values.flatten())
 
 
-def test_equal_compute_counts_pretraining_as_fine_tuning_steps():
+def test_equal_compute_counts_pretraining_as_fine_tuning_steps(tmp_path):
     for task in study.TASKS:
-        steps = resolve(get_task(task), "finetune", study.PRESET).steps
-        assert 1.5 * steps < study.finetune_steps(task, 1, 1) < 6 * steps
+        unit = Unit(Setup(tmp_path), task, 101)
+        assert 1.5 * unit.steps("finetune") < unit.finetune_steps(1, 1) < 6 * unit.steps("finetune")
 
 
 def test_arms_of_the_main_comparison_differ_in_their_start_and_tuning_only(tmp_path):
-    unit = Unit(tmp_path, "btcv", 101)
+    unit = Unit(Setup(tmp_path), "btcv", 101)
     tuned = {"scratch": (1.0, 1.0), "self": (2.0, 0.75), "cnn": (1.0, 1.0)}
     scratch, own = (unit.arm_settings(arm, tuned) for arm in MAIN[:2])
     assert {k for k in scratch if scratch[k] != own[k]} == {"base_lr", "layer_decay"}
@@ -178,13 +178,13 @@ def test_shuffled_labels_are_other_patients_on_the_own_grid(tmp_path):
 
 
 def test_conditions_draw_their_own_data_and_share_the_test_scans(tmp_path):
-    plain = Unit(tmp_path, "btcv", 101, quick=10)
+    plain = Unit(Setup(tmp_path, quick=10), "btcv", 101)
     few, none = plain.under(Condition("6scans", n_train=6)), plain.under(Condition("context0", context=0))
     lists = [json.loads(Path(u.list_file()).read_text()) for u in (plain, few, none)]
     assert lists[0]["test"] == lists[1]["test"] != lists[2]["test"]
     assert [len({e["image"] for e in part["training"]} & {e["image"] for e in lists[0]["test"]}) for part in lists] == [0, 0, 0]
     with pytest.raises(UserError, match="no meaning with --data"):
-        Unit(tmp_path, "btcv", 101, data="x", condition=Condition("c", context=0))
+        Unit(Setup(tmp_path, data="x"), "btcv", 101, Condition("c", context=0))
 
 
 def test_patient_latents_are_what_the_phantoms_are_drawn_from():
@@ -201,7 +201,8 @@ def test_patient_latents_are_what_the_phantoms_are_drawn_from():
 
 def test_sweeps_hold_the_arms_of_the_protocol():
     arms = {part: [(a.condition.name, a.name) for a in study.sweep(part, "btcv")] for part in ("masking", "longer", "context", "scans", "finetune4x")}
-    assert arms["longer"] == [("", "steps_x0.25"), ("", "steps_x4")] and len(arms["masking"]) == 5
+    assert arms["longer"] == [("", "steps_x0.25"), ("", "steps_x4"), ("", "samples_x16")] and len(arms["masking"]) == 5
+    assert [a.name for a in study.sweep("longer", "cxr14")] == ["steps_x0.25", "steps_x4"]  # a radiograph gives one crop a step
     assert arms["finetune4x"] == [("finetune4x", a) for a in ("scratch", "self", "steps_x4", "scratch_equal_compute")]
     assert arms["context"] == [(c, a) for c in ("context0.0", "context0.5") for a in ("scratch", "self")]
     assert [a for a in arms["scans"] if a[1] == "self_all_images"] == [("6scans", "self_all_images"), ("12scans", "self_all_images")]
@@ -214,6 +215,27 @@ def test_on_real_data_no_arm_wants_phantoms_and_a_part_that_only_has_such_arms_i
     assert {a.name for a in run.arms_of("controls", "btcv", real=True)} == {"shuffled_patches", "permuted_weights"}
     words = ["evidence", "--task", "btcv", "--data", str(tmp_path), "--results", str(tmp_path / "r"), "--part", "main", "context"]
     assert main(words) == 2 and "context draws phantoms" in capsys.readouterr().err and not (tmp_path / "r").exists()
+
+
+def test_another_preset_has_folders_of_its_own_and_its_own_lengths(tmp_path, capsys):
+    preset, res = tmp_path / "other.yaml", tmp_path / "res" / "other-demo"
+    preset.write_text(Path("tests/tiny.yaml").read_text().replace("steps: 6,", "steps: 20,"))
+    res.mkdir(parents=True)
+    (res / "tuning.csv").write_text("task,arm,lr_factor,layer_decay,score\n" + "".join(f"btcv,{arm},1,1,.5\n" for arm in ("scratch", "self", "cnn")))
+    words = ["evidence", "--task", "btcv", "--out", str(tmp_path / "out"), "--results", str(tmp_path / "res"), "--seeds", "101", "--quick", "10"]
+    assert main([*words, "--preset", str(preset), "--part", "main", "longer", "--arm", "scratch", "self", "samples_x16"]) == 0
+    assert set(tables.read(res / "main.csv").arm) == {"scratch", "self"} and not (tmp_path / "res/main.csv").exists()
+    assert f"--preset {preset}" in (res / "main.csv").read_text()
+    runs = [
+        Run.open(tmp_path / "out/other-demo/quick10/btcv/seed101" / name).config["settings"] for name in ("pretrain-self", "pretrain-samples_x16")
+    ]
+    # Four times the steps with four times the crops, divided by the quick run.
+    assert [(s["steps"], s["crops_per_scan"], s["embed_dim"]) for s in runs] == [(2, 1, 24), (8, 4, 24)]
+    assert Setup(tmp_path, preset="small", size="full").name == "small-full" and Setup(tmp_path).name == ""
+    capsys.readouterr()
+    for wrong in (["--preset", "smal"], ["--size", "ful"]):
+        assert main([*words[:3], "--results", str(tmp_path / "r"), "--part", "main", *wrong]) == 2
+    assert capsys.readouterr().err.count("\n") == 2 and not (tmp_path / "r").exists()
 
 
 def test_unknown_words_are_refused(tmp_path, capsys):

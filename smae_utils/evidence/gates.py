@@ -15,13 +15,12 @@ from sklearn.preprocessing import StandardScaler
 from smae_utils.build import build_mae
 from smae_utils.data import derive_seed, read_case, read_splits
 from smae_utils.evaluation import load_finetuned
-from smae_utils.evidence.study import DEV_SEED, DEV_TEST_SEED, GATES, MAIN, N_TEST, PRESET, Arm, Unit, phantom_folder
+from smae_utils.evidence.study import DEV_SEED, DEV_TEST_SEED, GATES, MAIN, Arm, Setup, Unit
 from smae_utils.lesson import load_crop
 from smae_utils.mae import sanity_band
 from smae_utils.metrics import mean_auc
 from smae_utils.patches import mask_noise, patch_statistics, patchify
 from smae_utils.runs import Run
-from smae_utils.settings import resolve
 from smae_utils.tasks import get_task
 from smae_utils.transforms import ResizeRadiograph, middle, prepare
 from smae_utils.weights import load_weights
@@ -30,21 +29,21 @@ CROPS_PER_SCAN = 12
 ATLAS_LIMIT, FLOOR_LIMIT = 0.8, 0.2
 
 
-def run_gates(where: tuple, task: str, tuned: dict[str, tuple[float, float]]) -> pd.DataFrame:
+def run_gates(setup: Setup, task: str, tuned: dict[str, tuple[float, float]]) -> pd.DataFrame:
     """All gates of one task: task, gate, what, value, limit, holds ("" where the figure is for information)."""
     from smae_utils.evidence.run import make_unit
 
-    unit = make_unit(where, task, DEV_SEED)
+    unit = make_unit(setup, task, DEV_SEED)
     rows = [*_context(unit, tuned), *([] if unit.real else _floor(unit)), *_encoder_matters(unit, tuned)]
     return pd.DataFrame(rows, columns=["gate", "what", "value", "limit", "holds"]).assign(task=task)
 
 
-def budget(where: tuple, task: str, tuned: dict[str, tuple[float, float]]) -> pd.DataFrame:
+def budget(setup: Setup, task: str, tuned: dict[str, tuple[float, float]]) -> pd.DataFrame:
     """Gate (d): both arms at one and four times the fine-tuning steps. It holds when four times adds less than a tenth."""
     from smae_utils.evidence.run import make_unit
 
-    unit = make_unit(where, task, DEV_SEED)
-    steps = resolve(unit.record, "finetune", PRESET).steps
+    unit = make_unit(setup, task, DEV_SEED)
+    steps = unit.steps("finetune")
     rows = []
     for arm in MAIN[:2]:
         score = {}
@@ -73,11 +72,11 @@ def _encoder_matters(unit: Unit, tuned: dict[str, tuple[float, float]]) -> list[
 
 def _floor(unit: Unit) -> list[tuple]:
     """Gate (b): how far the normalised target can be predicted at all, and how far the masked autoencoder has come."""
-    settings = resolve(unit.record, "pretrain", PRESET)
-    n = max(6, N_TEST[unit.task] // unit.quick // 3)
+    settings = unit.settings("pretrain")
+    n = max(6, unit.setup.cases("test", unit.task) // unit.quick // 3)
     images = []
     for how in ({}, {"clean": True}):
-        folder = phantom_folder(unit.root, unit.task, n, DEV_TEST_SEED, **how)
+        folder = unit.phantoms(n, DEV_TEST_SEED, **how)
         cases = sorted((c for part in unit.record.read_splits(folder, 0, 0).values() for c in part), key=lambda c: c["case"])
         images.append([_prepared(unit, case, settings) for case in cases])
     # The body's box depends on the noise: twins are compared where both boxes have one size, cut at the same place.
@@ -117,7 +116,7 @@ def _context(unit: Unit, tuned: dict[str, tuple[float, float]]) -> list[tuple]:
 
 
 def _context_2d(unit: Unit) -> list[tuple]:
-    settings = resolve(unit.record, "finetune", PRESET)
+    settings = unit.settings("finetune")
     task = get_task(unit.list_file())
     splits = read_splits(task, unit.real or "", settings)
     read = [ResizeRadiograph((32, 32)), prepare(task, settings, with_label=False)]
@@ -135,7 +134,7 @@ def _context_2d(unit: Unit) -> list[tuple]:
 
 def patch_table(unit: Unit, part: str, features: Callable[[torch.Tensor], torch.Tensor] | None = None) -> dict[str, np.ndarray]:
     """Random crops of a split, patch by patch: pixels (N, p^d C) or features, index of the patch, presence of each class (N, classes)."""
-    settings = resolve(unit.record, "finetune", PRESET)
+    settings = unit.settings("finetune")
     task = get_task(unit.list_file())
     transform = prepare(task, settings, with_label=True)
     rng = np.random.default_rng(derive_seed(DEV_SEED, len(part)))

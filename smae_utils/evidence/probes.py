@@ -15,10 +15,9 @@ from torch import Tensor
 from smae_utils.build import build_model
 from smae_utils.data import derive_seed, read_splits
 from smae_utils.evidence.gates import linear_auc, patch_table, principal
-from smae_utils.evidence.study import PRESET, Unit, phantom_folder
+from smae_utils.evidence.study import Setup, Unit
 from smae_utils.lesson import load_crop
 from smae_utils.phantoms import patient_latents
-from smae_utils.settings import resolve
 from smae_utils.tasks import get_task
 from smae_utils.weights import load_weights
 
@@ -28,12 +27,12 @@ LATENT_SEED, LATENT_FIT, LATENT_TEST = 79, 160, 80
 Tokens = Callable[[Tensor], Tensor]  # (B, C, *crop_size) -> (B, L, D)
 
 
-def probe(where: tuple, task: str, seed: int) -> pd.DataFrame:
+def probe(setup: Setup, task: str, seed: int) -> pd.DataFrame:
     """Rows of one seed: `linear_probe_auc` for the labels, `latents_r2` for the patient's latents (phantoms only)."""
     from smae_utils.evidence.run import make_unit
 
-    unit = make_unit(where, task, seed)
-    settings = resolve(unit.record, "finetune", PRESET)
+    unit = make_unit(setup, task, seed)
+    settings = unit.settings("finetune")
     patients = None if unit.real else _patients(unit)
     rows = []
     for arm in ("random", "pretrained"):
@@ -62,7 +61,7 @@ def _labels_auc(unit: Unit, tokens: Tokens) -> float:
     if unit.record.spatial_dims == 3:
         train, test = (patch_table(unit, part, tokens) for part in ("train", "test"))
         return linear_auc(train["x"], train["y"], test["x"], test["y"])
-    settings = resolve(unit.record, "finetune", PRESET)
+    settings = unit.settings("finetune")
     task = get_task(unit.list_file())
     splits = read_splits(task, unit.real or "", settings)
     sets = []
@@ -75,9 +74,9 @@ def _labels_auc(unit: Unit, tokens: Tokens) -> float:
 def _patients(unit: Unit) -> tuple[Tensor, np.ndarray]:
     """The middles of scans of patients drawn for this alone, one scan each, (N, C, *crop_size), and their latents (N, 12)."""
     total = max(4, (LATENT_FIT + LATENT_TEST) // unit.quick)
-    folder = phantom_folder(unit.root, unit.task, total, LATENT_SEED)
+    folder = unit.phantoms(total, LATENT_SEED)
     cases = {c["patient"]: c for part in unit.record.read_splits(folder, 0, 0).values() for c in part}
-    settings = resolve(unit.record, "finetune", PRESET)
+    settings = unit.settings("finetune")
     ordered = [cases[name] for name in sorted(cases)]
     np.random.default_rng(LATENT_SEED).shuffle(ordered)
     latents = np.stack([patient_latents(unit.task, LATENT_SEED, int(re.findall(r"\d+", case["patient"])[-1])) for case in ordered])

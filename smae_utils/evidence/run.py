@@ -13,7 +13,10 @@ import torch
 
 from smae_utils.errors import UserError
 from smae_utils.evidence import gates, probes, study, tables
-from smae_utils.evidence.study import CONTROLS, DEV_SEED, MAIN, SEEDS, TASKS, Arm, Unit, sweep
+from smae_utils.evidence.study import CONTROLS, DEV_SEED, MAIN, PRESET, SEEDS, TASKS, Arm, Setup, Unit, sweep
+from smae_utils.phantoms import SIZES
+from smae_utils.settings import resolve
+from smae_utils.tasks import get_task
 
 SWEEPS = ("finetune4x", "masking", "longer", "context", "scans")
 WITH_ARMS = ("main", "controls", *SWEEPS)
@@ -23,7 +26,7 @@ Tuned = dict[str, dict[str, tuple[float, float]]]
 
 def evidence(
     out: Path, results: Path, tasks: Iterable[str] = (), parts: Iterable[str] = (), seeds: Iterable[int] = (), data: str | None = None,
-    jobs: int = 1, quick: int = 1, arms: Iterable[str] = (),
+    jobs: int = 1, quick: int = 1, arms: Iterable[str] = (), preset: str = PRESET, size: str = "demo",
 ) -> None:  # fmt: skip
     """Run the study, or parts of it, and write its tables.
 
@@ -34,6 +37,7 @@ def evidence(
         jobs: processes at a time, which share the cores.
         quick: divides steps and cases; such figures mean nothing.
         arms: only these arms of the parts that have arms; all when empty.
+        preset, size: other networks, or phantoms of the real data's matrix sizes ("full"): for a GPU. Their figures have folders of their own.
 
     Raises:
         UserError: for an unknown task, part or arm, or a part named that real data cannot have.
@@ -44,6 +48,8 @@ def evidence(
     for name, known, given in (("task", TASKS, tasks), ("part", PARTS, parts)):
         for wrong in set(given) - set(known):
             raise UserError(f"the evidence study has no {name} {wrong!r}: expected some of {', '.join(known)}")
+    if size not in SIZES:
+        raise UserError(f"the size of phantoms must be {' or '.join(SIZES)}, got {size!r}")
     if data and len(tasks) != 1:
         raise UserError("--data is the folder of one task's download: name it with --task")
     if data and (none := [part for part in SWEEPS if part in parts and not arms_of(part, tasks[0], real=True)]):
@@ -54,31 +60,34 @@ def evidence(
     there = {arm.name for task in tasks for part in WITH_ARMS if part in parts for arm in arms_of(part, task, bool(data))}
     if wrong := sorted(set(arms) - there):
         raise UserError(f"no arm {wrong[0]!r} in these parts: expected some of {', '.join(sorted(there)) or '(none)'}")
-    results = Path(results) / f"real-{tasks[0]}" if data else Path(results)
-    where = (out, data, quick, max(1, (os.cpu_count() or 1) // jobs))
+    setup = Setup(out, data, quick, max(1, (os.cpu_count() or 1) // jobs), preset, size)
+    results = Path(results) / (f"{setup.name}-{tasks[0]}" if data else setup.name)
+    for task in tasks:  # an unknown preset is told before anything is drawn
+        resolve(get_task(task), "finetune", preset)
     command = f"--task {' '.join(tasks)} --part {' '.join(parts)} --seeds {' '.join(map(str, seeds))} --jobs {jobs}" + (
         f" --data {data}" if data else ""
     )
     command += f" --arm {' '.join(arms)}" if arms else ""
+    command += f" --preset {preset} --size {size}" if (preset, size) != (PRESET, "demo") else ""
     tables_to = tables.Writer(results, command, quick)
     units = [(task, seed) for seed in seeds for task in tasks]
     if "tune" in parts:
-        jobs_of(jobs, _tune, [(where, task, arm) for task in tasks for arm in ("scratch", "self", "cnn")], tables_to.tuning)
+        jobs_of(jobs, _tune, [(setup, task, arm) for task in tasks for arm in ("scratch", "self", "cnn")], tables_to.tuning)
     tuned = tables.read_tuned(results)
     for task in tasks:
         if set(tuned.get(task, {})) < {"scratch", "self", "cnn"}:
             raise UserError(f"{results / 'tuning.csv'} has no learning rates for {task}: run the part tune first")
     if "gates" in parts:
-        jobs_of(jobs, gates.run_gates, [(where, task, tuned[task]) for task in tasks], tables_to.gates)
+        jobs_of(jobs, gates.run_gates, [(setup, task, tuned[task]) for task in tasks], tables_to.gates)
     for part in WITH_ARMS:
         if part in parts:
             wanted = {task: tuple(a for a in arms_of(part, task, bool(data)) if not arms or a.name in arms) for task in tasks}
-            arguments = [(where, task, seed, wanted[task], tuned[task]) for task, seed in units if wanted[task]]
+            arguments = [(setup, task, seed, wanted[task], tuned[task]) for task, seed in units if wanted[task]]
             jobs_of(jobs, _arms, arguments, tables_to.part("sweeps" if part in SWEEPS else part))
     if "controls" in parts and not arms:  # a probe is no arm
-        jobs_of(jobs, probes.probe, [(where, task, seed) for task, seed in units], tables_to.part("controls"))
+        jobs_of(jobs, probes.probe, [(setup, task, seed) for task, seed in units], tables_to.part("controls"))
     if "budget" in parts:
-        jobs_of(jobs, gates.budget, [(where, task, tuned[task]) for task in tasks], tables_to.gates)
+        jobs_of(jobs, gates.budget, [(setup, task, tuned[task]) for task in tasks], tables_to.gates)
     tables_to.finish()
 
 
@@ -100,16 +109,15 @@ def jobs_of(jobs: int, function: Callable, arguments: list[tuple], receive: Call
             receive(future.result())
 
 
-def make_unit(where: tuple, task: str, seed: int) -> Unit:
+def make_unit(setup: Setup, task: str, seed: int) -> Unit:
     """A unit in this process, with its share of the cores."""
-    out, data, quick, threads = where
-    torch.set_num_threads(threads)
-    return Unit(out, task, seed, data, quick)
+    torch.set_num_threads(setup.threads)
+    return Unit(setup, task, seed)
 
 
-def _tune(where: tuple, task: str, arm: str) -> pd.DataFrame:
+def _tune(setup: Setup, task: str, arm: str) -> pd.DataFrame:
     """Scores of the learning-rate grid of one arm on the development seed."""
-    unit = make_unit(where, task, DEV_SEED)
+    unit = make_unit(setup, task, DEV_SEED)
     base = {a.name: a for a in MAIN}[arm]
     rows = []
     for factor, decay in study.CNN_GRID if arm == "cnn" else study.GRID:
@@ -118,8 +126,8 @@ def _tune(where: tuple, task: str, arm: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _arms(where: tuple, task: str, seed: int, arms: tuple[Arm, ...], tuned: dict[str, tuple[float, float]]) -> pd.DataFrame:
-    unit = make_unit(where, task, seed)
+def _arms(setup: Setup, task: str, seed: int, arms: tuple[Arm, ...], tuned: dict[str, tuple[float, float]]) -> pd.DataFrame:
+    unit = make_unit(setup, task, seed)
     rows = []
     for arm in arms:
         scores = unit.run_arm(arm, tuned)

@@ -19,7 +19,7 @@ from smae_utils.errors import UserError
 from smae_utils.evaluation import evaluate, read_metrics
 from smae_utils.phantoms import write_phantoms
 from smae_utils.runs import write_text
-from smae_utils.settings import resolve, total_steps
+from smae_utils.settings import Settings, resolve, total_steps
 from smae_utils.tasks import get_task
 from smae_utils.training import finetune, pretrain
 from smae_utils.weights import WEIGHTS
@@ -29,6 +29,7 @@ TASKS = ("cxr14", "btcv", "brats")
 N_TRAIN = {"btcv": 18, "brats": 24, "cxr14": 400}
 N_SWEEP = {"btcv": (6, 12, 30), "brats": (6, 12), "cxr14": (60, 150, 2000)}
 N_TEST = {"btcv": 60, "brats": 60, "cxr14": 600}
+N_TEST_FULL = {"btcv": 24, "brats": 24, "cxr14": 300}  # of the real data's matrix sizes: seconds each to draw and to score
 SEEDS = (101, 102, 103, 104, 105)
 DEV_SEED, DEV_TEST_SEED, TEST_SEED = 77, 78, 100
 # Grids of one size for every arm: factors of the preset's learning rate, and layer decay.
@@ -85,13 +86,15 @@ class Arm:
     all_images: bool = False
 
 
-# Settings of each pre-training; `times` multiplies the preset's steps. Two parts of the study are sweeps over them.
+# Settings of each pre-training; `times` multiplies the preset's steps, `crops_times` its crops a step. Two parts of the study are sweeps over them.
 MASKING: dict[str, dict[str, Any]] = {
     **{f"mask{ratio}": {"mask_ratio": ratio} for ratio in (0.125, 0.25, 0.5, 0.9)},
     "raw_pixels": {"norm_pix_loss": False},
 }
 LONGER: dict[str, dict[str, Any]] = {"steps_x0.25": {"times": 0.25}, "steps_x4": {"times": 4}}
-PRETRAININGS: dict[str, dict[str, Any]] = {"self": {}, "shuffled": {"shuffle_patches": True}, **MASKING, **LONGER}
+# Of a scan many crops can be cut at once, of a radiograph one.
+LONGER_3D: dict[str, dict[str, Any]] = {**LONGER, "samples_x16": {"times": 4, "crops_times": 4}}
+PRETRAININGS: dict[str, dict[str, Any]] = {"self": {}, "shuffled": {"shuffle_patches": True}, **MASKING, **LONGER_3D}
 MAIN = (
     Arm("scratch"),
     Arm("self", "self", "self"),
@@ -130,7 +133,8 @@ def sweep(part: str, task: str) -> tuple[Arm, ...]:
             if n < N_TRAIN[task]:
                 arms.append(Arm("self_all_images", "self", "self", condition=condition, all_images=True))
         return tuple(arms)
-    return tuple(Arm(name, name, "self") for name in {"masking": MASKING, "longer": LONGER}[part])
+    longer = LONGER_3D if get_task(task).spatial_dims == 3 else LONGER
+    return tuple(Arm(name, name, "self") for name in {"masking": MASKING, "longer": longer}[part])
 
 
 GATES = (
@@ -139,35 +143,67 @@ GATES = (
 )
 
 
-class Unit:
-    """One task and seed: its data, its pre-trainings and its arms, in folders below `root`; everything is done once and found again.
+@dataclass(frozen=True)
+class Setup:
+    """Where the runs of a study lie and how large they are; each process gets it.
 
-    Args:
+    Attributes:
+        out: folder of phantoms and runs.
         data: folder of the real download; None draws phantoms.
         quick: divides steps and cases, for tests only.
+        threads: of each process.
+        preset: how large the networks are and how long they are trained.
+        size: of the phantoms, see `write_phantoms`.
+    """
+
+    out: Path
+    data: str | None = None
+    quick: int = 1
+    threads: int = 1
+    preset: str = PRESET
+    size: str = "demo"
+
+    @property
+    def name(self) -> str:
+        """What keeps figures of other data or sizes apart from the study's own, in folders; "" is the study's own."""
+        own = PRESET, "demo"
+        scale = "" if (self.preset, self.size) == own else f"{Path(self.preset).stem}-{self.size}"
+        return "-".join(part for part in ("real" if self.data else "", scale) if part)
+
+    def cases(self, part: str, task: str) -> int:
+        """How many phantoms are drawn for `train` or `test`."""
+        return (N_TRAIN if part == "train" else N_TEST_FULL if self.size == "full" else N_TEST)[task]
+
+
+class Unit:
+    """One task and seed: its data, its pre-trainings and its arms, in folders of their own; everything is done once and found again.
+
+    Args:
         condition: what is done to the training data.
 
     Raises:
         UserError: for a condition of phantoms with real data.
     """
 
-    def __init__(self, root: Path, task: str, seed: int, data: str | None = None, quick: int = 1, condition: Condition = PLAIN):
-        self.root, self.task, self.seed, self.real, self.quick = Path(root).resolve(), task, seed, data, quick
-        self.base, self.condition = Path(root), condition
-        if data and condition.draws:
+    def __init__(self, setup: Setup, task: str, seed: int, condition: Condition = PLAIN):
+        self.setup, self.task, self.seed, self.condition = setup, task, seed, condition
+        self.real, self.quick = setup.data, setup.quick
+        if setup.data and condition.draws:
             raise UserError(f"the condition {condition.name} draws phantoms of its own: it has no meaning with --data")
-        # Real data, and quick runs, have folders of their own: their figures must not pass for others.
-        if data:
-            self.root = self.root / f"real-{task}"
-        if quick > 1:
-            self.root = self.root / f"quick{quick}"
+        # Other data or sizes, and quick runs, have folders of their own: their figures must not pass for the study's.
+        name = f"{setup.name}-{task}" if setup.data else setup.name
+        self.root = Path(setup.out).resolve() / name / (f"quick{setup.quick}" if setup.quick > 1 else "")
         self.folder = self.root / task / f"seed{seed}" / condition.name
         self.dev = seed == DEV_SEED
         self.record = get_task(task)
 
+    def settings(self, stage: str, **overrides: Any) -> Settings:
+        """The preset's settings of this task."""
+        return resolve(self.record, stage, self.setup.preset, overrides=overrides)
+
     def under(self, condition: Condition) -> Unit:
         """The same seed with other data."""
-        return self if condition == self.condition else Unit(self.base, self.task, self.seed, self.real, self.quick, condition)
+        return self if condition == self.condition else Unit(self.setup, self.task, self.seed, condition)
 
     def list_file(self) -> str:
         """The task whose cases these are: the real task, or a list of freshly drawn training phantoms and the fixed test phantoms."""
@@ -175,8 +211,8 @@ class Unit:
             return self.task
         file = self.folder / "cases.json"
         if not file.exists():
-            training = self._entries(self.condition.n_train or N_TRAIN[self.task], self.seed)
-            test = self._entries(N_TEST[self.task], DEV_TEST_SEED if self.dev else TEST_SEED)
+            training = self._entries(self.condition.n_train or self.setup.cases("train", self.task), self.seed)
+            test = self._entries(self.setup.cases("test", self.task), DEV_TEST_SEED if self.dev else TEST_SEED)
             file.parent.mkdir(parents=True, exist_ok=True)
             if self.condition.shuffle_labels:
                 training = shuffled_labels(training, self.seed, self.folder / "labels")
@@ -185,21 +221,30 @@ class Unit:
         return str(file)
 
     def _entries(self, n: int, seed: int) -> list[dict]:
-        how = {} if self.condition.context == 1 else {"context": self.condition.context}
-        folder = phantom_folder(self.root, self.task, max(6, n // self.quick), seed, **how)
+        folder = self.phantoms(max(6, n // self.quick), seed, **({} if self.condition.context == 1 else {"context": self.condition.context}))
         splits = self.record.read_splits(folder, 0, 0)
         cases = sorted((c for part in splits.values() for c in part), key=lambda c: c["case"])
         plain = {"image": str, "label": lambda v: v if isinstance(v, str) else [int(x) for x in v]}
         return [{"case": f"{seed}-{c['case']}", "patient": f"{seed}-{c['patient']}", **{k: make(c[k]) for k, make in plain.items()}} for c in cases]
 
+    def phantoms(self, n: int, seed: int, **how: Any) -> Path:
+        """Folder of `n` phantoms of this task and the study's size, see `write_phantoms`; drawn once."""
+        return phantom_folder(self.root, self.task, n, seed, **how, **({} if self.setup.size == "demo" else {"size": self.setup.size}))
+
     def overrides(self, stage: str, values: dict[str, Any]) -> dict[str, Any]:
         """Settings on top of the preset: the seed, and in a quick run fewer steps."""
         out = {"seed": self.seed, **values}
         if self.quick > 1:
-            steps = out.get("steps") or total_steps(resolve(self.record, stage, PRESET), 1)[0]
-            out |= {"steps": max(2, steps // self.quick), "warmup_steps": 1}
-            out |= {"batch_size": min(resolve(self.record, stage, PRESET).batch_size, max(2, N_TRAIN[self.task] // self.quick))}
+            few = max(2, self.setup.cases("train", self.task) // self.quick)
+            out |= {"steps": max(2, (out.get("steps") or self.steps(stage)) // self.quick), "warmup_steps": 1}
+            out |= {"batch_size": min(self.settings(stage).batch_size, few)}
         return out
+
+    def steps(self, stage: str) -> int:
+        """The preset's steps on this task's training scans."""
+        settings = self.settings(stage)
+        n_train = len(read_splits(self.record, self.real, settings)["train"]) if self.real else self.setup.cases("train", self.task)
+        return total_steps(settings, n_train)[0]
 
     def pretrained(self, name: str) -> Path:
         """Run folder of a pre-training, or the file of a control made from one; trains it when it is not there."""
@@ -208,9 +253,11 @@ class Unit:
         folder = self.folder / f"pretrain-{name}"
         values = dict(PRETRAININGS[name])
         if times := values.pop("times", None):
-            values["steps"] = round(resolve(self.record, "pretrain", PRESET).steps * times)
+            values["steps"] = round(self.steps("pretrain") * times)
+        if times := values.pop("crops_times", None):
+            values["crops_per_scan"] = self.settings("pretrain").crops_per_scan * times
         values = self.overrides("pretrain", values)
-        pretrain(self.list_file(), self.real or "", folder, PRESET, values, resume=True, report=self._say)
+        pretrain(self.list_file(), self.real or "", folder, self.setup.preset, values, resume=True, report=self._say)
         return folder
 
     def _permuted(self, source: Path) -> Path:
@@ -224,13 +271,21 @@ class Unit:
             save_file({name: _permute(value, rng) for name, value in tensors.items()}, target, metadata=metadata)
         return target
 
+    def finetune_steps(self, times: float = 1.0, pretrainings: float = 0.0) -> int:
+        """`times` the preset's fine-tuning steps, and as many more as cost what `pretrainings` times its pre-training costs, by counted FLOPs."""
+        pre, fine = (
+            crop_cost(self.record, s).flops * self.steps(stage) * s.batch_size * s.crops_per_scan
+            for stage, s in ((stage, self.settings(stage)) for stage in ("pretrain", "finetune"))
+        )
+        return round(self.steps("finetune") * (times + pretrainings * pre / fine))
+
     def arm_settings(self, arm: Arm, tuned: dict[str, tuple[float, float]]) -> dict[str, Any]:
         """Overrides of an arm: its learning rate and layer decay, its own settings, its number of steps."""
         factor, decay = tuned[arm.tuned_as]
-        base = resolve(self.record, "finetune", PRESET, overrides=dict(arm.overrides))
+        base = self.settings("finetune", **dict(arm.overrides))
         values = {**dict(arm.overrides), "base_lr": base.base_lr * factor, "layer_decay": decay}
         if self.condition.finetune_times != 1 or arm.equal_compute:
-            values["steps"] = finetune_steps(self.task, self.condition.finetune_times, arm.equal_compute)
+            values["steps"] = self.finetune_steps(self.condition.finetune_times, arm.equal_compute)
         return self.overrides("finetune", values)
 
     def run_arm(self, arm: Arm, tuned: dict[str, tuple[float, float]], name: str = "") -> dict[str, float]:
@@ -240,7 +295,7 @@ class Unit:
         folder = self.folder / (name or arm.name)
         if not (folder / "metrics.json").exists():
             init = "scratch" if arm.init == "scratch" else (self.under(PLAIN) if arm.all_images else self).pretrained(arm.init)
-            finetune(self.list_file(), self.real or "", folder, init, PRESET, self.arm_settings(arm, tuned), resume=True, report=self._say)
+            finetune(self.list_file(), self.real or "", folder, init, self.setup.preset, self.arm_settings(arm, tuned), resume=True, report=self._say)
             evaluate(folder, save_masks=False, report=self._say)
         metrics = read_metrics(folder)
         out = {k: v for k, v in metrics["mean"].items() if v is not None}
@@ -290,16 +345,3 @@ def phantom_folder(root: Path, task: str, n: int, seed: int, **how) -> Path:
 
             shutil.rmtree(part)
     return folder
-
-
-def finetune_steps(task: str, times: float = 1.0, pretrainings: float = 0.0) -> int:
-    """`times` the preset's fine-tuning steps, and as many more as cost what `pretrainings` times its pre-training costs, by counted FLOPs."""
-    record = get_task(task)
-    pre, fine = (resolve(record, stage, PRESET) for stage in ("pretrain", "finetune"))
-    cost = [crop_cost(record, s).flops * s.steps * s.batch_size * s.crops_per_scan for s in (pre, fine)]
-    return round(fine.steps * (times + pretrainings * cost[0] / cost[1]))
-
-
-def test_cases(unit: Unit) -> list[dict]:
-    """The cases on which the arms of a unit are scored."""
-    return read_splits(get_task(unit.list_file()), unit.real or "", resolve(unit.record, "finetune", PRESET))["test"]
