@@ -47,7 +47,7 @@ PRIMARY = {"cxr14": "mauc", "btcv": "dsc", "brats": "dsc"}
 
 
 # Arms of the tables that compare, in their order, and how long the arms of a condition were fine-tuned.
-COMPARED = ("self", "steps_x0.25", "steps_x4", "scratch_equal_compute", "cnn")
+COMPARED = ("self", "steps_x0.25", "steps_x4", "samples_x16", "scratch_equal_compute", "cnn")
 FINE_TUNED = {"": "1x", "finetune4x": "4x"}
 
 
@@ -107,6 +107,19 @@ def sweeps_block(root: Path) -> str:
     return _table(made) + "\n" + _facts(folder / "sweeps.csv")
 
 
+def repeat_block(root: Path) -> str:
+    """The same seeds run twice, on two machines: `results/evidence/main.csv` beside `results/evidence/repeat/main.csv`."""
+    folder = root / "results" / "evidence"
+    first, again = read(folder / "main.csv"), read(folder / "repeat" / "main.csv")
+    both = first.merge(again, on=["task", "arm", "seed", "metric"], suffixes=("", "_again"))
+    both = both[both.metric == both.task.map(PRIMARY)].sort_values(["task", "seed", "arm"])
+    change = [f"{v:+.3f}" for v in both.value_again - both.value]
+    made = pd.DataFrame(
+        {"task": both.task, "metric": both.metric, "seed": both.seed, "arm": both.arm, "first": both.value, "again": both.value_again}
+    )
+    return _table(made.assign(difference=change)) + "\n" + _facts(folder / "repeat" / "main.csv")
+
+
 def gates_block(root: Path) -> str:
     """`results/evidence/gates.csv`: what held and what did not."""
     table = pd.read_csv(root / "results" / "evidence" / "gates.csv", comment="#", dtype={"gate": str}).sort_values(["task", "gate"], kind="stable")
@@ -125,7 +138,13 @@ def explorer_block(root: Path) -> str:
 # file of the project -> name of a block in it -> what writes it
 BLOCKS: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {"demo": demo_block, "paper": paper_block, "evidence": evidence_block, "explorer": explorer_block},
-    "docs/evidence.md": {"evidence": evidence_block, "controls": controls_block, "sweeps": sweeps_block, "gates": gates_block},
+    "docs/evidence.md": {
+        "evidence": evidence_block,
+        "controls": controls_block,
+        "sweeps": sweeps_block,
+        "gates": gates_block,
+        "repeat": repeat_block,
+    },
 }
 
 

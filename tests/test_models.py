@@ -11,10 +11,11 @@ from torch.testing import assert_close
 from smae_utils import timm_glue  # noqa: F401  (before timm: it mends the import of torchvision)
 from smae_utils.errors import UserError
 from smae_utils.mae import MaskedAutoencoder, paste_visible, pixel_mask, sanity_band
-from smae_utils.patches import patchify, sincos_positions, split_by_noise, unpatchify
+from smae_utils.patches import as_tuple, patchify, sincos_positions, split_by_noise, unpatchify
 from smae_utils.unetr import UNETR
-from smae_utils.vit import ViTClassifier
+from smae_utils.vit import PatchEmbed, ViTClassifier
 
+from timm.layers import Attention  # isort: skip
 from timm.models.vision_transformer import VisionTransformer  # isort: skip
 
 SHAPES = [
@@ -179,6 +180,30 @@ def build(kind, size=(32, 32), patch=8, chans=1, **more):
 
 
 KINDS = ["mae", "cls", "mean", "unetr"]
+
+
+@on_all_shapes
+def test_the_patch_embedding_is_the_convolution_whose_weights_it_holds(size, patch, chans):
+    embed = PatchEmbed(chans, as_tuple(patch, len(size)), 24)
+    image = torch.rand(2, chans, *size)
+    own, conv = embed(image), embed.proj(image).flatten(2).transpose(1, 2)
+    assert_close(own, conv)
+    weights = torch.rand_like(conv)
+    for a, b in zip(*(torch.autograd.grad((out * weights).sum(), list(embed.parameters())) for out in (own, conv))):
+        assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_in_bf16_on_a_cpu_says_what_timms_says_in_fp32(causal):
+    own = timm_glue.CpuAttention(24, num_heads=3, qkv_bias=True)
+    theirs = Attention(24, num_heads=3, qkv_bias=True)
+    theirs.load_state_dict(own.state_dict())
+    x = torch.randn(2, 9, 24)
+    assert_close(own(x, is_causal=causal), theirs(x, is_causal=causal))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = own(x, is_causal=causal)
+    assert mixed.dtype == torch.bfloat16
+    assert_close(mixed.float(), theirs(x, is_causal=causal), rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("size, chans", [((32, 24), 3), ((16, 24, 16), 4)])

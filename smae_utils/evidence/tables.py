@@ -127,7 +127,7 @@ def show_pretraining(main: pd.DataFrame, sweeps: pd.DataFrame) -> Figure | None:
     """
     if sweeps.empty or not sweeps.arm.isin(["steps_x4"]).any():
         return None
-    lengths = {"scratch": "0", "steps_x0.25": "1/4", "self": "1", "steps_x4": "4"}
+    lengths = {"scratch": "0", "steps_x0.25": "1/4", "self": "1", "steps_x4": "4", "samples_x16": "16"}
     table = pd.concat([main.assign(condition=""), sweeps[sweeps.condition.isin(["", "finetune4x"])]])
     table = table[table.arm.isin(lengths) & table.metric.isin(["mauc", "dsc"])]
     tasks = sorted(sweeps[sweeps.arm == "steps_x4"].task.unique())
@@ -135,14 +135,13 @@ def show_pretraining(main: pd.DataFrame, sweeps: pd.DataFrame) -> Figure | None:
     for axis, task in zip(axes[0], tasks):
         for condition, colour, label in (("", "#0072B2", "fine-tuning 1x"), ("finetune4x", "#D55E00", "fine-tuning 4x")):
             wide = table[(table.task == task) & (table.condition == condition)].pivot(index="seed", columns="arm", values="value")
-            wide = wide.reindex(columns=list(lengths))
+            shown = [arm for arm in lengths if arm != "samples_x16" or arm in set(table[table.task == task].arm)]
+            wide = wide.reindex(columns=shown)
             for number, row in enumerate(wide.to_numpy()):
                 there = np.flatnonzero(np.isfinite(row))
                 axis.plot(there, row[there], "o-", color=colour, alpha=0.5, markersize=4, linewidth=1, label=label if number == 0 else None)
-        axis.set(
-            title=task, xticks=range(len(lengths)), xlabel="pre-training steps, times the study's", ylabel="mAUC" if task == "cxr14" else "mean DSC"
-        )
-        axis.set_xticklabels(list(lengths.values()))
+        axis.set(title=task, xticks=range(len(shown)), xlabel="masked crops, times the study's", ylabel="mAUC" if task == "cxr14" else "mean DSC")
+        axis.set_xticklabels([lengths[arm] for arm in shown])
         axis.legend(fontsize=8)
     return figure
 
