@@ -48,7 +48,14 @@ PRIMARY = {"cxr14": "mauc", "btcv": "dsc", "brats": "dsc"}
 
 # Arms of the tables that compare, in their order, and how long the arms of a condition were fine-tuned.
 COMPARED = ("self", "steps_x0.25", "steps_x4", "samples_x16", "scratch_equal_compute", "cnn")
+CONTROLLED = {"shuffled_patches", "permuted_weights", "shuffled_labels", "probe_random"}
 FINE_TUNED = {"": "1x", "finetune4x": "4x"}
+
+
+def _compared(row) -> tuple:
+    """seeds, scratch, the arm's figure, difference and interval; two seeds give no interval worth printing."""
+    span = f"{row.low:+.3f} to {row.high:+.3f}" if row.seeds > 2 else f"{row.seeds} seeds only"
+    return row.seeds, row.scratch, row.value, f"{row.difference:+.3f}", span
 
 
 def evidence_block(root: Path) -> str:
@@ -60,9 +67,14 @@ def evidence_block(root: Path) -> str:
         for condition, times in FINE_TUNED.items():
             part = table[(table.task == task) & (table.metric == metric) & (table.condition == condition)].set_index("arm")
             for row in part.reindex([arm for arm in COMPARED if arm in part.index]).itertuples():
-                span = f"{row.low:+.3f} to {row.high:+.3f}" if row.seeds > 1 else "one seed"
-                rows.append((f"{task} phantoms", metric, times, row.Index, row.seeds, row.scratch, row.value, f"{row.difference:+.3f}", span))
-    rows += [(f"{task}, real data", metric, "", "self", 0, "not run", "not run", "", "") for task, metric in PRIMARY.items()]
+                rows.append((f"{task} phantoms", metric, times, row.Index, *_compared(row)))
+    for task, metric in PRIMARY.items():
+        real = read(folder / f"real-{task}" / "intervals.csv")
+        part = real[(real.arm == "self") & (real.metric == metric) & (real.condition == "")] if len(real) else real
+        for row in part.itertuples():
+            rows.append((f"{task}, real data", metric, "1x", "self", *_compared(row)))
+        if part.empty:
+            rows.append((f"{task}, real data", metric, "", "self", 0, "not run", "not run", "", ""))
     made = pd.DataFrame(rows, columns=["data", "metric", "fine-tuning", "arm", "seeds", "scratch", "arm's", "difference", "95 % interval"])
     return _table(made) + "\n" + _facts(folder / "main.csv") + _facts(folder / "sweeps.csv")
 
@@ -75,13 +87,16 @@ def controls_block(root: Path) -> str:
     rows = []
     for task, metric in PRIMARY.items():
         for kind, arms in (
-            (metric, ("scratch", "self", "shuffled_patches", "permuted_weights")),
+            (metric, ("scratch", "self", "shuffled_patches", "permuted_weights", "shuffled_labels")),
             ("linear_probe_auc", ("probe_random", "probe_pretrained")),
+            ("latents_r2", ("probe_random", "probe_pretrained")),
         ):
             part = table[(table.task == task) & (table.metric == kind) & table.arm.isin(arms)]
-            wide = part.pivot(index="seed", columns="arm", values="value").reindex(columns=list(arms)).dropna()
-            rows += [(task, kind, arm, len(wide), float(wide[arm].mean())) for arm in arms if len(wide)]
-    made = pd.DataFrame(rows, columns=["task", "metric", "arm", "seeds", "mean"])
+            wide = part.pivot(index="seed", columns="arm", values="value")
+            wide = wide[[arm for arm in arms if arm in wide]].dropna()  # the seeds that all arms have
+            if set(wide) & CONTROLLED:
+                rows += [(task, kind, arm, len(wide), float(wide[arm].mean()), " ".join(f"{v:.3f}" for v in wide[arm])) for arm in wide]
+    made = pd.DataFrame(rows, columns=["task", "metric", "arm", "seeds", "mean", "of each seed"])
     return _table(made) + "\n" + _facts(folder / "controls.csv")
 
 
@@ -111,6 +126,8 @@ def repeat_block(root: Path) -> str:
     """The same seeds run twice, on two machines: `results/evidence/main.csv` beside `results/evidence/repeat/main.csv`."""
     folder = root / "results" / "evidence"
     first, again = read(folder / "main.csv"), read(folder / "repeat" / "main.csv")
+    if again.empty:
+        return "not run"
     both = first.merge(again, on=["task", "arm", "seed", "metric"], suffixes=("", "_again"))
     both = both[both.metric == both.task.map(PRIMARY)].sort_values(["task", "seed", "arm"])
     change = [f"{v:+.3f}" for v in both.value_again - both.value]

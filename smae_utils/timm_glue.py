@@ -59,13 +59,13 @@ class CpuAttention(Attention):
     torch's bf16 kernel took four to nine times as long backward as the fp32 one at 17 to 65 tokens, and was no faster at 217.
     """
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, **more: bool) -> Tensor:
+        """(B, N, D) -> (B, N, D); newer releases of timm say `is_causal` too."""
         if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
-            return super().forward(x, attn_mask, is_causal)
+            return super().forward(x, attn_mask, **more)
         q, k, v = self.qkv(x).float().unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         with torch.autocast("cpu", enabled=False):
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask, **more)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 

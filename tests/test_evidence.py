@@ -18,8 +18,9 @@ from smae_utils.build import build_model
 from smae_utils.cli import main
 from smae_utils.data import derive_seed
 from smae_utils.errors import UserError
-from smae_utils.evidence import run, study, tables
-from smae_utils.evidence.study import MAIN, Condition, Setup, Unit
+from smae_utils.evidence import arms, run, study, tables
+from smae_utils.evidence.arms import MAIN, Condition
+from smae_utils.evidence.study import Setup, Unit
 from smae_utils.patches import patchify, shuffle_patches
 from smae_utils.phantoms import MODULES, patient_latents
 from smae_utils.runs import Run
@@ -87,15 +88,8 @@ def test_a_frozen_encoder_stays_and_a_zeroed_one_says_nothing(encoder, brats, ti
         assert not tokens.any() and not taken[0].any()
 
 
-def test_permuted_weights_hold_the_same_numbers_elsewhere(tmp_path):
-    values = torch.arange(64.0).reshape(8, 8)
-    permuted = study._permute(values, np.random.default_rng(0))
-    assert permuted.shape == values.shape and not torch.equal(permuted, values)
-    assert torch.equal(permuted.flatten().sort().values, values.flatten())
-
-
 def test_equal_compute_counts_pretraining_as_fine_tuning_steps(tmp_path):
-    for task in study.TASKS:
+    for task in arms.TASKS:
         unit = Unit(Setup(tmp_path), task, 101)
         assert 1.5 * unit.steps("finetune") < unit.finetune_steps(1, 1) < 6 * unit.steps("finetune")
 
@@ -125,7 +119,9 @@ def test_the_whole_study_runs_and_is_not_done_twice(task, tmp_path, capsys):
     others = {"": {"steps_x0.25", "steps_x4"}, "context0.0": twins, "context0.5": twins, "finetune4x": twins | {"steps_x4", "scratch_equal_compute"}}
     assert swept == {"brats": few, "cxr14": others}[task]
     assert {"0", "b", "c"} == set(tables.read(tmp_path / "res" / "gates.csv").gate.astype(str))
+    made = Run.open(tmp_path / f"out/quick40/{task}/seed101/scratch").config["provenance"]
     head = (tmp_path / "res" / "main.csv").read_text().splitlines()[:2]
+    assert made["date"][:16] in head[1] and made["commit"] in head[1]
     assert "python -m smae_utils evidence" in head[0] and "mean nothing" in head[0] and "commit" in head[1]
     assert (tmp_path / "res" / "main.png").stat().st_size > 5000
     assert (tmp_path / "res" / "longer.png").is_file() == (task == "cxr14")
@@ -137,6 +133,11 @@ def test_the_whole_study_runs_and_is_not_done_twice(task, tmp_path, capsys):
         assert list(steps.values()) == [8, 35, 35, 93]
         assert runs["finetune4x/self"]["init"] == runs["self"]["init"] and runs["finetune4x/self"]["cases"] == runs["self"]["cases"]
     assert sum(line.startswith("#") for line in (tmp_path / "res" / "main.csv").read_text().splitlines()) == 2  # one command, each seed's rows
+    folder = tmp_path / f"out/quick40/{task}/seed101"
+    learned, permuted = load_file(folder / "pretrain-self/model.safetensors"), load_file(folder / "permuted.safetensors")
+    moved = {name for name, value in permuted.items() if not torch.equal(value, learned[name])}
+    assert all(torch.equal(value.flatten().sort().values, learned[name].flatten().sort().values) for name, value in permuted.items())
+    assert "encoder.pos_embed" in set(permuted) - moved and "encoder.blocks.0.mlp.fc1.weight" in moved  # scratch has the position table too
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("model.safetensors")}
     some = [*words[: words.index("--part")], "--results", str(tmp_path / "few"), "--part", "main", "--arm", "self"]
     shutil.copytree(tmp_path / "res", tmp_path / "few", ignore=shutil.ignore_patterns("main*"))
@@ -178,10 +179,12 @@ def test_shuffled_labels_are_other_patients_on_the_own_grid(tmp_path):
 
 
 def test_conditions_draw_their_own_data_and_share_the_test_scans(tmp_path):
-    plain = Unit(Setup(tmp_path, quick=10), "btcv", 101)
+    plain = Unit(Setup(tmp_path, quick=2), "btcv", 101)
     few, none = plain.under(Condition("6scans", n_train=6)), plain.under(Condition("context0", context=0))
     lists = [json.loads(Path(u.list_file()).read_text()) for u in (plain, few, none)]
     assert lists[0]["test"] == lists[1]["test"] != lists[2]["test"]
+    assert [len(part["training"]) for part in lists] == [9, 6, 9]
+    assert few.steps("pretrain") == plain.steps("pretrain")  # fewer scans, not less training
     assert [len({e["image"] for e in part["training"]} & {e["image"] for e in lists[0]["test"]}) for part in lists] == [0, 0, 0]
     with pytest.raises(UserError, match="no meaning with --data"):
         Unit(Setup(tmp_path, data="x"), "btcv", 101, Condition("c", context=0))
@@ -200,12 +203,12 @@ def test_patient_latents_are_what_the_phantoms_are_drawn_from():
 
 
 def test_sweeps_hold_the_arms_of_the_protocol():
-    arms = {part: [(a.condition.name, a.name) for a in study.sweep(part, "btcv")] for part in ("masking", "longer", "context", "scans", "finetune4x")}
-    assert arms["longer"] == [("", "steps_x0.25"), ("", "steps_x4"), ("", "samples_x16")] and len(arms["masking"]) == 5
-    assert [a.name for a in study.sweep("longer", "cxr14")] == ["steps_x0.25", "steps_x4"]  # a radiograph gives one crop a step
-    assert arms["finetune4x"] == [("finetune4x", a) for a in ("scratch", "self", "steps_x4", "scratch_equal_compute")]
-    assert arms["context"] == [(c, a) for c in ("context0.0", "context0.5") for a in ("scratch", "self")]
-    assert [a for a in arms["scans"] if a[1] == "self_all_images"] == [("6scans", "self_all_images"), ("12scans", "self_all_images")]
+    made = {part: [(a.condition.name, a.name) for a in arms.sweep(part, "btcv")] for part in ("masking", "longer", "context", "scans", "finetune4x")}
+    assert made["longer"] == [("", "steps_x0.25"), ("", "steps_x4"), ("", "samples_x16")] and len(made["masking"]) == 5
+    assert [a.name for a in arms.sweep("longer", "cxr14")] == ["steps_x0.25", "steps_x4"]  # a radiograph gives one crop a step
+    assert made["finetune4x"] == [("finetune4x", a) for a in ("scratch", "self", "steps_x4", "scratch_equal_compute")]
+    assert made["context"] == [(c, a) for c in ("context0.0", "context0.5") for a in ("scratch", "self")]
+    assert [a for a in made["scans"] if a[1] == "self_all_images"] == [("6scans", "self_all_images"), ("12scans", "self_all_images")]
 
 
 def test_on_real_data_no_arm_wants_phantoms_and_a_part_that_only_has_such_arms_is_refused_at_once(tmp_path, capsys):
@@ -215,6 +218,24 @@ def test_on_real_data_no_arm_wants_phantoms_and_a_part_that_only_has_such_arms_i
     assert {a.name for a in run.arms_of("controls", "btcv", real=True)} == {"shuffled_patches", "permuted_weights"}
     words = ["evidence", "--task", "btcv", "--data", str(tmp_path), "--results", str(tmp_path / "r"), "--part", "main", "context"]
     assert main(words) == 2 and "context draws phantoms" in capsys.readouterr().err and not (tmp_path / "r").exists()
+
+
+def test_on_real_data_rates_are_chosen_on_validation_cases_and_arms_scored_on_test_cases(cxr14, tmp_path, capsys):
+    words = ["evidence", "--task", "cxr14", "--data", cxr14, "--out", tmp_path / "out", "--results", tmp_path / "res", "--seeds", 101, "--quick", 40]
+    assert main([str(w) for w in [*words, "--part", "tune", "gates", "main", "--arm", "scratch", "self"]]) == 0, capsys.readouterr().err
+    table = tables.read(tmp_path / "res/real-cxr14/main.csv")
+    assert set(table.arm) == {"scratch", "self"} and set(table.seed) == {101}
+    splits = {seed: set() for seed in (77, 101)}
+    for file in (tmp_path / "out/real-cxr14/quick40/cxr14").rglob("metrics.json"):
+        seed = int(file.parents[1].name.removeprefix("seed"))
+        splits[seed].add(json.loads(file.read_text())["split"])
+    assert splits == {77: {"val"}, 101: {"test"}}
+    chosen = Run.open(tmp_path / "out/real-cxr14/quick40/cxr14/seed77/pretrain-self").config["cases"]
+    assert chosen["val"] and not set(chosen["train"]) & set(chosen["val"])
+    # The same command on another folder of data is told that these runs are of the first.
+    other = shutil.copytree(cxr14, tmp_path / "other")
+    assert main([str(w) for w in [*words, "--data", other, "--part", "main", "--arm", "scratch"]]) == 2
+    assert "was started with data=" in capsys.readouterr().err
 
 
 def test_another_preset_has_folders_of_its_own_and_its_own_lengths(tmp_path, capsys):
@@ -243,4 +264,6 @@ def test_unknown_words_are_refused(tmp_path, capsys):
     assert main(["evidence", "--part", "mian", "--out", str(tmp_path), "--results", str(tmp_path / "r")]) == 2
     assert main(["evidence", "--data", "x", "--out", str(tmp_path), "--results", str(tmp_path / "r")]) == 2
     assert main(["evidence", "--part", "main", "--arm", "slef", "--out", str(tmp_path), "--results", str(tmp_path / "r")]) == 2
-    assert capsys.readouterr().err.count("\n") == 4 and not (tmp_path / "r").exists()
+    for wrong in (["--jobs", "0"], ["--quick", "-1"]):
+        assert main(["evidence", "--part", "main", *wrong, "--out", str(tmp_path), "--results", str(tmp_path / "r")]) == 2
+    assert capsys.readouterr().err.count("\n") == 6 and not (tmp_path / "r").exists()

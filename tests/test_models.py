@@ -194,7 +194,10 @@ def test_the_patch_embedding_is_the_convolution_whose_weights_it_holds(size, pat
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_attention_in_bf16_on_a_cpu_says_what_timms_says_in_fp32(causal):
+def test_attention_in_bf16_on_a_cpu_is_computed_in_fp32_and_says_what_timms_says(causal, monkeypatch):
+    computed = []
+    product = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, *a, **k: computed.append(q.dtype) or product(q, *a, **k))
     own = timm_glue.CpuAttention(24, num_heads=3, qkv_bias=True)
     theirs = Attention(24, num_heads=3, qkv_bias=True)
     theirs.load_state_dict(own.state_dict())
@@ -202,7 +205,7 @@ def test_attention_in_bf16_on_a_cpu_says_what_timms_says_in_fp32(causal):
     assert_close(own(x, is_causal=causal), theirs(x, is_causal=causal))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = own(x, is_causal=causal)
-    assert mixed.dtype == torch.bfloat16
+    assert mixed.dtype == torch.bfloat16 and set(computed) == {torch.float32}
     assert_close(mixed.float(), theirs(x, is_causal=causal), rtol=0, atol=0.02)
 
 

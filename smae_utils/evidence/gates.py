@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from math import prod
 
 import numpy as np
 import pandas as pd
@@ -13,19 +15,22 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from smae_utils.build import build_mae
-from smae_utils.data import derive_seed, read_case, read_splits
+from smae_utils.data import derive_seed, read_case
 from smae_utils.evaluation import load_finetuned
-from smae_utils.evidence.study import DEV_SEED, DEV_TEST_SEED, GATES, MAIN, Arm, Setup, Unit
+from smae_utils.evidence.arms import DEV_SEED, DEV_TEST_SEED, GATES, MAIN, Arm
+from smae_utils.evidence.study import Setup, Unit
 from smae_utils.lesson import load_crop
 from smae_utils.mae import sanity_band
 from smae_utils.metrics import mean_auc
-from smae_utils.patches import mask_noise, patch_statistics, patchify
+from smae_utils.patches import grid_size, mask_noise, patch_statistics, patchify
 from smae_utils.runs import Run
 from smae_utils.tasks import get_task
 from smae_utils.transforms import ResizeRadiograph, middle, prepare
 from smae_utils.weights import load_weights
 
 CROPS_PER_SCAN = 12
+# Large patches and data sets: fewer crops a scan, so that their pixels fit into memory.
+MOST_SCANS, MOST_PATCHES = 60, 50_000
 ATLAS_LIMIT, FLOOR_LIMIT = 0.8, 0.2
 
 
@@ -35,7 +40,7 @@ def run_gates(setup: Setup, task: str, tuned: dict[str, tuple[float, float]]) ->
 
     unit = make_unit(setup, task, DEV_SEED)
     rows = [*_context(unit, tuned), *([] if unit.real else _floor(unit)), *_encoder_matters(unit, tuned)]
-    return pd.DataFrame(rows, columns=["gate", "what", "value", "limit", "holds"]).assign(task=task)
+    return unit.table(rows, ["gate", "what", "value", "limit", "holds"]).assign(task=task)
 
 
 def budget(setup: Setup, task: str, tuned: dict[str, tuple[float, float]]) -> pd.DataFrame:
@@ -53,7 +58,7 @@ def budget(setup: Setup, task: str, tuned: dict[str, tuple[float, float]]) -> pd
             rows.append(("d", f"{arm.name} at {times}x steps", score[times], "", ""))
         gain = score[4] / score[1] - 1
         rows.append(("d", f"{arm.name}: relative gain of 4x steps", gain, "<= 0.1", gain <= 0.1))
-    return pd.DataFrame(rows, columns=["gate", "what", "value", "limit", "holds"]).assign(task=task)
+    return unit.table(rows, ["gate", "what", "value", "limit", "holds"]).assign(task=task)
 
 
 def _score(scores: dict[str, float]) -> float:
@@ -111,21 +116,18 @@ def _prepared(unit: Unit, case: dict, settings) -> torch.Tensor:
 
 def _context(unit: Unit, tuned: dict[str, tuple[float, float]]) -> list[tuple]:
     """Gate (0): position alone, and a linear model on a patch's own pixels and position, do worse than the trained network."""
-    unit.run_arm(MAIN[0], tuned)
-    return _context_2d(unit) if unit.record.spatial_dims == 2 else _context_3d(unit)
+    network = _score(unit.run_arm(MAIN[0], tuned))
+    return _context_2d(unit, network) if unit.record.spatial_dims == 2 else _context_3d(unit)
 
 
-def _context_2d(unit: Unit) -> list[tuple]:
-    settings = unit.settings("finetune")
-    task = get_task(unit.list_file())
-    splits = read_splits(task, unit.real or "", settings)
-    read = [ResizeRadiograph((32, 32)), prepare(task, settings, with_label=False)]
+def _context_2d(unit: Unit, network: float) -> list[tuple]:
+    small, splits = ResizeRadiograph((32, 32)), unit.splits("finetune")
+    read = prepare(get_task(unit.list_file()), unit.settings("finetune"), with_label=False)
     sets = {}
-    for part in ("train", "test"):
-        pixels = np.stack([read[0](read_case(read[1], c))["image"].numpy().ravel() for c in splits[part]])
+    for part in ("train", unit.scored):
+        pixels = np.stack([small(read_case(read, c))["image"].numpy().ravel() for c in splits[part]])
         sets[part] = pixels, np.stack([c["label"] for c in splits[part]])
-    linear = linear_auc(*sets["train"], *sets["test"])
-    network = _score(unit.run_arm(MAIN[0], {}))
+    linear = linear_auc(*sets["train"], *sets[unit.scored])
     return [
         ("0", "linear model on pixels, mAUC", linear, f"< {network:.3f} (network)", linear < network - 0.02),
         ("0", "trained network, mAUC", network, "", ""),
@@ -133,30 +135,34 @@ def _context_2d(unit: Unit) -> list[tuple]:
 
 
 def patch_table(unit: Unit, part: str, features: Callable[[torch.Tensor], torch.Tensor] | None = None) -> dict[str, np.ndarray]:
-    """Random crops of a split, patch by patch: pixels (N, p^d C) or features, index of the patch, presence of each class (N, classes)."""
+    """Random crops of a split, patch by patch: pixels (N, p^d C) or features, index of the patch, presence of each class (N, classes).
+
+    Args:
+        part: "train", or "test" for the cases that are scored.
+        features: (1, C, *crop_size) -> (1, L, any): what stands for the pixels.
+    """
     settings = unit.settings("finetune")
     task = get_task(unit.list_file())
     transform = prepare(task, settings, with_label=True)
     rng = np.random.default_rng(derive_seed(DEV_SEED, len(part)))
-    crops, labels = [], []
-    for case in read_splits(task, unit.real or "", settings)[part]:
+    cases = unit.splits("finetune")["train" if part == "train" else unit.scored][:MOST_SCANS]
+    length = prod(grid_size(settings.crop_size, settings.patch_size))
+    x, y = [], []
+    for case in cases:
         data = read_case(transform, case)
         image, label = data["image"].as_tensor(), data["label"].as_tensor()
-        for _ in range(CROPS_PER_SCAN):
+        for _ in range(max(1, min(CROPS_PER_SCAN, MOST_PATCHES // (len(cases) * length)))):
             corner = [int(rng.integers(n - c + 1)) for n, c in zip(image.shape[1:], settings.crop_size)]
             cut = (slice(None), *(slice(o, o + c) for o, c in zip(corner, settings.crop_size)))
-            crops.append(image[cut])
-            labels.append(torch.from_numpy(np.stack(task.class_masks(label[cut][0].numpy()))).float())
-    crops, labels = torch.stack(crops), torch.stack(labels)
-    patches = patchify(crops, settings.patch_size)
-    inside = patchify(labels, settings.patch_size).unflatten(-1, (-1, len(task.classes))).mean(-2)
-    length = patches.shape[1]
-    return {
-        "crops": crops,
-        "x": (patches if features is None else features(crops)).flatten(0, 1).numpy(),
-        "index": np.tile(np.arange(length), len(crops)),
-        "y": (inside > 0.05).flatten(0, 1).numpy(),
-    }
+            masks = torch.from_numpy(np.stack(task.class_masks(label[cut][0].numpy()))).float()
+            x.append((features or partial(patchify, patch_size=settings.patch_size))(image[cut][None])[0].numpy())
+            y.append(_inside(masks[None], settings.patch_size)[0].numpy() > 0.05)
+    return {"x": np.concatenate(x), "index": np.tile(np.arange(length), len(x)), "y": np.concatenate(y)}
+
+
+def _inside(values: torch.Tensor, patch_size) -> torch.Tensor:
+    """Mean over each patch: (B, classes, *spatial) -> (B, L, classes)."""
+    return patchify(values, patch_size).unflatten(-1, (-1, values.shape[1])).mean(-2)
 
 
 def _context_3d(unit: Unit) -> list[tuple]:
@@ -167,13 +173,13 @@ def _context_3d(unit: Unit) -> list[tuple]:
     one_hot = np.eye(length, dtype=np.float32)
     linear = linear_auc(train["x"], train["y"], test["x"], test["y"], one_hot[train["index"]], one_hot[test["index"]])
     model, task, settings = load_finetuned(Run(unit.folder / "scratch"))
-    scores = []
-    with torch.inference_mode():
-        for batch in test["crops"].split(16):
-            logits = model(batch).float()
-            probs = logits.softmax(1)[:, 1:] if task.exclusive else logits.sigmoid()
-            scores.append(patchify(probs, settings.patch_size).unflatten(-1, (-1, len(task.classes))).mean(-2).flatten(0, 1))
-    network = mean_auc(test["y"], torch.cat(scores).numpy())[0]
+
+    @torch.inference_mode()
+    def certainty(crop: torch.Tensor) -> torch.Tensor:
+        logits = model(crop).float()
+        return _inside(logits.softmax(1)[:, 1:] if task.exclusive else logits.sigmoid(), settings.patch_size)
+
+    network = mean_auc(test["y"], patch_table(unit, "test", certainty)["x"])[0]
     return [
         ("0", "class of a patch from its position alone, AUC", atlas, f"<= {ATLAS_LIMIT}", atlas <= ATLAS_LIMIT),
         ("0", "class of a patch from its pixels and position, linear, AUC", linear, f"< {network:.3f} (network)", linear < network - 0.02),

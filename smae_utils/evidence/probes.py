@@ -13,12 +13,11 @@ from sklearn.metrics import r2_score
 from torch import Tensor
 
 from smae_utils.build import build_model
-from smae_utils.data import derive_seed, read_splits
+from smae_utils.data import derive_seed
 from smae_utils.evidence.gates import linear_auc, patch_table, principal
 from smae_utils.evidence.study import Setup, Unit
 from smae_utils.lesson import load_crop
 from smae_utils.phantoms import patient_latents
-from smae_utils.tasks import get_task
 from smae_utils.weights import load_weights
 
 # Phantoms drawn for reading latents only: these many to fit, these many to score.
@@ -45,7 +44,7 @@ def probe(setup: Setup, task: str, seed: int) -> pd.DataFrame:
         if patients:
             figures["latents_r2"] = _latents_r2(unit, tokens, *patients)
         rows += [{"task": task, "arm": f"probe_{arm}", "seed": seed, "metric": k, "value": v} for k, v in figures.items()]
-    return pd.DataFrame(rows)
+    return unit.table(rows)
 
 
 def _tokens_of(encoder: torch.nn.Module) -> Tokens:
@@ -61,13 +60,10 @@ def _labels_auc(unit: Unit, tokens: Tokens) -> float:
     if unit.record.spatial_dims == 3:
         train, test = (patch_table(unit, part, tokens) for part in ("train", "test"))
         return linear_auc(train["x"], train["y"], test["x"], test["y"])
-    settings = unit.settings("finetune")
-    task = get_task(unit.list_file())
-    splits = read_splits(task, unit.real or "", settings)
-    sets = []
-    for part in ("train", "test"):
-        images = torch.stack([load_crop(unit.record, settings, case) for case in splits[part]])
-        sets += [tokens(images).mean(1).numpy(), np.stack([c["label"] for c in splits[part]])]
+    settings, splits, sets = unit.settings("finetune"), unit.splits("finetune"), []
+    for part in ("train", unit.scored):
+        means = [tokens(load_crop(unit.record, settings, case)[None])[0].mean(0).numpy() for case in splits[part]]
+        sets += [np.stack(means), np.stack([c["label"] for c in splits[part]])]
     return linear_auc(*sets)
 
 

@@ -12,8 +12,9 @@ import pandas as pd
 import torch
 
 from smae_utils.errors import UserError
-from smae_utils.evidence import gates, probes, study, tables
-from smae_utils.evidence.study import CONTROLS, DEV_SEED, MAIN, PRESET, SEEDS, TASKS, Arm, Setup, Unit, sweep
+from smae_utils.evidence import gates, probes, tables
+from smae_utils.evidence.arms import CNN_GRID, CONTROLS, DEV_SEED, GRID, MAIN, PRESET, SEEDS, TASKS, Arm, sweep
+from smae_utils.evidence.study import Setup, Unit
 from smae_utils.phantoms import SIZES
 from smae_utils.settings import resolve
 from smae_utils.tasks import get_task
@@ -50,6 +51,9 @@ def evidence(
             raise UserError(f"the evidence study has no {name} {wrong!r}: expected some of {', '.join(known)}")
     if size not in SIZES:
         raise UserError(f"the size of phantoms must be {' or '.join(SIZES)}, got {size!r}")
+    for name, value in (("jobs", jobs), ("quick", quick)):
+        if value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
     if data and len(tasks) != 1:
         raise UserError("--data is the folder of one task's download: name it with --task")
     if data and (none := [part for part in SWEEPS if part in parts and not arms_of(part, tasks[0], real=True)]):
@@ -72,6 +76,8 @@ def evidence(
     tables_to = tables.Writer(results, command, quick)
     units = [(task, seed) for seed in seeds for task in tasks]
     if "tune" in parts:
+        for task in tasks:  # before the arms, which would draw the same phantoms side by side
+            make_unit(setup, task, DEV_SEED).list_file()
         jobs_of(jobs, _tune, [(setup, task, arm) for task in tasks for arm in ("scratch", "self", "cnn")], tables_to.tuning)
     tuned = tables.read_tuned(results)
     for task in tasks:
@@ -105,8 +111,12 @@ def jobs_of(jobs: int, function: Callable, arguments: list[tuple], receive: Call
         return
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(function, *values) for values in arguments]
-        for future in futures:
-            receive(future.result())
+        try:
+            for future in futures:
+                receive(future.result())
+        except BaseException:  # said at once, not after hours of the others
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def make_unit(setup: Setup, task: str, seed: int) -> Unit:
@@ -120,10 +130,10 @@ def _tune(setup: Setup, task: str, arm: str) -> pd.DataFrame:
     unit = make_unit(setup, task, DEV_SEED)
     base = {a.name: a for a in MAIN}[arm]
     rows = []
-    for factor, decay in study.CNN_GRID if arm == "cnn" else study.GRID:
+    for factor, decay in CNN_GRID if arm == "cnn" else GRID:
         scores = unit.run_arm(base, {arm: (factor, decay)}, name=f"tune-{arm}-lr{factor}-decay{decay}")
         rows.append({"task": task, "arm": arm, "lr_factor": factor, "layer_decay": decay, "score": scores.get("mauc", scores.get("dsc"))})
-    return pd.DataFrame(rows)
+    return unit.table(rows)
 
 
 def _arms(setup: Setup, task: str, seed: int, arms: tuple[Arm, ...], tuned: dict[str, tuple[float, float]]) -> pd.DataFrame:
@@ -132,4 +142,4 @@ def _arms(setup: Setup, task: str, seed: int, arms: tuple[Arm, ...], tuned: dict
     for arm in arms:
         scores = unit.run_arm(arm, tuned)
         rows += [{"task": task, "condition": arm.condition.name, "arm": arm.name, "seed": seed, "metric": k, "value": v} for k, v in scores.items()]
-    return pd.DataFrame(rows)
+    return unit.table(rows)

@@ -1,14 +1,15 @@
-"""What the study consists of: data of each seed, the arms, and the runs they need. Numbers are fixed here before any run (docs/protocol.md)."""
+"""The runs of the study: data of each seed, its pre-trainings and its arms, made once and found again."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -17,130 +18,24 @@ from smae_utils.cost import crop_cost
 from smae_utils.data import derive_seed, read_splits
 from smae_utils.errors import UserError
 from smae_utils.evaluation import evaluate, read_metrics
+from smae_utils.evidence.arms import DEV_SEED, DEV_TEST_SEED, N_TEST, N_TEST_FULL, N_TRAIN, PLAIN, PRESET, PRETRAININGS, TEST_SEED, Arm, Condition
 from smae_utils.phantoms import write_phantoms
 from smae_utils.runs import write_text
-from smae_utils.settings import Settings, resolve, total_steps
-from smae_utils.tasks import get_task
+from smae_utils.settings import Settings, as_dict, make_settings, resolve, total_steps
+from smae_utils.tasks import Splits, get_task
 from smae_utils.training import finetune, pretrain
 from smae_utils.weights import WEIGHTS
 
-PRESET = "evidence"
-TASKS = ("cxr14", "btcv", "brats")
-N_TRAIN = {"btcv": 18, "brats": 24, "cxr14": 400}
-N_SWEEP = {"btcv": (6, 12, 30), "brats": (6, 12), "cxr14": (60, 150, 2000)}
-N_TEST = {"btcv": 60, "brats": 60, "cxr14": 600}
-N_TEST_FULL = {"btcv": 24, "brats": 24, "cxr14": 300}  # of the real data's matrix sizes: seconds each to draw and to score
-SEEDS = (101, 102, 103, 104, 105)
-DEV_SEED, DEV_TEST_SEED, TEST_SEED = 77, 78, 100
-# Grids of one size for every arm: factors of the preset's learning rate, and layer decay.
-GRID = ((1.0, 1.0), (2.0, 1.0), (1.0, 0.75))
-CNN_GRID = ((1.0, 1.0), (2.0, 1.0), (0.5, 1.0))  # a CNN has no blocks to decay
 
+class Made(NamedTuple):
+    """Where and by what a run was made."""
 
-@dataclass(frozen=True)
-class Condition:
-    """What is done to the training data of a seed, or to the length of training, apart from which all arms stay as they are.
-
-    Attributes:
-        name: how tables and folders call it; "" is the study's own data.
-        context: share of each phantom structure that follows the patient's latents; the test phantoms are drawn alike.
-        n_train: how many training scans, the first of the seed's; 0: as many as always.
-        shuffle_labels: each training scan gets the label of another one.
-        finetune_times: fine-tuning steps of every arm, as a multiple of the preset's.
-    """
-
-    name: str = ""
-    context: float = 1.0
-    n_train: int = 0
-    shuffle_labels: bool = False
-    finetune_times: float = 1.0
-
-    @property
-    def draws(self) -> bool:
-        """Whether it needs phantoms of its own, which real data cannot have."""
-        return self.context != 1 or self.n_train > 0 or self.shuffle_labels
-
-
-PLAIN = Condition()
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to fine-tune.
-
-    Attributes:
-        init: "scratch", or the name of a pre-training of this seed.
-        tuned_as: whose learning rate and layer decay it takes.
-        overrides: settings it has of its own.
-        equal_compute: as many more fine-tuning steps as so many times the preset's pre-training cost, by counted FLOPs.
-        condition: the data it is trained on.
-        all_images: pre-trained on all images of the seed, also where the condition leaves only some of them with a label.
-    """
-
-    name: str
-    init: str = "scratch"
-    tuned_as: str = "scratch"
-    overrides: tuple[tuple[str, Any], ...] = ()
-    equal_compute: float = 0.0
-    condition: Condition = PLAIN
-    all_images: bool = False
-
-
-# Settings of each pre-training; `times` multiplies the preset's steps, `crops_times` its crops a step. Two parts of the study are sweeps over them.
-MASKING: dict[str, dict[str, Any]] = {
-    **{f"mask{ratio}": {"mask_ratio": ratio} for ratio in (0.125, 0.25, 0.5, 0.9)},
-    "raw_pixels": {"norm_pix_loss": False},
-}
-LONGER: dict[str, dict[str, Any]] = {"steps_x0.25": {"times": 0.25}, "steps_x4": {"times": 4}}
-# Of a scan many crops can be cut at once, of a radiograph one.
-LONGER_3D: dict[str, dict[str, Any]] = {**LONGER, "samples_x16": {"times": 4, "crops_times": 4}}
-PRETRAININGS: dict[str, dict[str, Any]] = {"self": {}, "shuffled": {"shuffle_patches": True}, **MASKING, **LONGER_3D}
-MAIN = (
-    Arm("scratch"),
-    Arm("self", "self", "self"),
-    Arm("scratch_equal_compute", equal_compute=1),
-    Arm("cnn", tuned_as="cnn", overrides=(("network", "cnn"),)),
-)
-CONTROLS = (
-    Arm("shuffled_patches", "shuffled", "self"),
-    Arm("permuted_weights", "permuted", "self"),
-    Arm("shuffled_labels", condition=Condition("shuffled_labels", shuffle_labels=True)),
-)
-
-
-def _twins(condition: Condition) -> tuple[Arm, ...]:
-    """Scratch and self on other data."""
-    return Arm("scratch", condition=condition), Arm("self", "self", "self", condition=condition)
-
-
-def sweep(part: str, task: str) -> tuple[Arm, ...]:
-    """The arms of a sweep: `masking`, `longer`, `finetune4x`, `context` or `scans`."""
-    if part == "finetune4x":
-        condition = Condition("finetune4x", finetune_times=4)
-        return (
-            Arm("scratch", condition=condition),
-            Arm("self", "self", "self", condition=condition, all_images=True),
-            Arm("steps_x4", "steps_x4", "self", condition=condition, all_images=True),
-            Arm("scratch_equal_compute", condition=condition, equal_compute=4),  # of the longest: steps_x4
-        )
-    if part == "context":
-        return tuple(arm for c in (0.0, 0.5) for arm in _twins(Condition(f"context{c}", context=c)))
-    if part == "scans":
-        arms: list[Arm] = []
-        for n in N_SWEEP[task]:
-            condition = Condition(f"{n}scans", n_train=n)
-            arms += _twins(condition)
-            if n < N_TRAIN[task]:
-                arms.append(Arm("self_all_images", "self", "self", condition=condition, all_images=True))
-        return tuple(arms)
-    longer = LONGER_3D if get_task(task).spatial_dims == 3 else LONGER
-    return tuple(Arm(name, name, "self") for name in {"masking": MASKING, "longer": longer}[part])
-
-
-GATES = (
-    Arm("encoder_zeroed", overrides=(("encoder", "zeroed"),)),
-    Arm("encoder_frozen_random", overrides=(("encoder", "frozen"),)),
-)
+    machine: str
+    date: str
+    commit: str
+    torch: str
+    device: str
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -188,6 +83,7 @@ class Unit:
     def __init__(self, setup: Setup, task: str, seed: int, condition: Condition = PLAIN):
         self.setup, self.task, self.seed, self.condition = setup, task, seed, condition
         self.real, self.quick = setup.data, setup.quick
+        self.made: set[Made] = set()
         if setup.data and condition.draws:
             raise UserError(f"the condition {condition.name} draws phantoms of its own: it has no meaning with --data")
         # Other data or sizes, and quick runs, have folders of their own: their figures must not pass for the study's.
@@ -195,15 +91,25 @@ class Unit:
         self.root = Path(setup.out).resolve() / name / (f"quick{setup.quick}" if setup.quick > 1 else "")
         self.folder = self.root / task / f"seed{seed}" / condition.name
         self.dev = seed == DEV_SEED
+        # The real test cases are for the fresh seeds alone: learning rates and gates look at validation cases there.
+        self.scored = "val" if self.dev and self.real else "test"
         self.record = get_task(task)
 
-    def settings(self, stage: str, **overrides: Any) -> Settings:
-        """The preset's settings of this task."""
-        return resolve(self.record, stage, self.setup.preset, overrides=overrides)
+    def settings(self, stage: str, arm: str = "scratch", **overrides: Any) -> Settings:
+        """The preset's settings of this task; for fine-tuning those of its scratch or self arm."""
+        return resolve(self.record, stage, self.setup.preset, arm, overrides)
+
+    def splits(self, stage: str) -> Splits:
+        """Train, val and test cases of a stage."""
+        return read_splits(get_task(self.list_file()), self.real or "", make_settings(type(self.settings(stage)), self._base(stage), "the study"))
 
     def under(self, condition: Condition) -> Unit:
         """The same seed with other data."""
-        return self if condition == self.condition else Unit(self.setup, self.task, self.seed, condition)
+        if condition == self.condition:
+            return self
+        other = Unit(self.setup, self.task, self.seed, condition)
+        other.made = self.made
+        return other
 
     def list_file(self) -> str:
         """The task whose cases these are: the real task, or a list of freshly drawn training phantoms and the fixed test phantoms."""
@@ -231,20 +137,26 @@ class Unit:
         """Folder of `n` phantoms of this task and the study's size, see `write_phantoms`; drawn once."""
         return phantom_folder(self.root, self.task, n, seed, **how, **({} if self.setup.size == "demo" else {"size": self.setup.size}))
 
+    def _base(self, stage: str) -> dict[str, Any]:
+        """Settings as plain values, with the validation cases held out where they are scored."""
+        return as_dict(self.settings(stage)) | ({"train_on_val": False} if self.scored == "val" else {})
+
     def overrides(self, stage: str, values: dict[str, Any]) -> dict[str, Any]:
-        """Settings on top of the preset: the seed, and in a quick run fewer steps."""
+        """Settings on top of the preset: the seed; with few scans or in a quick run no larger batches than these allow, and steps that do not follow from them."""
         out = {"seed": self.seed, **values}
+        if self.scored == "val":
+            out["train_on_val"] = False
+        if self.quick > 1 or self.condition.n_train:
+            steps = out.get("steps") or self.steps(stage)
+            out |= {"steps": max(2, steps // self.quick), "batch_size": min(self.settings(stage).batch_size, len(self.splits(stage)["train"]))}
         if self.quick > 1:
-            few = max(2, self.setup.cases("train", self.task) // self.quick)
-            out |= {"steps": max(2, (out.get("steps") or self.steps(stage)) // self.quick), "warmup_steps": 1}
-            out |= {"batch_size": min(self.settings(stage).batch_size, few)}
+            out["warmup_steps"] = 1
         return out
 
     def steps(self, stage: str) -> int:
-        """The preset's steps on this task's training scans."""
+        """The preset's steps; where it counts epochs, those over the training scans that are there without a condition."""
         settings = self.settings(stage)
-        n_train = len(read_splits(self.record, self.real, settings)["train"]) if self.real else self.setup.cases("train", self.task)
-        return total_steps(settings, n_train)[0]
+        return settings.steps or total_steps(settings, len(self.under(PLAIN).splits(stage)["train"]))[0]
 
     def pretrained(self, name: str) -> Path:
         """Run folder of a pre-training, or the file of a control made from one; trains it when it is not there."""
@@ -268,7 +180,9 @@ class Unit:
                 tensors = {name: handle.get_tensor(name) for name in handle.keys() if name.startswith("encoder.")}  # noqa: SIM118 (no mapping)
                 metadata = handle.metadata()
             rng = np.random.default_rng(self.seed)
-            save_file({name: _permute(value, rng) for name, value in tensors.items()}, target, metadata=metadata)
+            # The position table is not learned, and scratch starts from it too.
+            made = {name: value if name == "encoder.pos_embed" else _permute(value, rng) for name, value in tensors.items()}
+            save_file(made, target, metadata=metadata)
         return target
 
     def finetune_steps(self, times: float = 1.0, pretrainings: float = 0.0) -> int:
@@ -282,26 +196,40 @@ class Unit:
     def arm_settings(self, arm: Arm, tuned: dict[str, tuple[float, float]]) -> dict[str, Any]:
         """Overrides of an arm: its learning rate and layer decay, its own settings, its number of steps."""
         factor, decay = tuned[arm.tuned_as]
-        base = self.settings("finetune", **dict(arm.overrides))
+        base = self.settings("finetune", "scratch" if arm.init == "scratch" else "self", **dict(arm.overrides))
         values = {**dict(arm.overrides), "base_lr": base.base_lr * factor, "layer_decay": decay}
         if self.condition.finetune_times != 1 or arm.equal_compute:
             values["steps"] = self.finetune_steps(self.condition.finetune_times, arm.equal_compute)
         return self.overrides("finetune", values)
 
     def run_arm(self, arm: Arm, tuned: dict[str, tuple[float, float]], name: str = "") -> dict[str, float]:
-        """Fine-tune and score an arm on the test cases; returns the mean figures and the number of dead classes."""
+        """Fine-tune and score an arm on the test cases; returns the mean figures and the number of dead classes.
+
+        Raises:
+            UserError: when the folder holds a run of other settings or data.
+        """
         if arm.condition != self.condition:
             return self.under(arm.condition).run_arm(arm, tuned, name)
         folder = self.folder / (name or arm.name)
+        init = "scratch" if arm.init == "scratch" else (self.under(PLAIN) if arm.all_images else self).pretrained(arm.init)
+        run = finetune(
+            self.list_file(), self.real or "", folder, init, self.setup.preset, self.arm_settings(arm, tuned), resume=True, report=self._say
+        )
         if not (folder / "metrics.json").exists():
-            init = "scratch" if arm.init == "scratch" else (self.under(PLAIN) if arm.all_images else self).pretrained(arm.init)
-            finetune(self.list_file(), self.real or "", folder, init, self.setup.preset, self.arm_settings(arm, tuned), resume=True, report=self._say)
-            evaluate(folder, save_masks=False, report=self._say)
-        metrics = read_metrics(folder)
+            evaluate(folder, split=self.scored, save_masks=False, report=self._say)
+        metrics, config = read_metrics(folder), run.config
+        source = config["provenance"]
+        self.made.add(Made(source["machine"], source["date"], source["commit"], source["packages"]["torch"], config["device"], config["precision"]))
         out = {k: v for k, v in metrics["mean"].items() if v is not None}
         if self.record.kind == "segmentation":
             out["dead_classes"] = float(sum(c["dsc"] == 0 for c in metrics["classes"].values()))
         return out
+
+    def table(self, rows: list, columns: list[str] | None = None) -> pd.DataFrame:
+        """Rows as a table that carries, in `attrs["made"]`, where the runs behind it were made."""
+        made = pd.DataFrame(rows, columns=columns)
+        made.attrs["made"] = sorted(self.made)
+        return made
 
     def _say(self, line: str) -> None:
         if not line.startswith("  "):

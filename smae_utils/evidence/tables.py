@@ -11,9 +11,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
-from smae_utils import accel
 from smae_utils.errors import UserError
-from smae_utils.runs import provenance, write_text
+from smae_utils.evidence.study import Made
+from smae_utils.runs import machine_name, provenance, write_text
 
 ARM_COLOURS = {"self": "#0072B2", "scratch_equal_compute": "#E69F00", "cnn": "#009E73"}
 KEYS = {
@@ -46,6 +46,7 @@ class Writer:
 
     def __init__(self, results: Path, command: str = "", quick: int = 1):
         self.results, self.command, self.quick = Path(results), command, quick
+        self.made: dict[str, set[Made]] = {}
         self.results.mkdir(parents=True, exist_ok=True)
 
     def tuning(self, rows: pd.DataFrame) -> None:
@@ -65,12 +66,13 @@ class Writer:
         if file.is_file() and ("figures of a quick run" in file.read_text()) != (self.quick > 1):
             raise UserError(f"{file} holds figures of {'a full' if self.quick > 1 else 'a quick'} run: choose another --results")
         table = pd.concat([read(file), rows], ignore_index=True).drop_duplicates(keys, keep="last").sort_values(keys, kind="stable")
-        source = provenance()
-        precision = accel.pick_precision("auto", accel.best_device())
+        # Where and when the runs behind the rows were made, which a command may only have found again.
+        made = self.made.setdefault(name, set())
+        made |= set(rows.attrs.get("made", ()))
         head = [
             f"python -m smae_utils evidence {self.command}"
             + (f" --quick {self.quick} (figures of a quick run mean nothing)" if self.quick > 1 else ""),
-            f"{source['machine']}, {source['date']}, commit {source['commit']}, torch {source['packages']['torch']}, {accel.device_name(accel.best_device())}, {precision}",
+            "; ".join(_places(made)) if made else f"{machine_name()}, {provenance()['date']}, commit {provenance()['commit']}",
         ]
         # Rows come from several commands: each is named with where and when it was run last.
         said = [line[2:] for line in file.read_text().splitlines() if line.startswith("# ")] if file.is_file() else []
@@ -81,7 +83,7 @@ class Writer:
     def finish(self) -> None:
         """Intervals and the figure, from whatever is there."""
         main = read(self.results / "main.csv")
-        if main.empty or "scratch" not in set(main.arm):  # nothing to compare with yet
+        if main.empty or intervals(main).empty:  # nothing to compare with yet
             return
         table = intervals(pd.concat([main, *(read(self.results / f"{name}.csv") for name in ("controls", "sweeps"))]))
         write_text(
@@ -93,6 +95,19 @@ class Writer:
         for name, figure in {**figures, **({"longer": longer} if longer else {})}.items():
             figure.savefig(self.results / f"{name}.png", dpi=90)
             plt.close(figure)
+
+
+def _places(made: set[Made]) -> list[str]:
+    """A line for each machine, device and precision: when and by which commits runs were made there."""
+    groups: dict[tuple, list[Made]] = {}
+    for one in sorted(made):
+        groups.setdefault((one.machine, one.torch, one.device, one.precision), []).append(one)
+    lines = []
+    for (machine, torch, device, precision), runs in groups.items():
+        dates, commits = sorted({r.date[:16] for r in runs}), sorted({r.commit for r in runs})
+        span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+        lines.append(f"{machine}, {span} UTC, commit {' '.join(commits)}, torch {torch}, {device}, {precision}")
+    return lines
 
 
 def intervals(table: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
@@ -149,7 +164,7 @@ def show_pretraining(main: pd.DataFrame, sweeps: pd.DataFrame) -> Figure | None:
 def show_differences(main: pd.DataFrame) -> Figure:
     """Difference to scratch of each seed (dots), mean and 95 % interval of each arm; a panel a task."""
     table = intervals(main)
-    tasks = list(main.task.unique())
+    tasks = [task for task in main.task.unique() if task in set(table.task)]
     figure, axes = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks), 3.2), squeeze=False, layout="constrained")
     for axis, task in zip(axes[0], tasks):
         metric = "mauc" if "mauc" in set(main[main.task == task].metric) else "dsc"
