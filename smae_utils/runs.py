@@ -34,6 +34,14 @@ def write_text(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
+def _git(*words: str) -> str:
+    """What git says of the folder of this package; "" where there is no git or no repository."""
+    try:
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
 def provenance() -> dict[str, Any]:
     """Versions, commit, machine, date: where a number comes from."""
     packages = {}
@@ -42,11 +50,10 @@ def provenance() -> dict[str, Any]:
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = "not installed"
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
-    except (OSError, subprocess.TimeoutExpired):
-        commit = "unknown"
+    # Only what the figures follow from counts: results written since do not make a commit "dirty".
+    commit = _git("rev-parse", "--short=12", "HEAD") or "unknown"
+    if commit != "unknown" and _git("status", "--porcelain", "--", ".", "../presets"):
+        commit += "-dirty"
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": commit,
