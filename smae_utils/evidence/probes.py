@@ -70,11 +70,13 @@ def _labels_auc(unit: Unit, tokens: Tokens) -> float:
 def _patients(unit: Unit) -> tuple[Tensor, np.ndarray]:
     """The middles of scans of patients drawn for this alone, one scan each, (N, C, *crop_size), and their latents (N, 12)."""
     total = max(4, (LATENT_FIT + LATENT_TEST) // unit.quick)
-    folder = unit.phantoms(total, LATENT_SEED)
+    # A patient of the X-ray phantom has about two radiographs.
+    folder = unit.phantoms(total * (2 if unit.record.spatial_dims == 2 else 1), LATENT_SEED)
     cases = {c["patient"]: c for part in unit.record.read_splits(folder, 0, 0).values() for c in part}
     settings = unit.settings("finetune")
     ordered = [cases[name] for name in sorted(cases)]
     np.random.default_rng(LATENT_SEED).shuffle(ordered)
+    ordered = ordered[:total]
     latents = np.stack([patient_latents(unit.task, LATENT_SEED, int(re.findall(r"\d+", case["patient"])[-1])) for case in ordered])
     return torch.stack([load_crop(unit.record, settings, case) for case in ordered]), latents
 
