@@ -47,7 +47,7 @@ PRIMARY = {"cxr14": "mauc", "btcv": "dsc", "brats": "dsc"}
 
 
 # Arms of the tables that compare, in their order, and how long the arms of a condition were fine-tuned.
-COMPARED = ("self", "steps_x0.25", "steps_x4", "samples_x16", "scratch_equal_compute", "cnn")
+COMPARED = ("self", "steps_x0.25", "steps_x4", "samples_x16", "raw_pixels", "raw_pixels_x4", "scratch_equal_compute", "cnn")
 CONTROLLED = {"shuffled_patches", "permuted_weights", "shuffled_labels", "probe_random"}
 FINE_TUNED = {"": "1x", "finetune4x": "4x"}
 

@@ -116,7 +116,12 @@ def test_the_whole_study_runs_and_is_not_done_twice(task, tmp_path, capsys):
     assert set(tables.read(tmp_path / "res" / "controls.csv").arm) == controls
     twins, swept = {"scratch", "self"}, tables.read(tmp_path / "res" / "sweeps.csv").groupby("condition").arm.agg(set).to_dict()
     few = dict.fromkeys(("6scans", "12scans"), twins | {"self_all_images"})
-    others = {"": {"steps_x0.25", "steps_x4"}, "context0.0": twins, "context0.5": twins, "finetune4x": twins | {"steps_x4", "scratch_equal_compute"}}
+    others = {
+        "": {"steps_x0.25", "steps_x4", "raw_pixels_x4"},
+        "context0.0": twins,
+        "context0.5": twins,
+        "finetune4x": twins | {"steps_x4", "scratch_equal_compute"},
+    }
     assert swept == {"brats": few, "cxr14": others}[task]
     assert {"0", "b", "c"} == set(tables.read(tmp_path / "res" / "gates.csv").gate.astype(str))
     made = Run.open(tmp_path / f"out/quick40/{task}/seed101/scratch").config["provenance"]
@@ -204,8 +209,8 @@ def test_patient_latents_are_what_the_phantoms_are_drawn_from():
 
 def test_sweeps_hold_the_arms_of_the_protocol():
     made = {part: [(a.condition.name, a.name) for a in arms.sweep(part, "btcv")] for part in ("masking", "longer", "context", "scans", "finetune4x")}
-    assert made["longer"] == [("", "steps_x0.25"), ("", "steps_x4"), ("", "samples_x16")] and len(made["masking"]) == 5
-    assert [a.name for a in arms.sweep("longer", "cxr14")] == ["steps_x0.25", "steps_x4"]  # a radiograph gives one crop a step
+    assert made["longer"] == [("", "steps_x0.25"), ("", "steps_x4"), ("", "raw_pixels_x4"), ("", "samples_x16")] and len(made["masking"]) == 5
+    assert [a.name for a in arms.sweep("longer", "cxr14")] == ["steps_x0.25", "steps_x4", "raw_pixels_x4"]  # a radiograph gives one crop a step
     assert made["finetune4x"] == [("finetune4x", a) for a in ("scratch", "self", "steps_x4", "scratch_equal_compute")]
     assert made["context"] == [(c, a) for c in ("context0.0", "context0.5") for a in ("scratch", "self")]
     assert [a for a in made["scans"] if a[1] == "self_all_images"] == [("6scans", "self_all_images"), ("12scans", "self_all_images")]

@@ -74,7 +74,11 @@ MASKING: dict[str, dict[str, Any]] = {
     **{f"mask{ratio}": {"mask_ratio": ratio} for ratio in (0.125, 0.25, 0.5, 0.9)},
     "raw_pixels": {"norm_pix_loss": False},
 }
-LONGER: dict[str, dict[str, Any]] = {"steps_x0.25": {"times": 0.25}, "steps_x4": {"times": 4}}
+LONGER: dict[str, dict[str, Any]] = {
+    "steps_x0.25": {"times": 0.25},
+    "steps_x4": {"times": 4},
+    "raw_pixels_x4": {"norm_pix_loss": False, "times": 4},
+}
 # Of a scan many crops can be cut at once, of a radiograph one.
 LONGER_3D: dict[str, dict[str, Any]] = {**LONGER, "samples_x16": {"times": 4, "crops_times": 4}}
 PRETRAININGS: dict[str, dict[str, Any]] = {"self": {}, "shuffled": {"shuffle_patches": True}, **MASKING, **LONGER_3D}
