@@ -12,7 +12,7 @@ from smae_utils.build import build_mae
 from smae_utils.data import read_splits
 from smae_utils.demo import pivot
 from smae_utils.errors import UserError
-from smae_utils.evidence.tables import read
+from smae_utils.evidence.tables import intervals, read
 from smae_utils.lesson import load_crop
 from smae_utils.plots import show_reconstruction
 from smae_utils.runs import Run
@@ -50,6 +50,16 @@ PRIMARY = {"cxr14": "mauc", "btcv": "dsc", "brats": "dsc"}
 COMPARED = ("self", "steps_x0.25", "steps_x4", "samples_x16", "raw_pixels", "raw_pixels_x4", "scratch_equal_compute", "cnn")
 CONTROLLED = {"shuffled_patches", "permuted_weights", "shuffled_labels", "probe_random"}
 FINE_TUNED = {"": "1x", "finetune4x": "4x"}
+MATCHED = {"": "self", "finetune4x": "steps_x4"}  # whose total compute scratch_equal_compute has
+
+
+def _longer_labelled(folder: Path, task: str, metric: str) -> list:
+    """Scratch with four times the fine-tuning steps beside scratch: the other way to spend more time."""
+    main, sweeps = read(folder / "main.csv"), read(folder / "sweeps.csv")
+    longer = sweeps[(sweeps.condition == "finetune4x") & (sweeps.arm == "scratch")].assign(arm="longer", condition="")
+    both = pd.concat([main[main.arm == "scratch"], longer])
+    table = intervals(both[(both.task == task) & (both.metric == metric)])
+    return list(table.itertuples())
 
 
 def _compared(row) -> tuple:
@@ -67,7 +77,11 @@ def evidence_block(root: Path) -> str:
         for condition, times in FINE_TUNED.items():
             part = table[(table.task == task) & (table.metric == metric) & (table.condition == condition)].set_index("arm")
             for row in part.reindex([arm for arm in COMPARED if arm in part.index]).itertuples():
-                rows.append((f"{task} phantoms", metric, times, row.Index, *_compared(row)))
+                name = f"{row.Index} (to {MATCHED[condition]})" if row.Index == "scratch_equal_compute" else row.Index
+                rows.append((f"{task} phantoms", metric, times, name, *_compared(row)))
+        rows += [
+            (f"{task} phantoms", metric, "4x", "scratch, against scratch at 1x", *_compared(row)) for row in _longer_labelled(folder, task, metric)
+        ]
     for task, metric in PRIMARY.items():
         real = read(folder / f"real-{task}" / "intervals.csv")
         part = real[(real.arm == "self") & (real.metric == metric) & (real.condition == "")] if len(real) else real
@@ -76,7 +90,8 @@ def evidence_block(root: Path) -> str:
         if part.empty:
             rows.append((f"{task}, real data", metric, "", "self", 0, "not run", "not run", "", ""))
     made = pd.DataFrame(rows, columns=["data", "metric", "fine-tuning", "arm", "seeds", "scratch", "arm's", "difference", "95 % interval"])
-    return _table(made) + "\n" + _facts(folder / "main.csv") + _facts(folder / "sweeps.csv")
+    facts = _facts(folder / "main.csv") + _facts(folder / "sweeps.csv")
+    return f"{_table(made)}\n\n<details><summary>Commands, machines, dates, commits</summary>\n{facts}\n\n</details>"
 
 
 def controls_block(root: Path) -> str:

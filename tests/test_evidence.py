@@ -24,7 +24,7 @@ from smae_utils.evidence.study import Setup, Unit
 from smae_utils.patches import patchify, shuffle_patches
 from smae_utils.phantoms import MODULES, patient_latents
 from smae_utils.runs import Run
-from smae_utils.settings import FinetuneSettings, make_settings
+from smae_utils.settings import FinetuneSettings, make_settings, resolve
 from smae_utils.tasks import get_task
 from smae_utils.training import finetune
 from smae_utils.weights import save_weights
@@ -257,7 +257,10 @@ def test_another_preset_has_folders_of_its_own_and_its_own_lengths(tmp_path, cap
     ]
     # Four times the steps with four times the crops, divided by the quick run.
     assert [(s["steps"], s["crops_per_scan"], s["embed_dim"]) for s in runs] == [(2, 1, 24), (8, 4, 24)]
-    assert Setup(tmp_path, preset="small", size="full").name == "small-full" and Setup(tmp_path).name == ""
+    small = Unit(Setup(tmp_path, preset="small", size="full"), "btcv", 101)
+    assert small.setup.name == "small-full" and Setup(tmp_path).name == ""
+    rates = [small.arm_settings(arm, {"scratch": (1.0, 1.0), "self": (1.0, 0.75)})["base_lr"] for arm in MAIN[:2]]
+    assert rates == [resolve(small.record, "finetune", "small", arm).base_lr for arm in ("scratch", "self")] and rates[0] != rates[1]
     capsys.readouterr()
     for wrong in (["--preset", "smal"], ["--size", "ful"]):
         assert main([*words[:3], "--results", str(tmp_path / "r"), "--part", "main", *wrong]) == 2

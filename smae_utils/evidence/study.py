@@ -21,7 +21,7 @@ from smae_utils.evaluation import evaluate, read_metrics
 from smae_utils.evidence.arms import DEV_SEED, DEV_TEST_SEED, N_TEST, N_TEST_FULL, N_TRAIN, PLAIN, PRESET, PRETRAININGS, TEST_SEED, Arm, Condition
 from smae_utils.phantoms import write_phantoms
 from smae_utils.runs import write_text
-from smae_utils.settings import Settings, as_dict, make_settings, resolve, total_steps
+from smae_utils.settings import Settings, resolve, total_steps
 from smae_utils.tasks import Splits, get_task
 from smae_utils.training import finetune, pretrain
 from smae_utils.weights import WEIGHTS
@@ -93,15 +93,16 @@ class Unit:
         self.dev = seed == DEV_SEED
         # The real test cases are for the fresh seeds alone: learning rates and gates look at validation cases there.
         self.scored = "val" if self.dev and self.real else "test"
+        self.held_out = {"train_on_val": False} if self.scored == "val" else {}
         self.record = get_task(task)
 
     def settings(self, stage: str, arm: str = "scratch", **overrides: Any) -> Settings:
         """The preset's settings of this task; for fine-tuning those of its scratch or self arm."""
-        return resolve(self.record, stage, self.setup.preset, arm, overrides)
+        return resolve(self.record, stage, self.setup.preset, arm, {**self.held_out, **overrides})
 
     def splits(self, stage: str) -> Splits:
         """Train, val and test cases of a stage."""
-        return read_splits(get_task(self.list_file()), self.real or "", make_settings(type(self.settings(stage)), self._base(stage), "the study"))
+        return read_splits(get_task(self.list_file()), self.real or "", self.settings(stage))
 
     def under(self, condition: Condition) -> Unit:
         """The same seed with other data."""
@@ -137,15 +138,9 @@ class Unit:
         """Folder of `n` phantoms of this task and the study's size, see `write_phantoms`; drawn once."""
         return phantom_folder(self.root, self.task, n, seed, **how, **({} if self.setup.size == "demo" else {"size": self.setup.size}))
 
-    def _base(self, stage: str) -> dict[str, Any]:
-        """Settings as plain values, with the validation cases held out where they are scored."""
-        return as_dict(self.settings(stage)) | ({"train_on_val": False} if self.scored == "val" else {})
-
     def overrides(self, stage: str, values: dict[str, Any]) -> dict[str, Any]:
         """Settings on top of the preset: the seed; with few scans or in a quick run no larger batches than these allow, and steps that do not follow from them."""
-        out = {"seed": self.seed, **values}
-        if self.scored == "val":
-            out["train_on_val"] = False
+        out = {"seed": self.seed, **self.held_out, **values}
         if self.quick > 1 or self.condition.n_train:
             steps = out.get("steps") or self.steps(stage)
             out |= {"steps": max(2, steps // self.quick), "batch_size": min(self.settings(stage).batch_size, len(self.splits(stage)["train"]))}
