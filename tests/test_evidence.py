@@ -120,7 +120,7 @@ def test_the_whole_study_runs_and_is_not_done_twice(task, tmp_path, capsys):
         "": {"steps_x0.25", "steps_x4", "raw_pixels_x4"},
         "context0.0": twins,
         "context0.5": twins,
-        "finetune4x": twins | {"steps_x4", "scratch_equal_compute"},
+        "finetune4x": twins | {"steps_x4", "raw_pixels_x4", "scratch_equal_compute"},
     }
     assert swept == {"brats": few, "cxr14": others}[task]
     assert {"0", "b", "c"} == set(tables.read(tmp_path / "res" / "gates.csv").gate.astype(str))
@@ -211,7 +211,7 @@ def test_sweeps_hold_the_arms_of_the_protocol():
     made = {part: [(a.condition.name, a.name) for a in arms.sweep(part, "btcv")] for part in ("masking", "longer", "context", "scans", "finetune4x")}
     assert made["longer"] == [("", "steps_x0.25"), ("", "steps_x4"), ("", "raw_pixels_x4"), ("", "samples_x16")] and len(made["masking"]) == 5
     assert [a.name for a in arms.sweep("longer", "cxr14")] == ["steps_x0.25", "steps_x4", "raw_pixels_x4"]  # a radiograph gives one crop a step
-    assert made["finetune4x"] == [("finetune4x", a) for a in ("scratch", "self", "steps_x4", "scratch_equal_compute")]
+    assert made["finetune4x"] == [("finetune4x", a) for a in ("scratch", "self", "steps_x4", "raw_pixels_x4", "scratch_equal_compute")]
     assert made["context"] == [(c, a) for c in ("context0.0", "context0.5") for a in ("scratch", "self")]
     assert [a for a in made["scans"] if a[1] == "self_all_images"] == [("6scans", "self_all_images"), ("12scans", "self_all_images")]
 
@@ -219,7 +219,7 @@ def test_sweeps_hold_the_arms_of_the_protocol():
 def test_on_real_data_no_arm_wants_phantoms_and_a_part_that_only_has_such_arms_is_refused_at_once(tmp_path, capsys):
     for part in ("main", "controls", *run.SWEEPS):
         assert all(not arm.condition.draws for arm in run.arms_of(part, "btcv", real=True)), part
-    assert len(run.arms_of("finetune4x", "btcv", real=True)) == 4 and run.arms_of("context", "btcv", real=True) == ()
+    assert len(run.arms_of("finetune4x", "btcv", real=True)) == 5 and run.arms_of("context", "btcv", real=True) == ()
     assert {a.name for a in run.arms_of("controls", "btcv", real=True)} == {"shuffled_patches", "permuted_weights"}
     words = ["evidence", "--task", "btcv", "--data", str(tmp_path), "--results", str(tmp_path / "r"), "--part", "main", "context"]
     assert main(words) == 2 and "context draws phantoms" in capsys.readouterr().err and not (tmp_path / "r").exists()
