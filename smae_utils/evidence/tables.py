@@ -143,21 +143,23 @@ def show_pretraining(main: pd.DataFrame, sweeps: pd.DataFrame) -> Figure | None:
     if sweeps.empty or not sweeps.arm.isin(["steps_x4"]).any():
         return None
     lengths = {"scratch": "0", "steps_x0.25": "1/4", "self": "1", "steps_x4": "4", "samples_x16": "16"}
+    raw = {"scratch": "scratch", "self": "raw_pixels", "steps_x4": "raw_pixels_x4"}  # the arm of that length with the other target
     table = pd.concat([main.assign(condition=""), sweeps[sweeps.condition.isin(["", "finetune4x"])]])
-    table = table[table.arm.isin(lengths) & table.metric.isin(["mauc", "dsc"])]
+    table = table[table.arm.isin([*lengths, *raw.values()]) & table.metric.isin(["mauc", "dsc"])]
     tasks = sorted(sweeps[sweeps.arm == "steps_x4"].task.unique())
     figure, axes = plt.subplots(1, len(tasks), figsize=(3.8 * len(tasks), 3.2), squeeze=False, layout="constrained")
     for axis, task in zip(axes[0], tasks):
+        shown = [arm for arm in lengths if arm != "samples_x16" or arm in set(table[table.task == task].arm)]
         for condition, colour, label in (("", "#0072B2", "fine-tuning 1x"), ("finetune4x", "#D55E00", "fine-tuning 4x")):
             wide = table[(table.task == task) & (table.condition == condition)].pivot(index="seed", columns="arm", values="value")
-            shown = [arm for arm in lengths if arm != "samples_x16" or arm in set(table[table.task == task].arm)]
-            wide = wide.reindex(columns=shown)
-            for number, row in enumerate(wide.to_numpy()):
-                there = np.flatnonzero(np.isfinite(row))
-                axis.plot(there, row[there], "o-", color=colour, alpha=0.5, markersize=4, linewidth=1, label=label if number == 0 else None)
+            for arms, style, target in ((shown, "o-", ""), ([raw.get(arm, "") for arm in shown], "s--", ", raw pixels")):
+                rows = np.stack([wide[arm] if arm in wide else np.full(len(wide), np.nan) for arm in arms], 1)
+                for number, row in enumerate(rows[np.isfinite(rows).sum(1) > 1]):
+                    there = np.flatnonzero(np.isfinite(row))
+                    axis.plot(there, row[there], style, color=colour, alpha=0.5, markersize=4, linewidth=1, label=None if number else label + target)
         axis.set(title=task, xticks=range(len(shown)), xlabel="masked crops, times the study's", ylabel="mAUC" if task == "cxr14" else "mean DSC")
         axis.set_xticklabels([lengths[arm] for arm in shown])
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=7)
     return figure
 
 
