@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -104,7 +105,8 @@ def _places(made: set[Made]) -> list[str]:
         groups.setdefault((one.machine, one.torch, one.device, one.precision), []).append(one)
     lines = []
     for (machine, torch, device, precision), runs in groups.items():
-        dates, commits = sorted({r.date[:16] for r in runs}), sorted({r.commit for r in runs})
+        dates = sorted({datetime.fromisoformat(r.date).astimezone(UTC).strftime("%Y-%m-%d %H:%M") for r in runs})
+        commits = sorted({r.commit for r in runs})
         span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
         lines.append(f"{machine}, {span} UTC, commit {' '.join(commits)}, torch {torch}, {device}, {precision}")
     return lines
