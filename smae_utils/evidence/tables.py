@@ -48,7 +48,6 @@ class Writer:
     def __init__(self, results: Path, command: str = "", quick: int = 1):
         self.results, self.command, self.quick = Path(results), command, quick
         self.made: dict[str, set[Made]] = {}
-        self.results.mkdir(parents=True, exist_ok=True)
 
     def tuning(self, rows: pd.DataFrame) -> None:
         """Scores of the learning-rate grids."""
@@ -63,6 +62,7 @@ class Writer:
         return lambda rows: self._add(name, rows[[*KEYS[name], "value"]], KEYS[name])
 
     def _add(self, name: str, rows: pd.DataFrame, keys: list[str]) -> None:
+        self.results.mkdir(parents=True, exist_ok=True)
         file = self.results / f"{name}.csv"
         if file.is_file() and ("figures of a quick run" in file.read_text()) != (self.quick > 1):
             raise UserError(f"{file} holds figures of {'a full' if self.quick > 1 else 'a quick'} run: choose another --results")
