@@ -109,7 +109,7 @@ def sweep(part: str, task: str) -> tuple[Arm, ...]:
             Arm("self", "self", "self", condition=condition, all_images=True),
             Arm("steps_x4", "steps_x4", "self", condition=condition, all_images=True),
             Arm("raw_pixels_x4", "raw_pixels_x4", "self", condition=condition, all_images=True),
-            Arm("scratch_equal_compute", condition=condition, equal_compute=4),  # of the longest: steps_x4
+            Arm("scratch_equal_compute", condition=condition, equal_compute=4),  # of the longest: steps_x4, raw_pixels_x4
         )
     if part == "context":
         return tuple(arm for c in (0.0, 0.5) for arm in _twins(Condition(f"context{c}", context=c)))

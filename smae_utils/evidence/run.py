@@ -65,7 +65,7 @@ def evidence(
     if wrong := sorted(set(arms) - there):
         raise UserError(f"no arm {wrong[0]!r} in these parts: expected some of {', '.join(sorted(there)) or '(none)'}")
     setup = Setup(out, data, quick, max(1, (os.cpu_count() or 1) // jobs), preset, size)
-    results = Path(results) / (f"{setup.name}-{tasks[0]}" if data else setup.name)
+    results = Path(results) / setup.folder(tasks[0])
     for task in tasks:  # an unknown preset is told before anything is drawn
         resolve(get_task(task), "finetune", preset)
     command = f"--task {' '.join(tasks)} --part {' '.join(parts)} --seeds {' '.join(map(str, seeds))} --jobs {jobs}" + (

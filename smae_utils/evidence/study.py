@@ -65,6 +65,10 @@ class Setup:
         scale = "" if (self.preset, self.size) == own else f"{Path(self.preset).stem}-{self.size}"
         return "-".join(part for part in ("real" if self.data else "", scale) if part)
 
+    def folder(self, task: str) -> str:
+        """The folder of a task's runs and tables below those of the study; real data have one each."""
+        return f"{self.name}-{task}" if self.data else self.name
+
     def cases(self, part: str, task: str) -> int:
         """How many phantoms are drawn for `train` or `test`."""
         return (N_TRAIN if part == "train" else N_TEST_FULL if self.size == "full" else N_TEST)[task]
@@ -87,8 +91,7 @@ class Unit:
         if setup.data and condition.draws:
             raise UserError(f"the condition {condition.name} draws phantoms of its own: it has no meaning with --data")
         # Other data or sizes, and quick runs, have folders of their own: their figures must not pass for the study's.
-        name = f"{setup.name}-{task}" if setup.data else setup.name
-        self.root = Path(setup.out).resolve() / name / (f"quick{setup.quick}" if setup.quick > 1 else "")
+        self.root = Path(setup.out).resolve() / setup.folder(task) / (f"quick{setup.quick}" if setup.quick > 1 else "")
         self.folder = self.root / task / f"seed{seed}" / condition.name
         self.dev = seed == DEV_SEED
         # The real test cases are for the fresh seeds alone: learning rates and gates look at validation cases there.
