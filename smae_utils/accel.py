@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,17 @@ from smae_utils.runs import Run
 def cpu_has_bf16() -> bool:
     """Whether this processor multiplies bf16 in hardware; without it bf16 is hundreds of times slower than fp32."""
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a device computes bf16 in hardware; older GPUs only imitate it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and cpu_has_bf16()
 
 
 def pick_precision(wanted: str, device: torch.device) -> str:
@@ -34,8 +43,29 @@ def pick_precision(wanted: str, device: torch.device) -> str:
         raise UserError(f"precision must be auto, fp32 or bf16, got {wanted!r}")
     if wanted != "auto":
         return wanted
-    able = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and cpu_has_bf16()
-    return "bf16" if able else "fp32"
+    return "bf16" if computes_bf16(device) else "fp32"
+
+
+def usable_precision(recorded: str, device: torch.device) -> tuple[str, str]:
+    """The precision to go on in with a run made in `recorded`, and a line to tell the user, "" when nothing changes.
+
+    It is the recorded one where `device` computes it in hardware, else fp32. "auto", as in runs that do not say what
+    they were made in, is decided for this device.
+
+    Raises:
+        UserError: for another word than auto, fp32, bf16.
+    """
+    precision = pick_precision(recorded, device)
+    if precision == "bf16" and not computes_bf16(device):
+        return "fp32", f"the run was made in bf16, which {device_name(device)} does not compute in hardware: fp32 here"
+    return precision, ""
+
+
+@contextmanager
+def inference_context(device: torch.device, precision: str) -> Iterator[None]:
+    """Within it nothing records gradients, and networks compute in `precision` ("fp32" or "bf16")."""
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        yield
 
 
 def best_device() -> torch.device:
@@ -44,7 +74,7 @@ def best_device() -> torch.device:
 
 
 def make_accelerator(precision: str) -> tuple[Accelerator, str]:
-    """An accelerator for this process, and the precision it computes in ("fp32" or "bf16")."""
+    """An accelerator for training in this process, and the precision it computes in ("fp32" or "bf16")."""
     chosen = pick_precision(precision, best_device())
     # accelerate keeps its first precision for the whole process; a notebook may want another one in the next cell.
     AcceleratorState._reset_state()
@@ -77,7 +107,7 @@ def save_state(accelerator: Accelerator, run: Run, state: dict[str, Any]) -> Non
     accelerator.save_state(str(new))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (new / "state.json").write_text(json.dumps(state))
+        (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
         run.swap_in(new, run.path / "last")
     accelerator.wait_for_everyone()
 
@@ -85,4 +115,4 @@ def save_state(accelerator: Accelerator, run: Run, state: dict[str, Any]) -> Non
 def load_state(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
     """Read back what `save_state` wrote into the prepared model and optimiser."""
     accelerator.load_state(str(folder))
-    return json.loads((folder / "state.json").read_text())
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))

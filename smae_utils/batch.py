@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,11 @@ from smae_utils.environment import shipped
 from smae_utils.errors import UserError
 from smae_utils.settings import coerce, parse_value
 
-TYPES = {"str": str, "int": int, "float": float, "bool": bool}
+# Words that the type of a parameter may be written with.
+TYPES = {
+    **{kind.__name__: kind for kind in (str, int, float, bool, list, tuple)},
+    **{name: getattr(typing, name) for name in ("List", "Tuple", "Optional", "Union")},
+}
 
 
 def notebook_path(name: str | Path) -> Path:
@@ -51,14 +57,36 @@ def check_parameters(notebook: Path, given: dict[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
         if name not in known:
             raise UserError(f"{notebook.name} has no parameter {name!r}. It takes: {listing}")
-        kind = TYPES.get(known[name]["inferred_type_name"], str)
+        kind = _declared(known[name]["inferred_type_name"], known[name]["default"])
         try:
-            out[name] = (
-                value if kind is str and isinstance(value, str) else coerce(parse_value(value) if isinstance(value, str) else value, kind, name)
-            )
+            out[name] = _typed(value, kind, name)
         except UserError as error:
             raise UserError(f"{error}. {notebook.name} takes: {listing}") from None
     return out
+
+
+def _declared(annotation: str, default: str) -> Any:
+    """The type of a parameter: as annotated, else that of its default; None where neither tells."""
+    try:
+        kind = eval(annotation, {"__builtins__": {}}, TYPES)  # of a notebook, all of which will be executed
+    except Exception:  # a type of the notebook's own
+        return None
+    if kind is not None:
+        return kind
+    try:
+        kind = type(ast.literal_eval(default))
+    except (ValueError, SyntaxError):
+        return None
+    return kind if kind in TYPES.values() else None
+
+
+def _typed(value: Any, kind: Any, name: str) -> Any:
+    """`value`, which from the command line is text, as `kind`; read as YAML where that is not text."""
+    if kind is str:
+        return coerce(value, str, name)
+    if isinstance(value, str):
+        value = parse_value(value)
+    return value if kind is None else coerce(value, kind, name)
 
 
 def run_notebook(notebook: str | Path, out_dir: str | Path, parameters: dict[str, Any], name: str | None = None) -> Path:
@@ -122,5 +150,5 @@ def write_html(notebook: Path) -> Path:
     exporter.mathjax_url = exporter.require_js_url = exporter.jquery_url = exporter.mermaid_js_url = ""
     body, _ = exporter.from_notebook_node(nbformat.read(notebook, as_version=4))
     target = notebook.with_suffix(".html")
-    target.write_text(body)
+    target.write_text(body, encoding="utf-8")
     return target

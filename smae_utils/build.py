@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from smae_utils.errors import UserError
 from smae_utils.mae import MaskedAutoencoder
 from smae_utils.settings import FinetuneSettings, PretrainSettings, Settings
-from smae_utils.tasks import Task
+from smae_utils.tasks import IGNORE, Task
 from smae_utils.unetr import UNETR
 from smae_utils.vit import ViTClassifier
 
@@ -91,15 +91,40 @@ def build_loss(task: Task, class_weights: Tensor | None = None) -> Callable[[Ten
         class_weights: (out_chans,) weights of the cross-entropy, see `class_weights`; None weighs all alike.
     """
     if task.kind == "classification":
-        bce = nn.BCEWithLogitsLoss()
-        return lambda logits, label: bce(logits.float(), label)
+        return known_bce
     smooth = {"batch": True, "smooth_nr": 1.0, "smooth_dr": 1.0}
     if not task.exclusive:
         overlapping = DiceLoss(sigmoid=True, **smooth)
-        return lambda logits, label: overlapping(logits.float(), region_targets(label, task))
+        return lambda logits, label: overlapping(as_background(logits.float(), label, False), region_targets(label, task))
     dice = DiceLoss(include_background=False, to_onehot_y=True, softmax=True, **smooth)
-    ce = nn.CrossEntropyLoss(weight=class_weights)
-    return lambda logits, label: dice(logits.float(), label) + ce.to(logits.device)(logits.float(), label[:, 0].long())
+    ce = nn.CrossEntropyLoss(weight=class_weights, ignore_index=IGNORE)
+
+    def dice_ce(logits: Tensor, label: Tensor) -> Tensor:
+        logits = logits.float()
+        overlap = dice(as_background(logits, label, True), label.masked_fill(label == IGNORE, 0))
+        if bool((label == IGNORE).all()):  # the mean over no voxels is NaN
+            return overlap
+        return overlap + ce.to(logits.device)(logits, label[:, 0].long())
+
+    return dice_ce
+
+
+def known_bce(logits: Tensor, target: Tensor) -> Tensor:
+    """Binary cross-entropy (B, classes) over what is known; NaN in the target is unknown."""
+    known = torch.isfinite(target)
+    losses = nn.functional.binary_cross_entropy_with_logits(logits.float(), target.nan_to_num(), reduction="none")
+    return (losses * known).sum() / known.sum().clamp(min=1)
+
+
+def as_background(logits: Tensor, label: Tensor, exclusive: bool) -> Tensor:
+    """Logits (B, K, *spatial) that say "nothing here" where the label (B, 1, *spatial) is `IGNORE`: no overlap counts there, and no gradient comes."""
+    ignored = label == IGNORE
+    if not bool(ignored.any()):
+        return logits
+    nothing = torch.full_like(logits, -1e4)
+    if exclusive:
+        nothing[:, 0] = 1e4
+    return torch.where(ignored, nothing, logits)
 
 
 def class_weights(labels: Iterable[Tensor], n_values: int, power: float) -> Tensor:
@@ -107,7 +132,7 @@ def class_weights(labels: Iterable[Tensor], n_values: int, power: float) -> Tens
 
     Power 0.5 kept every organ of the CT phantom alive where unweighted cross-entropy lost nine of thirteen within the same steps.
     """
-    counts = sum(torch.bincount(label.flatten().long(), minlength=n_values) for label in labels).double().clamp(min=1)
+    counts = sum(torch.bincount(label.flatten().long(), minlength=256)[:n_values] for label in labels).double().clamp(min=1)
     weights = (counts.sum() / counts) ** power
     return (weights * counts.sum() / (weights * counts).sum()).float()
 

@@ -1,4 +1,7 @@
-"""The command line: `python -m smae_utils COMMAND`. A user's mistake gives one line and exit code 2, never a traceback."""
+"""The command line: `python -m smae_utils COMMAND`. A user's mistake gives one line and exit code 2.
+
+A fault of this package gives one line too, which names its place, and exit code 1. `--traceback` shows where either arose.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import argparse
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 from smae_utils.errors import UserError
@@ -14,39 +18,88 @@ from smae_utils.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 a mistake of the user's, 130 interrupted."""
+    """Run one command; returns the exit code: 0 done, 1 a fault of this package, 2 a mistake of the user's, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     passed_on: list[str] = []
-    if argv[:1] in (["test"], ["lab"]):  # what follows is for pytest or JupyterLab, options too
-        argv, passed_on = argv[:1], argv[1:]
+    word = next((i for i, w in enumerate(argv) if not w.startswith("-")), len(argv))
+    if argv[word : word + 1] in (["test"], ["lab"]):  # what follows is for pytest or JupyterLab, options too
+        argv, passed_on = argv[: word + 1], argv[word + 1 :]
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a letter that the terminal's encoding lacks is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(argv)
     args.args = passed_on
     # A scheduler's SIGTERM means what Ctrl-C means: save and stop.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return args.function(args) or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:
         # The reader of our output went away (as `| head` does); there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        print(f"error: {error}: check the path, its permissions and the free disk space", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if args.traceback or os.environ.get("SMAE_TRACEBACK", "0") not in ("", "0"):
+            _print_traceback(error)
+        line, code = _said(error)
+        print(line, file=sys.stderr)
+        return code
+
+
+def _said(error: Exception) -> tuple[str, int]:
+    """The line that tells of an error, and the exit code: a mistake of the user's, or a fault of this package's."""
+    if isinstance(error, UserError):
+        return f"error: {error}", 2
+    if isinstance(error, OSError):
+        return f"error: {error}: check the path, its permissions and the free disk space", 2
+    text = " ".join(str(error).split())[:300]
+    if type(error).__name__ in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's, of a GPU
+        return f"error: out of memory ({text or 'of the machine'}): use a smaller batch_size, crop_size or network", 2
+    frames = traceback.extract_tb(error.__traceback__)
+    here = str(Path(__file__).parent)
+    at = next((f for f in reversed(frames) if f.filename.startswith(here)), frames[-1])
+    place = f"{Path(at.filename).name}:{at.lineno}"
+    return f"internal error: {type(error).__name__}: {text} (in {place}); run again with --traceback and report it", 1
+
+
+def _print_traceback(error: Exception) -> None:
+    """The whole traceback, with the errors that a one-line message replaced."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause and id(cause) not in seen:
+        seen.add(id(cause))
+        cause.__suppress_context__ = False
+        cause = cause.__cause__ or cause.__context__
+    traceback.print_exception(error)
+
+
+class _Version(argparse.Action):
+    """Prints the installed version, which takes a while to look up."""
+
+    def __call__(self, parser, *_) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            number = version("smae-utils")
+        except PackageNotFoundError:
+            number = "(not installed)"
+        print(f"smae-utils {number}")
+        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m smae_utils", description="Self pre-training with masked autoencoders for medical images.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and stop")
+    how = {"action": "store_true", "help": "show where an error arose; so does the environment variable SMAE_TRACEBACK=1"}
+    parser.add_argument("--traceback", **how)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, function, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(function=function)
+        command.add_argument("--traceback", default=argparse.SUPPRESS, **how)
         return command
 
     command = add("phantom", _phantom, "write a drop-in for a real download")
@@ -68,9 +121,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--out", required=True, type=Path, metavar="RUN")
         command.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value", help="override settings of the preset")
         command.add_argument("--resume", action="store_true", help="go on where the run folder stopped")
-        if name == "finetune":
-            command.add_argument("--init", default="scratch", metavar="scratch|RUN|FILE", help="where the encoder comes from")
-            command.add_argument("--adapt", action="store_true", help="fit weights of other channels or of 2D images")
+        start = {"pretrain": "weights to go on from: the encoder, and the decoder where it fits", "finetune": "where the encoder comes from"}
+        command.add_argument("--init", default="scratch", metavar="scratch|RUN|FILE|timm:NAME", help=start[name])
+        command.add_argument("--adapt", action="store_true", help="fit weights of other channels or of 2D images")
 
     command = add("check", _check, "look at a data set before training: faults, proposals, time and memory; exit code 2 when there are errors")
     command.add_argument("list", metavar="LIST", help="list file (.json, .csv), or a task with --data")
@@ -138,14 +191,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _readme(args) -> None:
-    from smae_utils.environment import ROOT
+    from smae_utils.environment import clone
+
+    root = clone("README.md and the results it is written from")
     from smae_utils.readme import BLOCKS, draw_reconstruction, render
 
     if args.picture:
-        draw_reconstruction(args.picture, ROOT / "docs" / "reconstruction.png")
+        draw_reconstruction(args.picture, root / "docs" / "reconstruction.png")
     for name in BLOCKS:
-        file = ROOT / name
-        file.write_text(render(file.read_text(), ROOT, name))
+        file = root / name
+        file.write_text(render(file.read_text(encoding="utf-8"), root, name), encoding="utf-8")
 
 
 def _env(args) -> None:
@@ -177,7 +232,8 @@ def _pretrain(args) -> None:
     from smae_utils.settings import parse_overrides
     from smae_utils.training import pretrain
 
-    pretrain(args.task, args.data, args.out, args.preset, parse_overrides(args.set), args.resume)
+    overrides = parse_overrides(args.set)
+    pretrain(args.task, args.data, args.out, args.preset, overrides, args.resume, init=args.init, adapt=args.adapt)
 
 
 def _finetune(args) -> None:

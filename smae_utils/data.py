@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,33 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from smae_utils.errors import UserError
 from smae_utils.settings import Settings
-from smae_utils.tasks import Case, Splits, Task
+from smae_utils.tasks import Case, Splits, Task, hold_out
 
 
 def read_splits(task: Task, data_dir: str | Path, settings: Settings) -> Splits:
-    """Train, validation and test cases of a data folder; `train_on_val` gives the validation cases back to the training ones."""
+    """Train, validation and test cases of a data folder; `train_on_val` gives the validation cases back to the training ones.
+
+    Where no test case has a label, `test_share` of the labelled training patients become the test part.
+    """
     splits = task.read_splits(Path(data_dir), settings.split_seed, settings.fold)
+    if settings.test_share and not any("label" in c for c in splits["test"]):
+        splits = hold_out_test(splits, settings.test_share, settings.split_seed)
     if settings.train_on_val:
         names = {c["case"] for c in splits["val"]}
         train = sorted(splits["train"] + splits["val"], key=lambda c: c["case"])
         splits = {"train": train, "val": [], "test": [c for c in splits["test"] if c["case"] not in names]}
     return splits
+
+
+def hold_out_test(splits: Splits, share: float, seed: int) -> Splits:
+    """Draw test cases from the labelled training and validation cases, by patient; validation keeps its share of the rest."""
+    labelled = [c for c in splits["train"] + splits["val"] if "label" in c]
+    _, test = hold_out(labelled, share, seed)
+    patients = {c["patient"] for c in test}
+    rest = {part: [c for c in splits[part] if c["patient"] not in patients] for part in ("train", "val")}
+    if not rest["val"] and len({c["patient"] for c in rest["train"]}) > 1:
+        rest["train"], rest["val"] = hold_out(rest["train"], 0.1, seed)
+    return {**rest, "test": test}
 
 
 def derive_seed(*parts: int) -> int:
@@ -39,23 +55,18 @@ def read_case(transform: Callable[[dict], Any], case: Case) -> Any:
     """Apply a deterministic transform to a case.
 
     Raises:
-        UserError: naming the file, whatever the reader raised.
+        UserError: as a reader said it, naming the file. Any other error is a mistake of this package, and stays what it is.
     """
     try:
         return transform(dict(case))
     except Exception as error:
-        root = error
-        while root.__cause__ or root.__context__:
-            if isinstance(root, UserError):
-                break
-            root = root.__cause__ or root.__context__
-        if isinstance(root, UserError):
-            raise UserError(str(root)) from None
-        if isinstance(root, OSError) and root.errno == errno.ENOSPC:  # no fault of the case
+        # MONAI wraps what a transform raised; the words for the user are inside.
+        inside: BaseException | None = error
+        while inside is not None and not isinstance(inside, UserError):
+            inside = inside.__cause__ or inside.__context__
+        if inside is None:
             raise
-        line = " ".join(str(root).split())[:200] or type(root).__name__
-        files = " or ".join(str(case[key]) for key in ("image", "label") if isinstance(case.get(key), str))
-        raise UserError(f"cannot read case {case['case']} ({files}): {line}. The file may be cut short: copy or unpack it again") from error
+        raise UserError(str(inside)) from error
 
 
 class Scans(Dataset):
@@ -90,6 +101,12 @@ def untracked() -> Iterator[None]:
         set_track_meta(before)
 
 
+@lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """(n,) the order of the scans in one epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
 class Crops(Dataset):
     """Crop number `sample` of an endless shuffled stream: which scan, which crop and which augmentation follow from (seed, sample)."""
 
@@ -99,7 +116,7 @@ class Crops(Dataset):
     def scan_index(self, sample: int) -> int:
         """Every scan once an epoch, in an order of the epoch's own."""
         epoch, place = divmod(sample, len(self.scans))
-        return int(np.random.default_rng([self.seed, epoch]).permutation(len(self.scans))[place])
+        return int(epoch_order(self.seed, epoch, len(self.scans))[place])
 
     def __getitem__(self, sample: int) -> dict[str, Any]:
         scan = self.scans[self.scan_index(sample)]
@@ -159,8 +176,11 @@ def training_loader(scans: Scans, augment: Compose, settings: Settings, start: i
     """
     if settings.batch_size > len(scans):
         raise UserError(f"batch_size {settings.batch_size} is larger than the {len(scans)} training scans: use --set batch_size={len(scans)} or less")
-    if settings.batch_size < world:
-        raise UserError(f"batch_size {settings.batch_size} is smaller than the {world} processes: use --set batch_size={world} or more")
+    if settings.batch_size % world:
+        raise UserError(
+            f"batch_size {settings.batch_size} does not divide by the {world} processes, so some scans would count more than others: "
+            f"use --set batch_size={-(-settings.batch_size // world) * world}, for example"
+        )
     steps = Steps(start, stop, settings.batch_size, rank, world)
     workers = settings.num_workers
     return Batches(

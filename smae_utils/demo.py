@@ -85,7 +85,8 @@ def _clear(folder: Path) -> None:
             raise UserError(f"{folder} holds something that this command did not make: choose another --out")
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    (folder / MARKER).write_text("made by python -m smae_utils, which deletes this folder when it runs again\n")
+    text = "made by python -m smae_utils, which deletes this folder when it runs again\n"
+    (folder / MARKER).write_text(text, encoding="utf-8")
 
 
 def _summary_rows(task: str, table: pd.DataFrame, seed: int) -> list[tuple]:

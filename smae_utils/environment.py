@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -23,7 +24,23 @@ def shipped(folder: str) -> Path:
 
 def work_root() -> Path:
     """Where `data/` and `runs/` go: the clone, or the current folder when the package was installed without one."""
-    return ROOT if (ROOT / "pyproject.toml").is_file() else Path.cwd()
+    return ROOT if is_clone() else Path.cwd()
+
+
+def is_clone() -> bool:
+    """Whether this package lies in a clone of its repository, as opposed to an installed one."""
+    return (ROOT / "pyproject.toml").is_file() and (ROOT / "constraints.txt").is_file()
+
+
+def clone(what: str) -> Path:
+    """The clone's folder, for a command that works on `what` of it.
+
+    Raises:
+        UserError: where the package is installed without one.
+    """
+    if not is_clone():
+        raise UserError(f"this package is installed in {ROOT}, without {what}: clone the repository and run the command there")
+    return ROOT
 
 
 def venv_python() -> Path:
@@ -39,12 +56,11 @@ def make_environment() -> None:
     """
     if sys.version_info < (3, 11):  # noqa: UP036 (this file runs on whatever Python there is)
         raise UserError(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: use make PYTHON=python3.11, for example")
-    files = [ROOT / "pyproject.toml", ROOT / "constraints.txt"]
-    if not all(f.is_file() for f in files):
-        raise UserError(f"{ROOT} is no clone of the repository (pyproject.toml and constraints.txt are missing): install with pip instead")
+    root = clone("the files that pin an environment (pip has installed what it needs)")
+    files = [root / "pyproject.toml", root / "constraints.txt"]
     digest = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
     stamp = VENV / "installed.txt"
-    if stamp.is_file() and stamp.read_text() == digest and venv_python().exists():
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == digest and venv_python().exists():
         return
     print(f"making the environment in {VENV} (a few minutes; 2 GB with a CPU-only torch, several more with CUDA)", flush=True)
     try:
@@ -52,10 +68,11 @@ def make_environment() -> None:
     except subprocess.CalledProcessError:
         raise UserError("this Python cannot make virtual environments: on Debian or Ubuntu, apt-get install python3-venv") from None
     # torch first and by exact version: asked for through another package's range, pip may fetch another, larger build.
-    pinned = next(line.strip() for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = next(line.strip() for line in constraints if line.startswith("torch=="))
     _pip(pinned)
     _pip("--constraint", str(ROOT / "constraints.txt"), "--editable", f"{ROOT}[examples,dicom,test,browser]")
-    stamp.write_text(digest)
+    stamp.write_text(digest, encoding="utf-8")
 
 
 def _pip(*args: str) -> None:
@@ -65,10 +82,31 @@ def _pip(*args: str) -> None:
 
 
 def run_tests(args: list[str]) -> int:
-    """pytest in this environment; returns its exit code."""
-    return subprocess.run([sys.executable, "-m", "pytest", *args], cwd=ROOT).returncode
+    """pytest in this environment; returns its exit code.
+
+    Raises:
+        UserError: where there are no tests, in an installed package.
+    """
+    return subprocess.run([sys.executable, "-m", "pytest", *args], cwd=clone("tests")).returncode
 
 
 def open_lab(args: list[str]) -> int:
-    """JupyterLab on the notebooks; returns its exit code."""
-    return subprocess.run([sys.executable, "-m", "jupyter", "lab", "--notebook-dir", str(ROOT / "notebooks"), *args], cwd=ROOT).returncode
+    """JupyterLab on the notebooks, see `notebooks_to_open`; returns its exit code."""
+    folder = notebooks_to_open()
+    command = [sys.executable, "-m", "jupyter", "lab", "--notebook-dir", str(folder), *args]
+    return subprocess.run(command, cwd=folder.parent).returncode
+
+
+def notebooks_to_open() -> Path:
+    """The clone's notebooks; of an installed package a copy in `notebooks/` of the current folder, where one may change them.
+
+    A notebook that is there already stays as it is.
+    """
+    if is_clone():
+        return ROOT / "notebooks"
+    folder = Path.cwd() / "notebooks"
+    folder.mkdir(exist_ok=True)
+    for source in sorted(shipped("notebooks").glob("*.ipynb")):
+        if not (folder / source.name).exists():
+            shutil.copyfile(source, folder / source.name)
+    return folder

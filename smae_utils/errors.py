@@ -1,8 +1,9 @@
 """The one kind of error that is the user's to mend: reported in one line, without a traceback, by the command line."""
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """Something asked for cannot be done as asked.
 
-    The message says what was expected, what came, where, and what to do.
+    The message says what was expected, what came, where, and what to do. It is no `ValueError`, so that no
+    `except ValueError` around a reader or a parser takes it for its own.
     """

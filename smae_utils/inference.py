@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from smae_utils import large
 from smae_utils.data import read_case
 from smae_utils.metrics import dsc, mean_auc
+from smae_utils.pictures import ReadRadiograph
 from smae_utils.reading import CheckCase, ReadScan
 from smae_utils.settings import FinetuneSettings
-from smae_utils.tasks import Case, Task
+from smae_utils.tasks import IGNORE, Case, Task
 from smae_utils.transforms import ResizeRadiograph, prepare
 
 # Seconds between two lines of progress within one scan.
@@ -32,13 +33,13 @@ class Segmented(NamedTuple):
     """A prediction on the scan's own grid.
 
     Attributes:
-        labels: (X, Y, Z) uint8, the task's label values.
-        affine: (4, 4) of that grid, in mm, RAS+.
-        probabilities: (out_chans, X, Y, Z) float32 when they were asked for.
+        labels: (X, Y, Z) or (H, W) uint8, the task's label numbers.
+        affine: (4, 4) of that grid, in mm, RAS+; None of 2D images.
+        probabilities: (out_chans, *labels.shape) float32 when they were asked for.
     """
 
     labels: np.ndarray
-    affine: np.ndarray
+    affine: np.ndarray | None
     probabilities: np.ndarray | None
 
 
@@ -115,7 +116,8 @@ def _count(size: Sequence[int], window: Sequence[int], overlap: float) -> int:
 def to_scan_grid(channels: Tensor, source: np.ndarray, shape: Sequence[int], target: np.ndarray) -> Tensor:
     """Volumes (K, *spatial) with affine `source` (4, 4) -> (K, *shape) float32 on the grid with affine `target`, linearly interpolated.
 
-    Only the box of the source that the target touches is read. The source's edge holds for half a voxel more; further out everything is 0.
+    Only the box of the source that the target touches is read. The source's edge holds for half a voxel more, no less certain than
+    what lies inside; further out everything is 0.
     """
     found = large.touched(tuple(slice(0, n) for n in shape), np.linalg.inv(source) @ target, channels.shape[1:])
     if found is None:
@@ -127,7 +129,8 @@ def to_scan_grid(channels: Tensor, source: np.ndarray, shape: Sequence[int], tar
         out = resample(
             MetaTensor(covered, affine=torch.from_numpy(moved)), dst_affine=torch.from_numpy(target), spatial_size=tuple(shape)
         ).as_tensor()
-    return out[:-1] / out[-1:].clamp(min=0.5)  # the last half voxel of a scan is no less certain than what lies inside
+    coverage = out[-1:]
+    return out[:-1] / coverage.clamp(min=0.5) * (coverage >= 0.5 - 1e-4)
 
 
 def segment(
@@ -144,6 +147,8 @@ def segment(
     Probabilities, not labels, are carried back, so that edges stay smooth; block by block, so that memory stays at a few volumes of
     `large.CHANNEL_VOXELS`. Outside the resampled body everything is background.
     """
+    if task.spatial_dims == 2:
+        return _segment_flat(model, case, task, settings, device, keep)
     prepared = read_case(lambda scan: (large.prepare_large if large.is_large(scan) else _prepare)(scan, task, settings), _image_of(case))
     probs = probabilities(model, prepared.image, task, settings, device, progress)
     labels = large.room(prepared.shape, np.uint8)
@@ -157,12 +162,27 @@ def segment(
     return Segmented(labels, prepared.scan_affine, kept)
 
 
+def _segment_flat(model: nn.Module, case: Case, task: Task, settings: FinetuneSettings, device: torch.device, keep: bool) -> Segmented:
+    """A 2D image is seen whole at the network's input size; its probabilities are brought back to its own pixels linearly."""
+    read = prepare(task, settings, with_label=False)
+    data = read_case(read, _image_of(case))
+    width, height = data["image"].size
+    logits = model(ResizeRadiograph(settings.crop_size)(data)["image"][None].to(device))[0].float().cpu()
+    probs = activate(logits, task)
+    with torch.autocast("cpu", enabled=False):
+        probs = nn.functional.interpolate(probs[None], size=(height, width), mode="bilinear", align_corners=False)[0]
+    return Segmented(label_map(probs, task), None, probs.numpy() if keep else None)
+
+
 def check_scan(case: Case, task: Task) -> None:
     """Refuse a scan that cannot be predicted, before anything is.
 
     Raises:
         UserError: naming the file.
     """
+    if task.spatial_dims == 2:
+        read_case(ReadRadiograph(task.in_chans), _image_of(case))
+        return
     read = Compose([ReadScan(["image"]), CheckCase(task, with_label=False)])
     read_case(lambda scan: large.look_through(scan, task) if large.is_large(scan) else read(scan), _image_of(case))
 
@@ -178,14 +198,14 @@ def _prepare(case: Case, task: Task, settings: FinetuneSettings) -> large.Prepar
 
 
 def label_map(values: Tensor, task: Task) -> np.ndarray:
-    """Probabilities (out_chans, *spatial) -> the task's own label values (*spatial), uint8: the likeliest class, or nested regions above one half."""
+    """Probabilities (out_chans, *spatial) -> the task's label numbers (*spatial), uint8: the likeliest class, or nested regions above one half."""
     if task.exclusive:
         return values.argmax(0).numpy().astype(np.uint8)
     return region_labels(list((values > 0.5).numpy()), task)
 
 
 def region_labels(masks: list[np.ndarray], task: Task) -> np.ndarray:
-    """Region masks, from the widest to the narrowest -> one label image with the task's own label values.
+    """Region masks, from the widest to the narrowest -> one image of the task's label numbers.
 
     A voxel gets the label of the innermost region that holds it, as far as the wider ones hold it too: enhancing tumour outside
     the tumour is none. The label of a region is the one that it has and the next narrower one has not.
@@ -211,26 +231,45 @@ class Teller:
 
 
 def classify(model: nn.Module, cases: list[Case], task: Task, settings: FinetuneSettings, device: torch.device, batch_size: int = 64) -> np.ndarray:
-    """Probabilities (cases, classes) of whole radiographs at the model's input size."""
+    """Probabilities (cases, classes) of whole images at the model's input size."""
     read = Compose([prepare(task, settings, with_label=False), ResizeRadiograph(settings.crop_size)])
+    batch_size = batch_size if task.spatial_dims == 2 else 4
     rows = []
     for start in range(0, len(cases), batch_size):
-        images = torch.stack([read_case(read, case)["image"] for case in cases[start : start + batch_size]])
+        images = torch.stack([torch.as_tensor(read_case(read, case)["image"]) for case in cases[start : start + batch_size]])
         rows.append(model(images.to(device)).float().sigmoid().cpu())
     return torch.cat(rows).numpy()
 
 
 def score_cases(model: nn.Module, task: Task, settings: FinetuneSettings, cases: list[Case]) -> float:
-    """One number for choosing on validation cases: mAUC, or mean DSC on the prepared grid (the final evaluation uses the scan's own)."""
+    """One number for choosing on validation cases: the mean that is reported (mAUC, or the mean over classes of their mean DSC).
+
+    DSC is that of the prepared grid; the final evaluation uses the scan's own.
+    """
     device = next(model.parameters()).device
     if task.kind == "classification":
         return mean_auc(np.stack([c["label"] for c in cases]), classify(model, cases, task, settings, device))[0]
     transform = prepare(task, settings, with_label=True)
-    scores: list[Any] = []
+    scores = []
     for case in cases:
         data = read_case(transform, case)
-        probs = probabilities(model, data["image"].as_tensor(), task, settings, device)
-        pred = task.class_masks(label_map(probs, task))
-        true = task.class_masks(data["label"][0].numpy())
-        scores.append([dsc(p, t) for p, t in zip(pred, true)])
-    return float(np.nanmean(scores))
+        label = torch.as_tensor(data["label"])[0].numpy()
+        if task.spatial_dims == 2:
+            numbers = segment(model, case, task, settings, device).labels
+        else:
+            numbers = label_map(probabilities(model, data["image"].as_tensor(), task, settings, device), task)
+        scores.append(list(dsc_of_classes(numbers, label, task)))
+    classes = [column[np.isfinite(column)] for column in np.array(scores, float).T]
+    means = [column.mean() for column in classes if len(column)]
+    return float(np.mean(means)) if means else float("nan")
+
+
+def dsc_of_classes(predicted: np.ndarray, label: np.ndarray, task: Task) -> Iterator[float]:
+    """DSC of each class from two images of label numbers; what the label ignores is left out of both."""
+    for pred, true in zip(*(task.class_masks(values) for values in (ignoring(predicted, label), label))):
+        yield dsc(pred, true)
+
+
+def ignoring(predicted: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """A prediction with background where the label says `IGNORE`."""
+    return np.where(label == IGNORE, 0, predicted).astype(predicted.dtype)

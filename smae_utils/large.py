@@ -5,11 +5,12 @@ Only for prediction. What comes out equals what `prepare` gives; what is held ar
 
 from __future__ import annotations
 
+import errno
 import gzip
 import math
 import os
-import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,7 +24,8 @@ from monai.data import MetaTensor
 from nibabel.affines import from_matvec
 from torch import Tensor
 
-from smae_utils.reading import check_channels, check_finite, check_grid, check_header
+from smae_utils.paths import has_ending
+from smae_utils.reading import FILE_ERRORS, check_channels, check_finite, check_grid, check_header, unreadable, volume_shape
 from smae_utils.settings import Settings
 from smae_utils.tasks import Case, Task
 from smae_utils.transforms import normalisation, oriented, resampled
@@ -87,6 +89,7 @@ class ScanOnDisk:
         for file in files:
             part = nib.load(file)
             check_header(part, file)
+            volume_shape(part, file)
             self.parts.append(part)
             check_grid((part.shape[:3], part.affine), file, (self.parts[0].shape[:3], self.parts[0].affine), files[0])
         self.shape, self.affine = tuple(int(n) for n in self.parts[0].shape[:3]), self.parts[0].affine
@@ -108,21 +111,36 @@ class ScanOnDisk:
 
 def _unpacked(file: str, stack: ExitStack) -> str:
     """The file itself, or an unpacked copy that goes away with `stack`: single planes of a .gz cannot be read without all before them."""
-    if not file.endswith(".gz"):
+    if not has_ending(file, (".gz",)):
         return file
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     target = Path(folder) / "scan.nii"
-    with gzip.open(file) as packed, target.open("wb") as plain:
-        shutil.copyfileobj(packed, plain, 1 << 22)
+    stored = nib.load(file).dataobj
+    left = stored.offset + math.prod(stored.shape) * stored.dtype.itemsize
+    try:
+        with gzip.open(file) as packed, target.open("wb") as plain:
+            while left > 0:  # bytes behind the image are nobody's business: nibabel does not read them either
+                chunk = packed.read(min(left, 1 << 22))
+                if not chunk:
+                    raise EOFError("the file ends before its image does")
+                plain.write(chunk)
+                left -= len(chunk)
+    except (OSError, EOFError, zlib.error) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
+        raise unreadable(file, error) from error
     return str(target)
 
 
 def is_large(case: Case) -> bool:
     """Whether a case is NIfTI and has more voxels than are held at a time."""
     files = case["image"] if isinstance(case["image"], list) else [case["image"]]
-    if not all(str(f).endswith((".nii", ".nii.gz")) for f in files):
+    if not all(has_ending(f, (".nii", ".nii.gz")) for f in files):
         return False
-    return sum(math.prod(nib.load(f).shape) for f in files) > CHANNEL_VOXELS
+    try:
+        return sum(math.prod(nib.load(f).shape) for f in files) > CHANNEL_VOXELS
+    except FILE_ERRORS:
+        return False  # reading it whole says what is wrong with it
 
 
 def look_through(case: Case, task: Task) -> None:

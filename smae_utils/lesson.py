@@ -27,7 +27,7 @@ def data_folder(task: str, data_dir: str = "", seed: int = 0) -> Path:
     if data_dir:
         return Path(data_dir)
     if is_list(task):
-        return Path(task).resolve().parent
+        return Path(task).absolute().parent  # a link into a store of data counts as lying here
     if packaged := find_task(task).packaged:
         return packaged()
     folder = work_root() / "data" / f"phantom-{task}-seed{seed}"
@@ -58,7 +58,8 @@ def own_list(task: str, data_dir: str, folder: Path) -> Path:
     }
     plain = {part: [{k: v if isinstance(v, str) else [int(x) for x in v] for k, v in c.items()} for c in cases] for part, cases in few.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"name": f"a few scans of {task}", "like": task, **plain}, indent=1))
+    content = {"name": f"a few scans of {task}", "like": task, **plain}
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
     return path
 
 

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from smae_utils.errors import UserError
-from smae_utils.patches import gather_tokens, patch_statistics, patchify, sincos_positions, split_by_noise, unpatchify, visible_count
+from smae_utils.patches import (
+    as_tuple,
+    gather_tokens,
+    grid_size,
+    patch_statistics,
+    patchify,
+    sincos_positions,
+    split_by_noise,
+    unpatchify,
+    visible_count,
+)
 from smae_utils.vit import ViTEncoder, init_transformer, transformer_blocks
 
 
@@ -37,7 +47,8 @@ class MaskedAutoencoder(nn.Module):
         patch_size: an int, or one an axis.
         in_chans: channels of the image.
         mask_ratio: share of patches that are hidden.
-        norm_pix_loss: compare with each patch normalised by its own mean and biased variance (+ 1e-6).
+        norm_pix_loss: compare with each patch normalised by its own mean and biased variance (+ 1e-6), as the released
+            3D code does; facebookresearch/mae takes the unbiased variance.
         encoder: further arguments of `ViTEncoder` (class_token, qkv_bias, mlp_ratio, norm_eps).
     """
 
@@ -139,22 +150,21 @@ class MaskedAutoencoder(nn.Module):
         return unpatchify(pred, self.patch_size, self.grid)
 
 
-def paste_visible(image: Tensor, reconstruction: Tensor, mask: Tensor, patch_size) -> Tensor:
+def paste_visible(image: Tensor, reconstruction: Tensor, mask: Tensor, patch_size: int | Sequence[int]) -> Tensor:
     """Visible patches from `image`, hidden ones from `reconstruction`: all (B, C, *spatial), mask (B, L)."""
     hidden = pixel_mask(mask, patch_size, image.shape)
     return torch.where(hidden, reconstruction, image)
 
 
-def pixel_mask(mask: Tensor, patch_size, shape) -> Tensor:
+def pixel_mask(mask: Tensor, patch_size: int | Sequence[int], shape: Sequence[int]) -> Tensor:
     """(B, L) -> boolean (B, 1, *spatial), True = hidden, for an image of `shape` (B, C, *spatial)."""
-    grid = [n // p for n, p in zip(shape[2:], patch_size)]
-    out = mask.bool().reshape(len(mask), 1, *grid)
-    for axis, size in enumerate(patch_size):
+    out = mask.bool().reshape(len(mask), 1, *grid_size(shape[2:], patch_size))
+    for axis, size in enumerate(as_tuple(patch_size, len(shape) - 2)):
         out = out.repeat_interleave(size, axis + 2)
     return out
 
 
-def sanity_band(image: Tensor, mask: Tensor, patch_size, norm_pix_loss: bool = True) -> dict[str, float]:
+def sanity_band(image: Tensor, mask: Tensor, patch_size: int | Sequence[int], norm_pix_loss: bool = True) -> dict[str, float]:
     """Losses that need no network, on the hidden patches: what a trained one has to beat.
 
     Returns:
@@ -164,8 +174,8 @@ def sanity_band(image: Tensor, mask: Tensor, patch_size, norm_pix_loss: bool = T
     patches = patchify(image, patch_size)
     mean, std = patch_statistics(patches)
     target = (patches - mean) / std if norm_pix_loss else patches
-    grid = torch.meshgrid(*(torch.arange(n // p, dtype=torch.float32) for n, p in zip(image.shape[2:], patch_size)), indexing="ij")
-    place = torch.stack(grid, -1).flatten(0, -2)
+    axes = [torch.arange(n, dtype=torch.float32) for n in grid_size(image.shape[2:], patch_size)]
+    place = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
     distance = torch.cdist(place, place).to(image.device) + 1e9 * mask.unsqueeze(1)
     copied = gather_tokens(target, distance.argmin(-1))
     flat = torch.zeros_like(target) if norm_pix_loss else mean.expand_as(target)

@@ -63,7 +63,7 @@ def mean_auc(targets: np.ndarray, scores: np.ndarray) -> tuple[float, np.ndarray
     """Mean area under the ROC curve over the classes that can be scored.
 
     Args:
-        targets: (n, classes) zeros and ones.
+        targets: (n, classes) zeros and ones, NaN where nobody knows: such images are left out of that class.
         scores: (n, classes), larger means more likely.
 
     Returns:
@@ -76,6 +76,7 @@ def mean_auc(targets: np.ndarray, scores: np.ndarray) -> tuple[float, np.ndarray
         raise UserError("scores hold NaN or infinity: the model diverged, or an image did")
     per_class = np.full(targets.shape[1], np.nan)
     for i, column in enumerate(targets.T):
-        if 0 < column.sum() < len(column):
-            per_class[i] = roc_auc_score(column, scores[:, i])
+        known = np.isfinite(column)
+        if 0 < column[known].sum() < known.sum():
+            per_class[i] = roc_auc_score(column[known], scores[known, i])
     return (float(np.nanmean(per_class)) if np.isfinite(per_class).any() else float("nan")), per_class

@@ -66,7 +66,11 @@ def shuffle_patches(image: Tensor, patch_size: int | Sequence[int], seeds: Seque
 
 
 def patch_statistics(patches: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """Mean and std (biased variance + eps) of each patch over its pixels and channels: (B, L, N) -> two (B, L, 1)."""
+    """Mean and std (biased variance + eps) of each patch over its pixels and channels: (B, L, N) -> two (B, L, 1).
+
+    Biased as in the released 3D code of Zhou et al. (2203.05573). facebookresearch/mae divides by N - 1, so its
+    targets differ from these by the factor sqrt((N - 1) / N): 0.1 % for a patch of 16 x 16 x 3 pixels.
+    """
     mean = patches.mean(-1, keepdim=True)
     return mean, (patches.var(-1, keepdim=True, unbiased=False) + eps).sqrt()
 
@@ -112,7 +116,9 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
 def sincos_positions(grid: Sequence[int], dim: int) -> Tensor:
     """Fixed sine-cosine positions (1, L, dim), axes in order, each with an equal even share of `dim`; what is left over is zero.
 
-    The table of MAE (He et al. 2111.06377), for any number of axes and any width: frequencies 10000^(-2i / share).
+    The formula of MAE (He et al. 2111.06377), for any number of axes and any width: frequencies 10000^(-2i / share).
+    The order is our own: axis 0 comes first, where facebookresearch/mae puts the columns of the width (axis 1) first,
+    so of its 2D table the two halves are swapped.
     """
     half = dim // (2 * len(grid))
     if half == 0:

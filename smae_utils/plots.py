@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from PIL import Image
+from nibabel.affines import voxel_sizes
 
 from smae_utils.mae import MaskedAutoencoder, paste_visible, pixel_mask
 from smae_utils.patches import mask_noise, patchify, split_by_noise, unpatchify
+from smae_utils.pictures import read_flat_mask, read_image
+from smae_utils.reading import encode_labels, read_channels, read_label, read_mask
 from smae_utils.runs import Run
 from smae_utils.tasks import Task
 
@@ -244,28 +246,58 @@ def show_comparison(table, metric: str) -> Figure:
     return figure
 
 
+def show_flat_overlay(
+    image: np.ndarray, label: np.ndarray, predictions: dict[str, np.ndarray], classes: Sequence[str], title: str = "", first: str = "label"
+) -> Figure:
+    """One 2D image (H, W): the label, then each arm's prediction, outlined."""
+    shown = {first: label, **predictions}
+    figure, axes = _grid(1, len(shown), 3)
+    for axis, (name, values) in zip(axes[0], shown.items()):
+        axis.imshow(image, cmap="gray", interpolation="nearest")
+        draw_outlines(axis, values, len(classes))
+        axis.set_title(name, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    handles = [Patch(color=PALETTE[i % len(PALETTE)], label=name) for i, name in enumerate(classes)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
+    return figure
+
+
 def show_test_case(task: Task, case: dict, runs: dict[str, Path], tables: dict, title: str) -> Figure:
-    """One test case: the scan with label and each arm's prediction, or the radiograph beside targets and scores."""
+    """One test case: the scan with label and each arm's prediction, or the whole image beside targets and scores."""
     if task.kind == "classification":
         return _show_scores(task, case, tables, title)
-    image = nib.as_closest_canonical(nib.load(case["image"] if isinstance(case["image"], str) else case["image"][0]))
-    values = np.asarray(image.dataobj, np.float32)
-    picture = values[..., 0] if values.ndim == 4 else values
+    label, scan = read_label(case, task)
+    names = task.classes if task.exclusive else [f"label {i}" for i in range(1, task.label_values)]
+    ending = ".png" if scan is None else ".nii.gz"
+    files = {arm: run / "predictions" / f"{case['case']}{ending}" for arm, run in runs.items()}
+    if scan is None:
+        predicted = {arm: encode_labels(read_flat_mask(file), task, str(file)) for arm, file in files.items()}
+        return show_flat_overlay(np.asarray(read_image(case["image"]).convert("L")), label, predicted, names, title)
+    picture = scan.values[0].astype(np.float32)
     if task.window:
         picture = picture.clip(*task.window)
+    predicted = {arm: encode_labels(read_mask(file, scan), task, str(file)) for arm, file in files.items()}
 
-    def labels(path: Path | str) -> np.ndarray:
-        return np.asarray(nib.as_closest_canonical(nib.load(path)).dataobj)
+    def canonical(values: np.ndarray) -> nib.Nifti1Image:
+        return nib.as_closest_canonical(nib.Nifti1Image(values, scan.affine))
 
-    predicted = {arm: labels(run / "predictions" / f"{case['case']}.nii.gz") for arm, run in runs.items()}
-    names = task.classes if task.exclusive else [f"label {i}" for i in range(1, task.label_values)]
-    return show_overlay(picture, labels(case["label"]), predicted, names, title, image.header.get_zooms()[:3])
+    drawn = canonical(picture)
+    arms = {arm: np.asarray(canonical(values).dataobj) for arm, values in predicted.items()}
+    return show_overlay(np.asarray(drawn.dataobj), np.asarray(canonical(label).dataobj), arms, names, title, voxel_sizes(drawn.affine))
+
+
+def _middle_picture(task: Task, case: dict) -> np.ndarray:
+    """A 2D image, or the middle axial plane of a 3D scan, in grey."""
+    if task.spatial_dims == 2:
+        return np.asarray(read_image(case["image"]).convert("L"))
+    scan = read_channels(case["image"])
+    values = np.asarray(nib.as_closest_canonical(nib.Nifti1Image(scan.values[0].astype(np.float32), scan.affine)).dataobj)
+    return plane(values.clip(*task.window) if task.window else values, "axial")
 
 
 def _show_scores(task: Task, case: dict, tables: dict, title: str) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.5, 3.4), layout="constrained", width_ratios=(1, 1.1))
-    with Image.open(case["image"]) as file:
-        left.imshow(file.convert("L"), cmap="gray")
+    left.imshow(_middle_picture(task, case), cmap="gray")
     left.set(xticks=[], yticks=[], title=title)
     place = np.arange(len(task.classes))
     for offset, (arm, table) in zip((0.2, -0.2), tables.items()):

@@ -1,68 +1,259 @@
-"""Files to arrays, and the checks that refuse what would train or score silently wrong."""
+"""Files to arrays by one rule for checking, training and evaluation, and the checks that refuse what would train or score silently wrong."""
 
 from __future__ import annotations
 
-import logging
-import warnings
+import shlex
+import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import torch
 from monai import transforms as mt
-from monai.data import MetaTensor, PydicomReader
-from PIL import Image, UnidentifiedImageError
+from monai.data import MetaTensor
+from nibabel.affines import voxel_sizes
+from nibabel.filebasedimages import ImageFileError
+from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
+from nibabel.processing import resample_from_to
+from nibabel.spatialimages import HeaderDataError
 
+from smae_utils import dicom
 from smae_utils.errors import UserError
+from smae_utils.paths import ITK_ENDINGS, NIBABEL_ENDINGS, case_name, has_ending, is_dicom, split_series
+from smae_utils.pictures import ReadRadiograph, read_flat_mask, read_image
 from smae_utils.tasks import Task
 
-# Where pydicom is installed, MONAI tells at each scan, NIfTI too, that a decoder for GPUs is not: nobody asked for it.
-logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
+# What nibabel, zlib and the system raise for a file that is damaged; everything else is a mistake of this package and is not blamed on the file.
+FILE_ERRORS = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError)
+# A float mask may miss an integer by so much: what scaling factors and other tools' nearest neighbours leave.
+INTEGER_TOLERANCE = 1e-3
+
+
+@dataclass
+class Volume:
+    """A 3D scan or mask as stored.
+
+    Attributes:
+        values: (C, X, Y, Z); float32, or float64 where float32 cannot hold them.
+        affine: (4, 4) to mm, RAS+; of NIfTI the sform first.
+        path: the file or folder it came from.
+        units: units of space and time of its header.
+    """
+
+    values: np.ndarray
+    affine: np.ndarray
+    path: str
+    units: tuple[str, str] = ("mm", "unknown")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape[1:])
+
+    @property
+    def spacing_mm(self) -> tuple[float, ...]:
+        """Voxel size along each axis, by the affine."""
+        return tuple(float(s) for s in voxel_sizes(self.affine))
+
+
+def read_volume(path: str | Path) -> Volume:
+    """A scan or a mask from any 3D file that is read here: NIfTI (also .hdr/.img pairs and FreeSurfer's .mgz), .mha, .mhd, .nrrd, DICOM.
+
+    Raises:
+        UserError: naming the file, for what cannot be read or is no volume of grey values.
+    """
+    path = str(path)
+    file, series = split_series(path)
+    if series or file.is_dir() or is_dicom(path):
+        values, affine = dicom.read_volume(path)
+        return Volume(values[None], affine, path)
+    if has_ending(path, ITK_ENDINGS):
+        return _read_itk(path)
+    if not has_ending(path, NIBABEL_ENDINGS):
+        raise UserError(f"{path} is no 3D scan that is read here (NIfTI, {', '.join(ITK_ENDINGS)}, or a folder of one DICOM series): convert it first")
+    try:
+        scan = nib.load(path)
+    except FILE_ERRORS as error:
+        raise unreadable(path, error) from error
+    check_header(scan, path)
+    shape = volume_shape(scan, path)
+    try:
+        values = np.asarray(scan.dataobj)
+    except FILE_ERRORS as error:
+        raise unreadable(path, error) from error
+    return Volume(_channels_first(values.reshape(shape)), scan.affine, path, units_of(scan))
+
+
+def units_of(scan: nib.spatialimages.SpatialImage) -> tuple[str, str]:
+    """Units of space and time as a NIfTI header has them; other formats count in mm."""
+    return scan.header.get_xyzt_units() if hasattr(scan.header, "get_xyzt_units") else ("mm", "unknown")
+
+
+def volume_shape(scan: nib.spatialimages.SpatialImage, path: str) -> tuple[int, ...]:
+    """(X, Y, Z, C) of a stored image: 3D, 4D, or 5D as ITK writes channels (X, Y, Z, 1, C).
+
+    Raises:
+        UserError: for colours, complex numbers, and arrays of other axes.
+    """
+    kind = scan.header.get_data_dtype()
+    if kind.fields:
+        raise UserError(f"{path} holds colours (RGB), no grey values: give the original scan, not a coloured copy")
+    if kind.kind == "c":
+        raise UserError(f"{path} holds complex numbers: write their magnitude (np.abs) into a new file and give that")
+    shape = tuple(int(n) for n in scan.shape)
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) == 5 and shape[3] == 1:
+        shape = (*shape[:3], shape[4])
+    if not 3 <= len(shape) <= 4 or min(shape) < 1:
+        raise UserError(f"{path} has shape {tuple(scan.shape)}: expected a 3D scan (X, Y, Z), with channels (X, Y, Z, C)")
+    return shape if len(shape) == 4 else (*shape, 1)
+
+
+def _channels_first(values: np.ndarray) -> np.ndarray:
+    """(X, Y, Z, C) -> (C, X, Y, Z) in the float type that holds the values."""
+    wide = values.dtype.kind in "iu" and values.dtype.itemsize > 2 or values.dtype.itemsize > 4
+    exact = np.float64 if wide else np.float32
+    return np.ascontiguousarray(np.moveaxis(values, -1, 0), dtype=exact)
+
+
+def unreadable(path: str, error: Exception) -> UserError:
+    line = " ".join(str(error).split())[:200] or type(error).__name__
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{path} does not exist, or its other half (.hdr and .img belong together): {line}")
+    if "not a gzip" in line.lower():
+        return UserError(f"cannot read {path}: its content is not compressed with gzip, though it is called .gz: rename it, or copy it again")
+    return UserError(f"cannot read {path}: {line}. The file may be cut short: copy or unpack it again")
+
+
+def _read_itk(path: str) -> Volume:
+    """.mha, .mhd and .nrrd, through SimpleITK."""
+    try:
+        import SimpleITK as sitk
+    except ImportError:
+        raise UserError(f"{path}: pip install 'smae-utils[itk]' to read {Path(path).suffix}") from None
+    try:
+        image = sitk.ReadImage(path)
+    except RuntimeError as error:
+        line = " ".join(str(error).split("\n")[-1].split())[:200]
+        raise UserError(f"cannot read {path}: {line}. The file may be cut short: copy it again") from error
+    if image.GetDimension() != 3:
+        raise UserError(f"{path} has {image.GetDimension()} axes of size {image.GetSize()}: expected a 3D scan")
+    values = sitk.GetArrayFromImage(image)
+    if np.iscomplexobj(values):
+        raise UserError(f"{path} holds complex numbers: write their magnitude into a new file and give that")
+    values = values[None] if image.GetNumberOfComponentsPerPixel() == 1 else np.moveaxis(values, -1, 0)
+    affine = np.eye(4)
+    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
+    affine[:3, 3] = image.GetOrigin()
+    return Volume(_channels_first(np.moveaxis(values.transpose(0, 3, 2, 1), 0, -1)), dicom.LPS_TO_RAS @ affine, path)
+
+
+def read_mask(path: str | Path, image: Volume) -> np.ndarray:
+    """A mask brought to the axes of its image: (X, Y, Z). Voxels are counted from other corners, none is resampled.
+
+    Raises:
+        UserError: for channels, another shape or another place, with what to run.
+    """
+    mask = read_volume(path)
+    if len(mask.values) != 1:
+        raise UserError(f"{path} has {len(mask.values)} channels: a mask is one volume of label values (X, Y, Z)")
+    values, affine = to_axes_of(image.affine, mask.values[0], mask.affine)
+    if values.shape != image.shape:
+        raise UserError(
+            f"{path} has shape {mask.shape}, its image {image.path} {image.shape}: they must lie on one grid (are they swapped?). {_resample(mask, image)}"
+        )
+    check_same_place(affine, image.affine, image.shape, str(path), image.path, _resample(mask, image))
+    return values
+
+
+def to_axes_of(target: np.ndarray, values: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Turn and flip values (X, Y, Z) with affine (4, 4) so that their axes run as those of `target` (4, 4): (values, affine)."""
+    change = ornt_transform(io_orientation(affine), io_orientation(target))
+    return np.ascontiguousarray(apply_orientation(values, change)), affine @ inv_ornt_aff(change, values.shape)
+
+
+def _resample(mask: Volume, image: Volume) -> str:
+    """What brings a mask onto its image's grid."""
+    new = case_name(mask.path) + "_resampled.nii.gz"
+    return f"To resample it: python -m smae_utils resample {shlex.quote(mask.path)} {shlex.quote(image.path)} {shlex.quote(new)}"
+
+
+def resample_mask(mask: str | Path, image: str | Path, out: str | Path) -> None:
+    """Write a mask on the grid of an image by nearest neighbour; what lies outside the mask's own grid is 0.
+
+    Raises:
+        UserError: if a file cannot be read, or `out` exists or is no NIfTI name.
+    """
+    if not has_ending(out, (".nii", ".nii.gz")) or Path(out).exists():
+        raise UserError(f"{out} exists or is no NIfTI name (.nii, .nii.gz): give a new name for the resampled mask")
+    source, target = read_volume(mask), read_volume(image)
+    values = whole_numbers(source.values[0], source.path, "integers")
+    kind = np.int16 if np.abs(values).max(initial=0) < 2**15 else np.int32
+    moved = resample_from_to((values.astype(kind), source.affine), (target.shape, target.affine), order=0)
+    nib.save(nib.Nifti1Image(np.asarray(moved.dataobj).astype(kind), target.affine), out)
+
+
+def whole_numbers(values: np.ndarray, path: str, expected: str) -> np.ndarray:
+    """Label values as integers; floats that miss one by less than `INTEGER_TOLERANCE` are rounded.
+
+    Raises:
+        UserError: for fractions.
+    """
+    if values.dtype.kind in "iub":
+        return values.astype(np.int64)
+    rounded = np.round(values)
+    off = np.abs(values - rounded)
+    if not np.isfinite(values).all() or off.max(initial=0) > INTEGER_TOLERANCE:
+        found = np.unique(values[~(off <= INTEGER_TOLERANCE)])
+        some = ", ".join(repr(float(v)) for v in found[:6]) + (" and more" if len(found) > 6 else "")
+        raise UserError(f"{path} holds values {some}: expected {expected}; is it a probability map or an image?")
+    return rounded.astype(np.int64)
 
 
 class ReadScan(mt.Transform):
-    """NIfTI and what else MONAI reads by its ending, a folder of one DICOM series, or several files as channels -> (C, X, Y, Z)."""
+    """Files of `image` (several are channels) and, where wanted, `label` -> MetaTensors (C, X, Y, Z) with their affine.
+
+    The label is brought to the axes of the image, see `read_mask`.
+    """
 
     def __init__(self, keys: Sequence[str]):
         self.keys = keys
 
     def __call__(self, data: dict) -> dict:
+        image = read_channels(data["image"]) if "image" in data else None
         out = dict(data)
-        for key in self.keys:
-            files = data[key] if isinstance(data[key], (list, tuple)) else [data[key]]
-            headers = []
-            if all(str(f).endswith((".nii", ".nii.gz")) for f in files):
-                headers = [nib.load(f) for f in files]
-                for header, f in zip(headers, files):
-                    check_header(header, str(f))
-                reader = mt.LoadImage("NibabelReader", image_only=True, ensure_channel_first=True)
-            elif Path(files[0]).is_dir():
-                reader = mt.LoadImage(_dicom_reader(files[0]), image_only=True, ensure_channel_first=True)
-            else:
-                raise UserError(f"{files[0]} is no NIfTI file (.nii, .nii.gz) and no folder of a DICOM series: convert it first")
-            parts = [reader(str(f)) for f in files]
-            # As viewers take it, sform first: MONAI takes the qform, even one that is not set, where the voxel sizes contradict the sform.
-            for part, header in zip(parts, headers):
-                part.affine, part.meta["original_affine"] = torch.from_numpy(header.affine), header.affine
-            for other, name in zip(parts[1:], files[1:]):
-                check_grid((other.shape[1:], np.asarray(other.affine)), str(name), (parts[0].shape[1:], np.asarray(parts[0].affine)), str(files[0]))
-            joined = torch.cat([p.as_tensor() for p in parts]) if len(parts) > 1 else parts[0].as_tensor()
-            out[key] = MetaTensor(joined, meta={**parts[0].meta, "filename_or_obj": str(files[0])})
+        if "image" in self.keys:
+            out["image"] = _tensor(image.values.astype(np.float32, copy=False), image)
+        if "label" in self.keys:
+            out["label"] = _tensor(read_mask(data["label"], image)[None], image, str(data["label"]))
         return out
 
 
-def _dicom_reader(folder: str):
-    try:
-        import pydicom  # noqa: F401 (MONAI asks for it only when a file is read)
-    except ImportError:
-        raise UserError(f"{folder} is a DICOM folder: pip install 'smae-utils[dicom]' to read it") from None
-    return PydicomReader()
+def _tensor(values: np.ndarray, image: Volume, path: str = "") -> MetaTensor:
+    affine = torch.from_numpy(np.asarray(image.affine, float))
+    meta = {"filename_or_obj": path or image.path, "original_affine": np.asarray(image.affine, float), "spatial_shape": np.array(image.shape)}
+    return MetaTensor(torch.from_numpy(values), affine=affine, meta=meta)
+
+
+def read_channels(image: str | Sequence[str]) -> Volume:
+    """A scan of one file, or of several that are its channels in order.
+
+    Raises:
+        UserError: where channels do not lie on one grid.
+    """
+    files = [image] if isinstance(image, (str, Path)) else list(image)
+    first, *others = (read_volume(f) for f in files)
+    for other in others:
+        check_grid((other.shape, other.affine), other.path, (first.shape, first.affine), first.path)
+    if others:
+        first.values = np.concatenate([first.values, *(o.values for o in others)])
+    return first
 
 
 class CheckCase(mt.Transform):
-    """Refuse what would train silently wrong: other channels, another grid of the label, NaN, values that are no label."""
+    """Refuse what would train silently wrong (other channels, NaN, values that are no label) and number the label values from 0."""
 
     def __init__(self, task: Task, with_label: bool):
         self.task, self.with_label = task, with_label
@@ -73,11 +264,56 @@ class CheckCase(mt.Transform):
         check_finite(image.as_tensor().numpy(), name)
         if self.with_label:
             label, path = data["label"], data["label"].meta["filename_or_obj"]
-            if label.shape[1:] != image.shape[1:]:
-                raise UserError(f"{path} has shape {tuple(label.shape[1:])}, its image {name} {tuple(image.shape[1:])}: they must lie on one grid")
-            check_same_place(np.asarray(label.affine), np.asarray(image.affine), image.shape[1:], path, name)
-            check_label_values(label.as_tensor().numpy(), self.task, path)
+            numbered = encode_labels(label.as_tensor().numpy(), self.task, path)
+            data = {**data, "label": MetaTensor(torch.from_numpy(numbered), meta=label.meta)}
         return data
+
+
+def encode_labels(values: np.ndarray, task: Task, path: str) -> np.ndarray:
+    """Values as stored -> uint8 0 .. label_values - 1, and `tasks.IGNORE` for what the list calls ignore.
+
+    Raises:
+        UserError: for values that are no label of the task.
+    """
+    expected = f"integers {describe_values(task)}"
+    whole = whole_numbers(values, path, expected)
+    found = np.unique(whole)
+    numbers = task.label_numbers
+    if strange := [int(v) for v in found if int(v) not in numbers]:
+        some = ", ".join(map(str, strange[:8])) + (" and more" if len(strange) > 8 else "")
+        hint = ' Name them in "labels"; {"background": [0, VALUE]} in nnU-Net\'s style makes a value background' if task.name.endswith((".json", ".csv")) else ""
+        raise UserError(f"{path} holds values {some}: task {task.title or task.name} expects {expected}.{hint}")
+    table = np.array([numbers[int(v)] for v in found], np.uint8)
+    return table[np.searchsorted(found, whole)]
+
+
+def describe_values(task: Task) -> str:
+    """The stored label values of a task in words: `0 .. 2`, or `0, 17, 1002`."""
+    stored = sorted(task.label_numbers)
+    if stored == list(range(len(stored))):
+        return f"0 .. {stored[-1]}"
+    return ", ".join(map(str, stored[:12])) + (" and more" if len(stored) > 12 else "")
+
+
+def read_label(case: dict, task: Task) -> tuple[np.ndarray, Volume | None]:
+    """A case's mask as label numbers on the grid of its image, and the image (None for 2D).
+
+    Raises:
+        UserError: if a file cannot be read, they do not lie on one grid, or the mask holds values that are no label.
+    """
+    if task.spatial_dims == 2:
+        label = encode_labels(read_flat_mask(case["label"]), task, case["label"])
+        width, height = read_image(case["image"]).size
+        if label.shape != (height, width):
+            raise UserError(f"{case['label']} has {label.shape} pixels, its image {(height, width)}: they must lie on one grid")
+        return label, None
+    image = read_volume(first_file(case["image"]))
+    return encode_labels(read_mask(case["label"], image), task, case["label"]), image
+
+
+def first_file(image: str | Sequence[str]) -> str:
+    """The file that says where a scan lies; channels in several files share one grid."""
+    return image if isinstance(image, str) else image[0]
 
 
 def check_channels(channels: int, shape: tuple[int, ...], task: Task, path: str) -> None:
@@ -95,12 +331,16 @@ def check_finite(values: np.ndarray, path: str) -> None:
         raise UserError(f"{path} holds NaN or infinite values: repair or leave out this scan")
 
 
-def check_header(scan: nib.Nifti1Image, path: str) -> None:
-    """Refuse a NIfTI header that counts in other units than mm, or an affine (4, 4) by which the voxels lie in a plane, or nowhere."""
-    if unit := {1: "metres", 3: "micrometres"}.get(int(scan.header["xyzt_units"]) % 8):
+def check_header(scan: nib.spatialimages.SpatialImage, path: str) -> None:
+    """Refuse a NIfTI header that counts in other units than mm, or an affine (4, 4) by which the voxels lie in a plane, or nowhere.
+
+    Whether an affine is singular does not depend on the size of its voxels: those of micro-CT are .008 mm.
+    """
+    if "xyzt_units" in scan.header and (unit := {1: "metres", 3: "micrometres"}.get(int(scan.header["xyzt_units"]) % 8)):
         raise UserError(f"the header of {path} counts in {unit}: voxel sizes are taken as mm here; correct the header or convert the scan")
-    affine = scan.affine
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
+    axes = scan.affine[:3, :3]
+    sizes = np.linalg.norm(axes, axis=0)
+    if not np.isfinite(scan.affine).all() or (sizes == 0).any() or abs(np.linalg.det(axes / sizes)) < 1e-4:
         raise UserError(f"{path} has a singular affine: its header does not say where the voxels lie; repair it, for example with its DICOM original")
 
 
@@ -114,9 +354,11 @@ def check_grid(other: tuple, path: str, first: tuple, first_path: str) -> None:
 def contradiction(path: str) -> str:
     """In which way a NIfTI header says two things of where the voxels lie; "" where it does not. Its affine (sform first) is what counts here."""
     scan = nib.load(path)
-    sizes, stored = np.asarray(scan.header.get_zooms()[:3], float), np.linalg.norm(scan.affine[:3, :3], axis=0)
-    if not np.allclose(sizes, stored, rtol=1e-3):
-        return f"voxel sizes {_by(sizes)} mm, by its affine {_by(stored)}"
+    if "sform_code" not in scan.header:
+        return "an Analyze file does not say which side is left: it is taken as nibabel takes it" if has_ending(path, (".hdr", ".img")) else ""
+    sizes, stored = np.asarray(scan.header.get_zooms()[:3], float), voxel_sizes(scan.affine)
+    if not np.allclose(sizes, stored, rtol=1e-3, atol=0):
+        return f"voxel sizes {by(sizes)} mm, by its affine {by(stored)}"
     if scan.header["sform_code"] > 0 and scan.header["qform_code"] > 0:
         try:
             sform, qform = scan.get_sform(), scan.get_qform()
@@ -124,12 +366,13 @@ def contradiction(path: str) -> str:
             return "its qform is no rotation"
         off = _farthest_corner(sform, qform, scan.shape)
         if off > 0.5 * stored.min():
-            return f"its qform lies up to {off:.1f} mm away from its sform"
+            return f"its qform lies up to {off:.3g} mm away from its sform"
     return ""
 
 
-def _by(values: np.ndarray) -> str:
-    return "x".join(f"{v:.2f}" for v in values)
+def by(values: Sequence[float]) -> str:
+    """Sizes joined by x, with three digits that matter however small they are."""
+    return "x".join(f"{v:.3g}" for v in values)
 
 
 def _farthest_corner(one: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> float:
@@ -138,74 +381,12 @@ def _farthest_corner(one: np.ndarray, other: np.ndarray, shape: Sequence[int]) -
     return float(np.abs(corners @ (one - other).T)[:, :3].max())
 
 
-def check_same_place(label: np.ndarray, image: np.ndarray, shape: Sequence[int], label_path: str, image_path: str) -> None:
+def check_same_place(label: np.ndarray, image: np.ndarray, shape: Sequence[int], label_path: str, image_path: str, what_to_do: str = "") -> None:
     """Refuse a label whose affine (4, 4) puts its corners half a voxel or more away from where the image has them."""
     off = _farthest_corner(label, image, shape)
-    voxel = np.linalg.norm(image[:3, :3], axis=0).min()
-    if off > 0.5 * voxel:
-        raise UserError(
-            f"{label_path} lies up to {off:.1f} mm away from its image {image_path}, by their affines: resample the label onto the image's grid"
-        )
+    if off > 0.5 * voxel_sizes(image).min():
+        what = what_to_do or "resample it onto the image's grid"
+        raise UserError(f"{label_path} lies up to {off:.3g} mm away from its image {image_path}, by their affines. {what}")
 
 
-def check_label_values(values: np.ndarray, task: Task, path: str) -> None:
-    """Refuse values that are no label of the task."""
-    found = np.unique(values)
-    if (found != np.round(found)).any() or found.min() < 0 or found.max() >= task.label_values:
-        some = ", ".join(f"{v:g}" for v in found[:8]) + (" and more" if len(found) > 8 else "")
-        raise UserError(f"{path} holds values {some}: task {task.name} expects integers 0 .. {task.label_values - 1}")
-
-
-class ReadRadiograph(mt.Transform):
-    """PNG, JPEG or DICOM -> 8-bit PIL image (grey, or RGB for three channels) with rows from the top, and the mean and std of the whole in 0..1.
-
-    PIL, not MONAI's PILReader, which transposes: left and right would change places with up and down.
-    """
-
-    def __init__(self, in_chans: int = 1):
-        if in_chans not in (1, 3):
-            raise UserError(f"2D images have 1 channel (grey) or 3 (RGB), the task wants {in_chans}")
-        self.mode = "L" if in_chans == 1 else "RGB"
-
-    def __call__(self, data: dict) -> dict:
-        image = read_image(data["image"]).convert(self.mode)
-        pixels = np.asarray(image, np.float32) / 255
-        return {**data, "image": image, "mean": float(pixels.mean()), "std": float(max(pixels.std(), 1e-3))}
-
-
-def read_image(path: str) -> Image.Image:
-    """A 2D image file as 8-bit PIL image; 16-bit ones are scaled by their own range.
-
-    Raises:
-        UserError: if it cannot be read, or is no 2D image.
-    """
-    try:
-        if str(path).lower().endswith((".dcm", ".dicom")):
-            return _read_dicom(path)
-        with Image.open(path) as file:
-            if not file.mode.startswith(("I", "F")):
-                return file.convert("RGB") if file.mode not in ("L", "1") else file.convert("L")
-            return _to_8_bit(np.asarray(file, np.float64))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}. Download, copy or unpack it again") from None
-
-
-def _to_8_bit(values: np.ndarray) -> Image.Image:
-    if values.ndim != 2 or not np.isfinite(values).all():
-        raise ValueError(f"expected a grey 2D image of finite values, got shape {values.shape}")
-    low, high = values.min(), values.max()
-    return Image.fromarray(((values - low) / max(high - low, 1e-9) * 255).round().astype(np.uint8))
-
-
-def _read_dicom(path: str) -> Image.Image:
-    """Through pydicom; MONOCHROME1 (white is low) is turned round."""
-    try:
-        import pydicom
-    except ImportError:
-        raise UserError(f"{path} is DICOM: pip install 'smae-utils[dicom]' to read it") from None
-    try:
-        file = pydicom.dcmread(path)
-        values = np.asarray(file.pixel_array, np.float64)
-    except (pydicom.errors.InvalidDicomError, AttributeError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"no readable DICOM image: {error}") from None
-    return _to_8_bit(-values if file.get("PhotometricInterpretation") == "MONOCHROME1" else values)
+__all__ = ["CheckCase", "ReadRadiograph", "ReadScan", "Volume", "read_image", "read_mask", "read_volume", "resample_mask"]

@@ -15,14 +15,14 @@ from smae_utils.errors import UserError
 from smae_utils.evidence.tables import intervals, read
 from smae_utils.lesson import load_crop
 from smae_utils.plots import show_reconstruction
-from smae_utils.runs import Run
+from smae_utils.runs import Run, find_data
 from smae_utils.settings import PretrainSettings, make_settings
 from smae_utils.tasks import get_task
 from smae_utils.weights import load_weights
 
 
 def _facts(file: Path) -> str:
-    return "".join(f"\n{line[2:]}  " for line in file.read_text().splitlines() if line.startswith("# "))
+    return "".join(f"\n{line[2:]}  " for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# "))
 
 
 def _table(frame: pd.DataFrame) -> str:
@@ -183,11 +183,12 @@ BLOCKS: dict[str, dict[str, Callable[[Path], str]]] = {
 def draw_reconstruction(run_dir: str | Path, target: Path) -> None:
     """The README's picture: the first validation image of a pre-training run."""
     run = Run.open(run_dir, "pretrain")
-    task = get_task(run.config["task"])
+    name, data = find_data(run)
+    task = get_task(name)
     settings = make_settings(PretrainSettings, run.config["settings"], str(run.path))
     model = build_mae(task, settings).eval()
     load_weights(model, run.path, require="")
-    case = read_splits(task, run.config["data"], settings)["val"][0]
+    case = read_splits(task, data, settings)["val"][0]
     figure = show_reconstruction(model, load_crop(task, settings, case), seed=0)
     target.parent.mkdir(exist_ok=True)
     figure.savefig(target, dpi=80, pil_kwargs={"optimize": True})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable
@@ -23,7 +24,28 @@ from smae_utils.errors import UserError
 from smae_utils.tasks import Task, get_task
 
 STAGES = ("pretrain", "finetune")
+# A float of YAML 1.2. PyYAML reads 1.1, to which 1e-4 and 1.5e3 are words: there a dot and a signed exponent are needed.
+FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
 ARMS = ("scratch", "self")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the numbers that everybody writes."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
+
+
+def read_yaml(text: str) -> Any:
+    """Plain values of a YAML text; 1e-4 is a number.
+
+    Raises:
+        yaml.YAMLError: if it is none.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except ValueError as error:  # a number or date by its form that is none, as 2024-02-31
+        raise yaml.YAMLError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -41,7 +63,8 @@ class Settings:
     # The data.
     spacing_mm: tuple[float, ...] = ()  # voxel size to resample to; empty: the task's own
     split_seed: int = 0  # which cases are held out; apart from `seed`, so that seeds share their test cases
-    fold: int = 0  # which fold is the test part, where a task has folds
+    fold: int = 0  # which fold is the test part, where a task has folds; of a list with folds the validation part
+    test_share: float = 0.0  # share of the labelled patients held out as test cases, where a list has no labelled ones
     train_on_val: bool = False  # give the validation cases back for training; nothing can be selected then
     cache_rate: float = 1.0  # share of the training scans kept in memory after resampling
     num_workers: int = 0
@@ -63,7 +86,7 @@ class Settings:
     log_every: int = 50
     save_every: int = 500
     val_every: int = 0  # 0: never
-    keep_every: int = 0  # keep the weights of each so manyth step too, to watch a network learn; 0: only the last
+    keep_every: int = 0  # also keep the weights of every N-th step, to watch a network learn; 0: only the last
 
 
 @dataclass(frozen=True)
@@ -105,12 +128,13 @@ AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("feature_size", "batch_size", "crops_per_scan", "log_every", "save_every"), 1),
     **dict.fromkeys(("seed", "split_seed", "fold", "num_workers", "steps", "epochs", "warmup_steps", "warmup_epochs", "val_every", "keep_every"), 0),
     **dict.fromkeys(("base_lr", "weight_decay", "clip_grad", "betas", "layer_decay", "ce_weight_power"), 0.0),
-    **dict.fromkeys(("cache_rate", "flip_prob", "rotate_prob", "intensity_prob", "intensity_scale", "drop_path", "overlap"), 0.0),
+    **dict.fromkeys(("test_share", "cache_rate", "flip_prob", "rotate_prob", "intensity_prob", "intensity_scale", "drop_path", "overlap"), 0.0),
     **dict.fromkeys(("spacing_mm", "crop_area"), 1e-3),
 }
 AT_MOST: dict[str, float] = {
     **dict.fromkeys(("cache_rate", "flip_prob", "rotate_prob", "intensity_prob", "layer_decay", "crop_area"), 1.0),
     **dict.fromkeys(("drop_path", "overlap"), 0.99),
+    "test_share": 0.9,
     **dict.fromkeys(("betas",), 0.999999),
 }
 
@@ -124,7 +148,9 @@ def load_preset(name: str) -> dict[str, Any]:
         known = sorted(p.stem for p in shipped("presets").glob("*.yaml"))
         raise UserError(f"unknown preset {name!r}: expected one of {', '.join(known)}, or the path of a YAML file")
     try:
-        content = yaml.safe_load(path.read_text()) or {}
+        content = read_yaml(path.read_text(encoding="utf-8-sig")) or {}
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text ({error}): save it as UTF-8") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -229,17 +255,11 @@ def parse_overrides(items: list[str]) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """YAML scalar or list; Python's True, False and 1e-3 are understood too."""
+    """YAML scalar or list, see `read_yaml`; Python's True and False are YAML too. What is no YAML is text."""
     try:
-        value = yaml.safe_load(text)
+        return read_yaml(text)
     except yaml.YAMLError:
         return text
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def coerce(value: Any, hint: Any, name: str) -> Any:
@@ -252,18 +272,28 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
         if value is None and type(None) in args:
             return None
         return coerce(value, next(a for a in args if a is not type(None)), name)
-    if origin in (tuple, list) and isinstance(value, (list, tuple)):
-        return origin(coerce(v, args[0], name) for v in value)
+    if (origin or hint) in (tuple, list) and isinstance(value, (list, tuple)):
+        return (origin or hint)(coerce(v, args[0], name) if args else v for v in value)
     if hint is bool and isinstance(value, bool):
         return value
     if hint is float and isinstance(value, str) and value.lower() in ("inf", "nan"):
         return float(value)
-    if hint in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool) and hint(value) == value:
+    if hint in (int, float) and _holds(hint, value):
         return hint(value)
     if hint is str and isinstance(value, str):
         return value
     expected = getattr(hint, "__name__", None) if origin is None else str(hint)
     raise UserError(f"{name} must be {expected}, got {value!r} ({type(value).__name__})")
+
+
+def _holds(kind: type, value: Any) -> bool:
+    """Whether an int or float is the same as the other kind: no int is inf or nan, no float is an int of 400 digits."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return kind(value) == value
+    except (OverflowError, ValueError):
+        return False
 
 
 def as_dict(settings: Settings) -> dict[str, Any]:

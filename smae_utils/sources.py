@@ -18,7 +18,8 @@ from smae_utils.inference import activate, label_map
 from smae_utils.mae import MaskedAutoencoder
 from smae_utils.runs import Run
 from smae_utils.settings import PretrainSettings, Settings, make_settings
-from smae_utils.tasks import Task, task_of
+from smae_utils.paths import case_name, split_series
+from smae_utils.tasks import IGNORE, Task, task_of
 from smae_utils.transforms import ResizeRadiograph, middle, prepare
 from smae_utils.weights import load_weights
 
@@ -39,7 +40,7 @@ class Source:
         self.ndim = len(self.size)
         patch = model.patch_size if model is not None else (settings.patch_size,) * self.ndim
         self.grid = tuple(n // p for n, p in zip(self.size, patch))
-        own = (settings.spacing_mm or task.spacing_mm) if task and settings else ()
+        own = (settings.spacing_mm or task.spacing_mm) if task and settings and not task.whole else ()
         self.spacing_mm = tuple(float(s) for s in (spacing_mm or own))
         chans = model.encoder.patch_embed.proj.weight.shape[1] if model is not None else task.in_chans
         self.channels = task.channels if task else tuple(f"channel {i + 1}" for i in range(chans))
@@ -83,7 +84,7 @@ class Source:
             else:
                 labels[name] = region_index(label_map(activate(logits, task), task), task)
         if self.task.kind == "classification" and "label" in item:
-            present = [n for n, v in zip(self.task.classes, item["label"]) if v]
+            present = [n for n, v in zip(self.task.classes, item["label"]) if v == 1]
             verdict.insert(0, "labelled: " + (", ".join(present) or "no finding"))
         return image, labels, "; ".join(verdict)
 
@@ -91,8 +92,12 @@ class Source:
         """The middle of a prepared scan at the model's input size, with its label where there is one."""
         labelled = isinstance(case.get("label"), str) and bool(self.classes)
         data = read_case(prepare(self.task, self.settings, with_label=labelled), case)
-        if self.ndim == 2:
-            return ResizeRadiograph(self.size)(data)["image"], None
+        if self.task.whole:
+            image = ResizeRadiograph(self.size)(data)["image"]
+            if not labelled:
+                return image, None
+            label = torch.nn.functional.interpolate(data["label"][None].float(), size=self.size, mode="nearest-exact")[0, 0]
+            return image, region_index(label.numpy().astype(np.uint8), self.task)
         image, *label = (middle(data[key].as_tensor(), self.size) for key in ("image", "label")[: 1 + labelled])
         return image, region_index(label[0][0].numpy(), self.task) if label else None
 
@@ -108,9 +113,9 @@ class Source:
 
 
 def region_index(values: np.ndarray, task: Task) -> np.ndarray:
-    """Label values -> number of the class that is drawn (1 ..): the innermost region that holds the voxel."""
+    """Label numbers -> number of the class that is drawn (1 ..): the innermost region that holds the voxel."""
     if not task.regions:
-        return values.astype(np.uint8)
+        return np.where(values == IGNORE, 0, values).astype(np.uint8)
     out = np.zeros(values.shape, np.uint8)
     for number, mask in enumerate(task.class_masks(values), start=1):
         out[mask] = number
@@ -175,8 +180,8 @@ def _cases(cases: Any, task: Task, settings: Settings, data_dir: str | Path, sta
     out = []
     for item in cases if isinstance(cases, (list, tuple)) else [cases]:
         if isinstance(item, (str, Path)):
-            if not Path(item).exists():
+            if not split_series(item)[0].exists():
                 raise UserError(f"{item} does not exist: expected an image file, a case of a split or an array")
-            item = {"case": Path(item).name.split(".")[0], "patient": "", "image": str(item)}
+            item = {"case": case_name(item), "patient": "", "image": str(item)}
         out.append(item)
     return out

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import random
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,13 +24,21 @@ from smae_utils.errors import UserError
 from smae_utils.foreign import TIMM
 from smae_utils.inference import score_cases
 from smae_utils.patches import mask_noise, shuffle_patches
-from smae_utils.runs import Run, provenance
+from smae_utils.runs import Run, absolute, commit, now, only_process, places, provenance
 from smae_utils.settings import FinetuneSettings, PretrainSettings, Settings, as_dict, resolve, total_steps
 from smae_utils.tasks import Case, Task, get_task
 from smae_utils.tasks.lists import is_list, record_of
 from smae_utils.timm_glue import CosineLRScheduler
 from smae_utils.transforms import augment_finetune, augment_pretrain, prepare
-from smae_utils.weights import WEIGHTS, load_weights, parameter_count, save_weights, weights_file
+from smae_utils.weights import (
+    WEIGHTS,
+    hash_case,
+    load_weights,
+    parameter_count,
+    save_weights,
+    seen_cases,
+    weights_file,
+)
 
 Say = Callable[[str], None]
 # At most so many crops are scored, and kept in memory, for the validation loss of pre-training.
@@ -39,6 +50,24 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+@contextmanager
+def kept_generators() -> Iterator[None]:
+    """Leaves the global generators of torch, numpy and Python as they were: training seeds them anew each step."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if gpus is not None:
+            torch.cuda.set_rng_state_all(gpus)
+        elif torch.cuda.is_initialized():  # as a GPU starts whose first use comes now
+            torch.cuda.manual_seed_all(torch.initial_seed())
+
+
+@kept_generators()
 def pretrain(
     task: str,
     data_dir: str | Path,
@@ -47,23 +76,43 @@ def pretrain(
     overrides: dict[str, Any] | None = None,
     resume: bool = False,
     report: Say = say,
+    init: str | Path = "scratch",
+    adapt: bool = False,
 ) -> Run:
     """Self pre-training: a masked autoencoder on the images of the task's own training cases. Labels are never read.
 
     Args:
-        task, data_dir: which data set, and where its download lies.
+        task: which data set, or the path of a list file.
+        data_dir: where its download lies; of a list what its paths are relative to, "" for the list's own folder.
         out: run folder to make.
-        preset, overrides: settings, see `settings.resolve`.
+        preset: name or YAML file of the settings, see `settings.resolve`.
+        overrides: settings that count more than the preset's.
         resume: go on from the run folder's last state; the loss sequence equals an uninterrupted run's.
         report: receives each line of progress.
+        init: "scratch", or weights to go on from: a run folder, a checkpoint file, or "timm:NAME". The whole encoder is
+            taken from there, and of the decoder what fits.
+        adapt: let weights of other channels or of 2D images be fitted, see `weights.load_weights`.
+
+    Raises:
+        UserError: if the data, the settings, the weights or the run folder cannot be used.
     """
     record = get_task(task)
     settings = resolve(record, "pretrain", preset, overrides=overrides)
     assert isinstance(settings, PretrainSettings)
+    scratch = _is_scratch(init)
     splits = read_splits(record, data_dir, settings)
     images = {part: [{k: c[k] for k in ("case", "patient", "image")} for c in cases] for part, cases in splits.items()}
+    _tell_notes(record, report)
     torch.manual_seed(derive_seed(settings.seed, 10))
     model = build_mae(record, settings)
+    facts = _facts(record, settings, images["train"], init)
+    if not scratch:
+        if seen := _seen_of(init, images["test"]):
+            report(
+                f"note: {init} was trained on {len(seen)} of the test cases, {seen[0]} for one: "
+                "what is fine-tuned from this run cannot be scored on them"
+            )
+        report(str(load_weights(model, init, adapt=adapt, expect=facts)))
     transform = prepare(record, settings, with_label=False)
     scans = Scans(images["train"], transform, settings.cache_rate)
     length = model.encoder.pos_embed.shape[1]
@@ -83,11 +132,12 @@ def pretrain(
         losses = [loss_of(net, {**b, "image": b["image"].to(next(net.parameters()).device)}).item() for b in fixed]
         return {"val_loss": sum(losses) / len(losses)}
 
-    config = _config("pretrain", record, data_dir, preset, settings, images)
-    loop = Loop(config, out, model, scans, augment_pretrain(record, settings), settings, loss_of, report)
+    config = _config("pretrain", task, record, data_dir, out, preset, settings, images, init, adapt)
+    loop = Loop(config, out, model, scans, augment_pretrain(record, settings), settings, loss_of, report, facts=facts)
     return loop.run(resume, validate if images["val"] else None)
 
 
+@kept_generators()
 def finetune(
     task: str,
     data_dir: str | Path,
@@ -102,22 +152,30 @@ def finetune(
     """Fine-tune the whole network on the labelled training cases, nothing frozen.
 
     Args:
+        task: which data set, or the path of a list file.
+        data_dir: where its download lies; of a list what its paths are relative to, "" for the list's own folder.
+        out: run folder to make.
+        init: "scratch", or a pre-training run folder, a checkpoint file, or "timm:NAME". The two arms differ in the
+            encoder's weights and in what the preset gives them as `scratch` and `self` (their learning rates); seed,
+            data order and augmentation are the same.
+        preset: name or YAML file of the settings, see `settings.resolve`.
+        overrides: settings that count more than the preset's.
+        resume: go on from the run folder's last state; the loss sequence equals an uninterrupted run's.
+        report: receives each line of progress.
         adapt: let weights of other channels or of 2D images be fitted, see `weights.load_weights`.
-        init: "scratch", or a pre-training run folder, or a checkpoint file. The two arms differ in the encoder's weights and
-            in what the preset gives them as `scratch` and `self` (their learning rates); seed, data order and augmentation are the same.
 
     Raises:
-        UserError: if the weights do not exist or do not fill the encoder.
+        UserError: if the weights do not exist, do not fill the encoder or have seen test cases, or if the data, the
+            settings or the run folder cannot be used.
     """
     record = get_task(task)
-    scratch = str(init) == "scratch"
+    scratch = _is_scratch(init)
     settings = resolve(record, "finetune", preset, "scratch" if scratch else "self", overrides)
     assert isinstance(settings, FinetuneSettings)
-    if not scratch and not str(init).startswith(TIMM):
-        weights_file(init)
     splits = read_splits(record, data_dir, settings)
     if not scratch:
         _check_unseen(init, splits)
+    _tell_notes(record, report)
     for part in splits:
         labelled = [c for c in splits[part] if "label" in c]
         if len(labelled) < len(splits[part]):
@@ -129,10 +187,15 @@ def finetune(
         raise UserError(f"select must be last or best, got {settings.select!r}")
     if settings.select == "best" and not splits["val"]:
         raise UserError("select=best needs validation cases: use --set train_on_val=false, or --set select=last")
+    if settings.select == "best" and not settings.val_every:
+        raise UserError(
+            "select=best needs validation while training, and val_every=0 is never: use --set val_every=100, for example, or --set select=last"
+        )
     torch.manual_seed(derive_seed(settings.seed, 20))
     model = build_model(record, settings)
+    facts = _facts(record, settings, splits["train"], init)
     if not scratch:
-        report(str(load_weights(model, init, adapt=adapt)))
+        report(str(load_weights(model, init, adapt=adapt, expect=facts)))
     # A window of the whole scan is read again at test time; training needs labels on the same grid.
     scans = Scans(splits["train"], prepare(record, settings, with_label=record.kind == "segmentation"), settings.cache_rate)
 
@@ -147,30 +210,90 @@ def finetune(
     def validate(net: nn.Module) -> dict[str, float]:
         return {"val_score": score_cases(net, record, settings, splits["val"])}
 
-    config = {**_config("finetune", record, data_dir, preset, settings, splits), "init": str(init), "adapt": adapt}
-    loop = Loop(config, out, model, scans, augment_finetune(record, settings), settings, loss_of, report, layer_decay=settings.layer_decay)
+    config = _config("finetune", task, record, data_dir, out, preset, settings, splits, init, adapt)
+    augment = augment_finetune(record, settings)
+    loop = Loop(config, out, model, scans, augment, settings, loss_of, report, settings.layer_decay, facts)
     return loop.run(resume, validate if splits["val"] else None, best=settings.select == "best")
 
 
 def _check_unseen(init: str | Path, splits: dict[str, list[Case]]) -> None:
     """Refuse an encoder that has seen this run's test images, as one of another fold has.
 
-    Cases are compared by name, so only runs of the same data are.
+    Weights carry the names of their cases, so it does not matter by which path they are given. Cases are compared by
+    name, so only runs of the same data are.
+
+    Raises:
+        UserError: naming one of them.
     """
-    if not (Path(init) / "config.yaml").is_file():
-        return
-    seen = set(Run.open(init).config["cases"]["train"]) & {c["case"] for c in splits["test"]}
-    if seen:
+    if seen := _seen_of(init, splits["test"]):
         raise UserError(
-            f"{init} was pre-trained on {len(seen)} of this run's test cases, {min(seen)} for one: pre-train with the same split and fold"
+            f"{init} was trained on {len(seen)} of this run's test cases, {seen[0]} for one: pre-train with the same split "
+            "and fold (of other scans that have the same names, give each a 'case' of its own in a list)"
         )
 
 
-def _config(stage: str, task: Task, data_dir: str | Path, preset: str, settings: Settings, splits: dict[str, list[Case]]) -> dict[str, Any]:
-    cases = {part: [c["case"] for c in cases] for part, cases in splits.items()}
-    record = {"record": record_of(task)} if is_list(task.name) else {}
-    base = {"stage": stage, "task": task.name, **record, "data": str(data_dir), "preset": preset, "settings": as_dict(settings)}
-    return {**base, "cases": cases, "provenance": provenance()}
+def _seen_of(init: str | Path, cases: list[Case]) -> list[str]:
+    """Names of the cases that weights were trained on, directly or by the weights that these started from."""
+    seen = seen_cases(init)
+    return sorted(c["case"] for c in cases if hash_case(c["case"]) in seen)
+
+
+def _is_scratch(init: str | Path) -> bool:
+    """Whether training starts from random weights.
+
+    Raises:
+        UserError: if other weights are named that do not exist.
+    """
+    if str(init) == "scratch":
+        return True
+    if not str(init).startswith(TIMM):
+        weights_file(init)
+    return False
+
+
+def _tell_notes(record: Task, report: Say) -> None:
+    for note in getattr(record, "notes", ()):
+        report(f"note: {note}")
+
+
+def _facts(record: Task, settings: Settings, train: list[Case], init: str | Path) -> dict[str, Any]:
+    """What weights have to say of themselves when another run starts from them, see `weights.save_weights`."""
+    earlier = set() if str(init) == "scratch" else seen_cases(init)
+    z_score = "z-score of non-zero voxels" if record.spatial_dims == 3 else "z-score of all pixels"
+    return {
+        "channels": list(record.channels),
+        "spacing_mm": list(settings.spacing_mm or record.spacing_mm),
+        "window": list(record.window) if record.window else None,
+        "normalisation": "window" if record.window else z_score,
+        "seen": sorted(earlier | {hash_case(c["case"]) for c in train}),
+    }
+
+
+def _config(
+    stage: str, task: str, record: Task, data_dir: str | Path, out: str | Path, preset: str, settings: Settings,
+    splits: dict[str, list[Case]], init: str | Path, adapt: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything needed to repeat the run. Places are absolute, so that they hold from another folder too."""
+    if is_list(task):
+        own_folder = str(data_dir) in ("", ".")
+        where = places(out, task=task, data=Path(absolute(task)).parent if own_folder else data_dir)
+        said = {"task": where.pop("task"), "record": record_of(record), **where}
+    else:
+        said = {"task": record.name, **places(out, data=data_dir)}
+    start: dict[str, Any] = {"init": str(init), "adapt": adapt}
+    if str(init) != "scratch" and not str(init).startswith(TIMM):
+        start["init"] = absolute(init)
+        with weights_file(init).open("rb") as file:
+            start["init_digest"] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return {
+        "stage": stage,
+        **said,
+        "preset": preset,
+        **start,
+        "settings": as_dict(settings),
+        "cases": {part: [c["case"] for c in cases] for part, cases in splits.items()},
+        "provenance": provenance(),
+    }
 
 
 @contextmanager
@@ -212,34 +335,62 @@ class Loop:
         loss_of: Callable[[nn.Module, dict], Tensor],
         report: Say,
         layer_decay: float = 1.0,
+        facts: dict[str, Any] | None = None,
     ):
         self.config, self.out, self.model, self.settings = config, out, model, settings
         self.scans, self.augment, self.loss_of, self.report = scans, augment, loss_of, report
-        self.layer_decay = layer_decay
+        self.layer_decay, self.facts = layer_decay, facts
         self.steps, self.warmup = total_steps(settings, len(scans))
 
     def run(self, resume: bool, validate: Callable[[nn.Module], dict[str, float]] | None, best: bool = False) -> Run:
-        """Train to the last step and write the weights; `best` keeps those with the highest `val_score` instead of the last."""
-        settings = self.settings
-        accelerator, precision = accel.make_accelerator(settings.precision)
-        main = accelerator.is_main_process
-        report = self.report if main else (lambda line: None)
-        training_loader(self.scans, self.augment, settings, 0, 0, 0, accelerator.num_processes)  # its checks, before a folder is made
-        if main:
-            Run.start(self.out, self.config, resume, as_dict(type(settings)()))
-        accelerator.wait_for_everyone()
-        run = Run(self.out)
+        """Train to the last step and write the weights; `best` keeps those with the highest `val_score` instead of the last.
+
+        Raises:
+            UserError: if the run folder cannot be used or is being trained by another process, or if the loss is not finite.
+        """
+        defaults = as_dict(type(self.settings)())
+        run = Run.check(self.out, self.config, resume, defaults)
+        precision, line = self.settings.precision, ""
+        if run.exists:  # the precision that a run was started in is a part of it
+            precision, line = accel.usable_precision(run.config.get("precision", precision), accel.best_device())
+        accelerator, precision = accel.make_accelerator(precision)
+        report = self.report if accelerator.is_main_process else (lambda line: None)
+        # Its checks, before a folder is made.
+        training_loader(self.scans, self.augment, self.settings, 0, 0, 0, accelerator.num_processes)
         if run.finished:
             report(f"{run.path} is already finished")
             return run
-        device = accelerator.device
-        if main:
-            run.note(device=accel.device_name(device), precision=precision, processes=accelerator.num_processes, steps=self.steps)
+        if line:
+            report(f"note: {line}")
+        accelerator.wait_for_everyone()
+        with only_process(self.out) if accelerator.is_main_process else nullcontext():
+            if accelerator.is_main_process:
+                Run.start(self.out, self.config, resume, defaults)
+            accelerator.wait_for_everyone()
+            self._train(run, accelerator, precision, report, validate, best)
+        return run
+
+    def _train(
+        self,
+        run: Run,
+        accelerator,
+        precision: str,
+        report: Say,
+        validate: Callable[[nn.Module], dict[str, float]] | None,
+        best: bool,
+    ) -> None:
+        """From the run's last state, or from the start, to the last step."""
+        settings, main, device = self.settings, accelerator.is_main_process, accelerator.device
         optimizer = build_optimizer(self.model, settings, self.layer_decay)
         self.model.to(memory_format=accel.memory_format(len(settings.crop_size)))
         model, optimizer = accelerator.prepare(self.model, optimizer)
         schedule = CosineLRScheduler(
-            optimizer, t_initial=max(2, self.steps - self.warmup), warmup_t=self.warmup, warmup_prefix=True, t_in_epochs=False
+            # Steps count from 1: one more than there are after the warm-up, or the last would be taken with a rate of 0.
+            optimizer,
+            t_initial=self.steps - self.warmup + 1,
+            warmup_t=self.warmup,
+            warmup_prefix=True,
+            t_in_epochs=False,
         )
         state = {"step": 0, "losses": [], "best": None, "seconds": 0.0}
         if folder := run.state():
@@ -247,6 +398,11 @@ class Loop:
             report(f"going on after step {state['step']}")
         if main:
             run.cut_log(state["step"])
+            sitting = {"device": accel.device_name(device), "precision": precision, "processes": accelerator.num_processes}
+            when = {"step": state["step"], "date": now()}
+            run.add_segment({**when, **sitting, "commit": commit(), "num_workers": settings.num_workers})
+            # `precision` stays that of the first sitting; what each computed in is in `segments`.
+            run.note(**{**sitting, "precision": run.config.get("precision", precision)}, steps=self.steps)
         report(
             f"{self.config['stage']} {self.config['task']}: {len(self.scans)} training scans, {self.steps} steps of {settings.batch_size} scans x "
             f"{settings.crops_per_scan} crops, {parameter_count(self.model) / 1e6:.2f} M parameters, {accel.device_name(device)}, {precision}"
@@ -263,7 +419,7 @@ class Loop:
                 state["step"], state["seconds"] = step, time.monotonic() - started
                 last = step == self.steps
                 scores = {}
-                if validate and (last or (settings.val_every and step % settings.val_every == 0)):
+                if validate and settings.val_every and (last or step % settings.val_every == 0):
                     scores = self._validate(accelerator, model, validate)
                     if best and math.isnan(scores["val_score"]):
                         raise UserError(
@@ -272,7 +428,7 @@ class Loop:
                     better = "val_score" in scores and (state["best"] is None or scores["val_score"] > state["best"])
                     if best and better and main:
                         state["best"] = scores["val_score"]
-                        save_weights(self.model, run.path / "best.safetensors")
+                        save_weights(self.model, run.path / "best.safetensors", self.facts)
                 if scores or last or step % settings.log_every == 0:
                     entry = {"step": step, "loss": sum(state["losses"]) / len(state["losses"]), **scores, "lr": optimizer.param_groups[-1]["lr"]}
                     state["losses"] = []
@@ -283,7 +439,7 @@ class Loop:
                     report(f"step {step:>6}/{self.steps}  {shown}  lr {entry['lr']:.2e}  {left:.0f} s left")
                 if main and settings.keep_every and step % settings.keep_every == 0:
                     (run.path / "checkpoints").mkdir(exist_ok=True)
-                    save_weights(self.model, run.path / "checkpoints" / f"step{step:07d}.safetensors")
+                    save_weights(self.model, run.path / "checkpoints" / f"step{step:07d}.safetensors", self.facts)
                 stop = accel.any_process(accelerator, interrupted())
                 if last or stop or step % settings.save_every == 0:
                     accel.save_state(accelerator, run, state)
@@ -294,10 +450,9 @@ class Loop:
             if best and (run.path / "best.safetensors").is_file():
                 (run.path / "best.safetensors").replace(run.path / WEIGHTS)
             else:
-                save_weights(self.model, run.path / WEIGHTS)
+                save_weights(self.model, run.path / WEIGHTS, self.facts)
         accelerator.wait_for_everyone()
         report(f"wrote {run.path / WEIGHTS} after {state['seconds']:.0f} s")
-        return run
 
     def _step(self, accelerator, model: nn.Module, optimizer, batch: dict, step: int) -> float:
         """One update; returns the loss averaged over processes."""

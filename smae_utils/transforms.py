@@ -15,16 +15,20 @@ from monai.transforms import Compose
 from PIL import Image
 
 from smae_utils.errors import UserError
-from smae_utils.reading import CheckCase, ReadRadiograph, ReadScan
+from smae_utils.pictures import ReadRadiograph, read_flat_mask
+from smae_utils.reading import CheckCase, ReadScan, encode_labels
 from smae_utils.settings import FinetuneSettings, Settings
 from smae_utils.tasks import Task
 from smae_utils.timm_glue import RandomResizedCropAndInterpolation, rand_augment_transform
 
 
 def prepare(task: Task, settings: Settings, with_label: bool) -> Compose:
-    """Read, orient, resample, normalise, crop to the body, pad to the crop size: {image: (C, *spatial)[, label: (1, *spatial)]}."""
+    """Read, orient, resample, normalise, crop to the body, pad to the crop size: {image: (C, *spatial)[, label: (1, *spatial)]}.
+
+    2D images stay PIL images until they are cropped, unless a mask goes with them.
+    """
     if task.spatial_dims == 2:
-        return Compose([ReadRadiograph(task.in_chans)])
+        return Compose([ReadRadiograph(task.in_chans), *([ReadFlatMask(task)] if with_label else [])])
     keys = ["image", "label"] if with_label else ["image"]
     modes = ["bilinear", "nearest"][: len(keys)]
     steps = [
@@ -34,10 +38,24 @@ def prepare(task: Task, settings: Settings, with_label: bool) -> Compose:
         mt.Spacingd(keys, **resampled(task, settings), mode=modes),
         normalisation(task),
         mt.CropForegroundd(keys, source_key="image", select_fn=is_foreground, allow_smaller=True),
-        mt.SpatialPadd(keys, spatial_size=settings.crop_size),
+        *([] if task.whole else [mt.SpatialPadd(keys, spatial_size=settings.crop_size)]),
         mt.EnsureTyped(keys, dtype=[torch.float32, torch.uint8][: len(keys)]),
     ]
     return Compose(steps)
+
+
+class ReadFlatMask(mt.Transform):
+    """A 2D image with its mask, after `ReadRadiograph` -> image (C, H, W) standardised, label (1, H, W) label numbers."""
+
+    def __init__(self, task: Task):
+        self.task = task
+
+    def __call__(self, data: dict) -> dict:
+        label = encode_labels(read_flat_mask(data["label"]), self.task, str(data["label"]))
+        width, height = data["image"].size
+        if label.shape != (height, width):
+            raise UserError(f"{data['label']} has {label.shape} pixels, its image {(height, width)}: they must lie on one grid (are they swapped?)")
+        return {**data, "image": to_tensor(data, data["image"]), "label": torch.from_numpy(label[None])}
 
 
 def oriented() -> dict:
@@ -78,6 +96,8 @@ def augment_pretrain(task: Task, settings: Settings) -> Compose:
     """Random crops around intensity foreground, and flips. Images only."""
     if task.spatial_dims == 2:
         return Compose([RandomRadiograph(settings.crop_size, settings.flip_prob, settings.crop_area, "")])
+    if task.whole:
+        return Compose([*_resized_crop(["image"], settings), *_flips(["image"], settings.flip_prob, axes=(0, 1, 2))])
     return Compose(
         [
             AddForeground(),
@@ -88,24 +108,46 @@ def augment_pretrain(task: Task, settings: Settings) -> Compose:
 
 
 def augment_finetune(task: Task, settings: FinetuneSettings) -> Compose:
-    """Crops balanced over the labels, flips, quarter turns, intensity scale and shift."""
-    if task.spatial_dims == 2:
-        flip = 0.0 if task.sided and not settings.mirror else settings.flip_prob
-        return Compose([RandomRadiograph(settings.crop_size, flip, settings.crop_area, settings.rand_augment)])
-    keys, size = ["image", "label"], settings.crop_size
-    steps = [
-        mt.RandCropByLabelClassesd(
-            keys, label_key="label", spatial_size=size, num_classes=task.label_values, num_samples=settings.crops_per_scan, warn=False
-        ),
-        # Mirroring left-right would call a right kidney left; so would front-back followed by half a turn.
-        *_flips(keys, settings.flip_prob, axes=(2,) if task.sided and not settings.mirror else (0, 1, 2)),
-    ]
+    """Crops (balanced over the labels, or of the whole image resized), flips, quarter turns, intensity scale and shift."""
+    keep_sides = task.sided and not settings.mirror
+    if task.spatial_dims == 2 and task.kind == "classification":
+        flip = 0.0 if keep_sides else settings.flip_prob
+        return Compose([RandomRadiograph(settings.crop_size, flip, settings.crop_area, settings.rand_augment, task.in_chans)])
+    keys, size = ["image", "label"] if task.kind == "segmentation" else ["image"], settings.crop_size
+    if task.whole:
+        steps = _resized_crop(keys, settings)
+    else:
+        steps = [
+            mt.RandCropByLabelClassesd(
+                keys, label_key="label", spatial_size=size, num_classes=task.label_values, num_samples=settings.crops_per_scan, warn=False
+            )
+        ]
+    # Mirroring left-right would call a right kidney left; so would front-back followed by half a turn.
+    if task.spatial_dims == 2:  # rows, columns; pictures have an upright side, so they are not turned
+        return Compose([*steps, *_flips(keys, settings.flip_prob, axes=() if keep_sides else (1,)), *_intensity(settings)])
+    steps += _flips(keys, settings.flip_prob, axes=(2,) if keep_sides else (0, 1, 2))
     if settings.rotate_prob and size[0] == size[1]:
         steps.append(mt.RandRotate90d(keys, prob=settings.rotate_prob, spatial_axes=(0, 1)))
-    if settings.intensity_prob:
-        steps.append(mt.RandScaleIntensityd("image", factors=settings.intensity_scale, prob=settings.intensity_prob))
-        steps.append(mt.RandShiftIntensityd("image", offsets=settings.intensity_shift, prob=settings.intensity_prob))
-    return Compose(steps)
+    return Compose([*steps, *_intensity(settings)])
+
+
+def _intensity(settings: FinetuneSettings) -> list:
+    if not settings.intensity_prob:
+        return []
+    return [
+        mt.RandScaleIntensityd("image", factors=settings.intensity_scale, prob=settings.intensity_prob),
+        mt.RandShiftIntensityd("image", offsets=settings.intensity_shift, prob=settings.intensity_prob),
+    ]
+
+
+def _resized_crop(keys: Sequence[str], settings: Settings) -> list:
+    """A random box of `crop_area` of the image, resized to the network's input: labels by nearest neighbour (the "exact" one, which shifts nothing by half a pixel)."""
+    low, high = (area ** (1 / len(settings.crop_size)) for area in settings.crop_area)
+    linear = "trilinear" if len(settings.crop_size) == 3 else "bilinear"
+    return [
+        mt.RandScaleCropd(keys, roi_scale=low, max_roi_scale=high, random_size=True, random_center=True),
+        mt.Resized(keys, spatial_size=settings.crop_size, mode=[linear if key == "image" else "nearest-exact" for key in keys]),
+    ]
 
 
 def _flips(keys: Sequence[str], prob: float, axes: Sequence[int]) -> list:
@@ -127,12 +169,17 @@ def to_tensor(data: dict, image: Image.Image) -> torch.Tensor:
 
 
 class ResizeRadiograph(mt.Transform):
-    """The whole radiograph at the model's input size, for validation and testing."""
+    """The whole image at the model's input size, for validation and testing; 3D scans linearly, radiographs bicubically."""
 
     def __init__(self, size: Sequence[int]):
         self.size = tuple(size)
 
     def __call__(self, data: dict) -> dict:
+        if torch.is_tensor(data["image"]):
+            volume = torch.as_tensor(data["image"]).as_subclass(torch.Tensor)
+            mode = "trilinear" if len(self.size) == 3 else "bilinear"
+            resized = torch.nn.functional.interpolate(volume[None].float(), size=self.size, mode=mode, align_corners=False)
+            return {**data, "image": resized[0]}
         resized = data["image"].resize(self.size[::-1], Image.Resampling.BICUBIC)
         return {**data, "image": to_tensor(data, resized)}
 
@@ -140,20 +187,28 @@ class ResizeRadiograph(mt.Transform):
 class RandomRadiograph(mt.RandomizableTransform):
     """Random resized crop, horizontal flip and RandAugment, by timm."""
 
-    def __init__(self, size: Sequence[int], flip_prob: float, area: Sequence[float], policy: str):
+    def __init__(self, size: Sequence[int], flip_prob: float, area: Sequence[float], policy: str, in_chans: int = 1):
         super().__init__()
         self.crop = RandomResizedCropAndInterpolation(tuple(size), scale=tuple(area), interpolation="bicubic")
         self.flip_prob = flip_prob
         try:
-            self.augment = rand_augment_transform(policy, {"translate_const": int(0.45 * min(size)), "img_mean": (128,)}) if policy else None
+            self.augment = rand_augment_transform(policy, {"translate_const": int(0.45 * min(size)), "img_mean": (128,) * in_chans}) if policy else None
         except (AssertionError, ValueError, KeyError):
             raise UserError(f"rand_augment {policy!r} is no policy of timm: expected one as rand-m9-mstd0.5-inc1, or empty for none") from None
 
     def __call__(self, data: dict) -> list[dict]:
-        # timm draws from Python's and numpy's global generators; they are seeded from this transform's own.
+        # timm draws from Python's and numpy's global generators; they are seeded from this transform's own, and then as they were.
         seed = int(self.R.randint(2**31))
+        before = random.getstate(), np.random.get_state()
         random.seed(seed)
         np.random.seed(seed)
+        try:
+            return self._drawn(data)
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+
+    def _drawn(self, data: dict) -> list[dict]:
         image = self.crop(data["image"])
         if random.random() < self.flip_prob:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -294,7 +294,7 @@ def _(place):
     return place.train(place.replace("image,", "picture,"))
 
 
-@row("CSV with semicolons", "list.csv", "'image' is needed")
+@row("CSV with semicolons", works=True)
 def _(place):
     return place.train(place.csv(place.pictures().read_text().replace(",", ";")))
 
@@ -326,7 +326,7 @@ def _(place):
     return place.train(place.csv("image,label\n" + "".join(f"s{i}.nii.gz,s{i}_label.nii.gz\n" for i in range(3))))
 
 
-@row("CSV in UTF-16", "list.csv", "UTF-8")
+@row("CSV in UTF-16", works=True)
 def _(place):
     return place.train(place.csv(place.pictures().read_text().encode("utf-16")))
 
@@ -361,7 +361,6 @@ listed(
 )
 listed("one scan under two names", "s0.nii.gz", "twice", training=[ENTRY, {**ENTRY, "case": "other"}])
 listed("a case whose name has a slash", "slash", training=[{**ENTRY, "case": "a/b"}])
-listed("label values with gaps", "without gaps", labels={"0": "background", "1": "liver", "4": "tumour"})
 listed("label values that mean nothing", "labels", labels=["liver", "tumour"])
 listed("two label values of one name", "one name", labels={"1": "liver", "2": "liver"})
 listed("regions that are not nested", "nested", labels={"background": 0, "a": [1, 2], "b": [2, 3]})
@@ -389,16 +388,39 @@ def _(place):
     return place.train(place.folder / "typo.json")
 
 
-@row("2D images with masks", "list.json", "masks of 2D images")
+@row("a mask value that the list does not name", "_label.nii.gz", "holds values 2", "0, 1, 4", "background")
 def _(place):
+    return place.finetune(place.scans(labels={"0": "background", "1": "liver", "4": "tumour"}))
+
+
+def flat(place: Place, mask: Image.Image) -> list:
+    """Two pictures, of which the second has this mask."""
     place.pictures()
-    return place.train(place.json({"labels": {"1": "lung"}, "training": [{"image": "i0.png", "label": "i1.png"}]}))
+    Image.fromarray(np.eye(40, dtype=np.uint8)).save(place.folder / "m0.png")
+    mask.save(place.folder / "m1.png")
+    entries = [{"image": f"i{i}.png", "label": f"m{i}.png"} for i in range(2)]
+    return ["check", place.json({"labels": {"1": "lung"}, "training": entries})]
 
 
-@row("3D scans with classes", "list.json", "classes of 3D scans")
+@row("a mask of a picture of another size", "m1.png", "one grid")
+def _(place):
+    return flat(place, Image.new("L", (30, 40)))
+
+
+@row("a mask of a picture in colours", "m1.png", "colours", "palette")
+def _(place):
+    return flat(place, Image.new("RGB", (40, 40), (255, 0, 0)))
+
+
+@row("a mask of a picture whose values the list does not name", "m1.png", "holds values 255", "0 .. 1")
+def _(place):
+    return flat(place, Image.new("L", (40, 40), 255))
+
+
+@row("a list of which some labels are masks and some are classes", "list.json", "'sick'", "mask files")
 def _(place):
     place.scans()
-    return place.train(place.json({"training": [{"image": "s0.nii.gz", "label": "sick"}]}))
+    return place.train(place.json({"training": [{"image": "s0.nii.gz", "label": "s0_label.nii.gz"}, {"image": "s1.nii.gz", "label": "sick"}]}))
 
 
 # Places.

@@ -124,10 +124,10 @@ def test_missing_places(smae, brats, tmp_path):
 
 
 def test_a_folder_that_is_in_the_way(smae, brats, tmp_path):
-    (tmp_path / "file").write_text("mine")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
     refused(smae.train("pretrain", "brats", brats, tmp_path / "file"), "file")
     refused(smae("phantom", "--task", "brats", "--out", tmp_path / "file", "--n", 3), "file")
-    assert (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
 def first_case(task: str, data: Path, part: str = "train") -> dict:
@@ -188,9 +188,9 @@ def test_cases_that_training_saw_are_not_scored_and_an_encoder_that_saw_test_cas
     refused(smae.train("finetune", "brats", folder, tmp_path / "run", "--init", tmp_path / "pre", fold=1), "pre", "test cases", "fold")
     assert smae.train("finetune", "brats", folder, tmp_path / "run", "--init", tmp_path / "pre")[0] == 0
     index = folder / "Task01_BrainTumour" / "dataset.json"
-    content = json.loads(index.read_text())
+    content = json.loads(index.read_text(encoding="utf-8"))
     content["training"] = content["training"][::-1]  # the same cases in another order: another split
-    index.write_text(json.dumps(content))
+    index.write_text(json.dumps(content), encoding="utf-8")
     refused(smae("evaluate", tmp_path / "run"), "used in training")
 
 
@@ -205,15 +205,15 @@ def test_swapped_arms_are_refused(smae, brats, tmp_path):
 def test_the_demo_deletes_only_what_it_made(smae, tmp_path):
     mine = tmp_path / "demo" / "btcv" / "data"
     mine.mkdir(parents=True)
-    (mine / "RawData.zip").write_text("mine")
+    (mine / "RawData.zip").write_text("mine", encoding="utf-8")
     refused(smae("demo", "--task", "btcv", "--out", tmp_path / "demo"), "did not make")
     refused(smae("demo", "--task", "btcv", "--out", tmp_path / "demo", "--preset", "dmeo"), "dmeo")
-    assert (mine / "RawData.zip").read_text() == "mine"
+    assert (mine / "RawData.zip").read_text(encoding="utf-8") == "mine"
 
 
 def test_a_file_that_is_no_notebook(smae, tmp_path):
-    (tmp_path / "text.md").write_text("# text")
-    (tmp_path / "cut.ipynb").write_text('{"cells": [')
+    (tmp_path / "text.md").write_text("# text", encoding="utf-8")
+    (tmp_path / "cut.ipynb").write_text('{"cells": [', encoding="utf-8")
     for name in ("text.md", "cut.ipynb"):
         refused(smae("run", tmp_path / name, "--out", tmp_path / "out"), name, "no notebook")
 
@@ -264,10 +264,10 @@ def test_a_radiograph_that_cannot_be_read_and_tables_with_faults(smae, cxr14, sp
     refused(smae.train("pretrain", "cxr14", folder, tmp_path / "png", batch_size=20), image)
     Path(image).write_bytes(whole)
     table = folder / "Data_Entry_2017.csv"
-    text = table.read_text()
-    table.write_text(text.replace("Finding Labels", "Findings"))
+    text = table.read_text(encoding="utf-8")
+    table.write_text(text.replace("Finding Labels", "Findings"), encoding="utf-8")
     refused(smae.train("pretrain", "cxr14", folder, tmp_path / "column"), "Finding Labels")
-    table.write_text(text.replace("Effusion", "Efusion"))
+    table.write_text(text.replace("Effusion", "Efusion"), encoding="utf-8")
     refused(smae.train("pretrain", "cxr14", folder, tmp_path / "finding"), "Efusion")
     table.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())  # BOM and Windows line ends are no mistake
     assert smae.train("pretrain", "cxr14", folder, tmp_path / "windows")[0] == 0
@@ -283,7 +283,7 @@ def test_a_checkpoint_of_another_task_or_cut_short(smae, brats, btcv, tmp_path):
 
 def test_a_run_folder_whose_files_are_damaged(smae, brats, tmp_path):
     assert smae.train("finetune", "brats", brats, tmp_path / "run")[0] == 0
-    (tmp_path / "run" / "config.yaml").write_text("stage: [finetune")
+    (tmp_path / "run" / "config.yaml").write_text("stage: [finetune", encoding="utf-8")
     refused(smae("evaluate", tmp_path / "run"), "config.yaml")
 
 
@@ -303,6 +303,111 @@ def test_help_and_mistyped_words_answer_without_loading_torch():
     assert done.returncode == 0 and "pretrain" in done.stdout, done.stderr
     done = subprocess.run([sys.executable, "-m", "smae_utils", "pretrian"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "pretrain" in done.stderr and "Traceback" not in done.stderr
+
+
+def broken(*args, **kwargs):
+    raise KeyError("oops\nand more")
+
+
+@pytest.mark.parametrize("place", ["before", "after", "environment"])
+def test_the_whole_traceback_is_shown_when_asked_for(place, smae, tmp_path, monkeypatch):
+    words = ["evaluate", tmp_path / "typo"]
+    assert "Traceback" not in smae(*words)[2]
+    if place == "environment":
+        monkeypatch.setenv("SMAE_TRACEBACK", "1")
+    code, _, err = smae(*{"before": ["--traceback", *words], "after": [*words, "--traceback"]}.get(place, words))
+    assert code == 2 and "Traceback" in err and "runs.py" in err and err.splitlines()[-1].startswith("error: ")
+
+
+def test_a_traceback_shows_the_error_that_a_line_for_the_user_replaced(smae, brats, tmp_path):
+    (tmp_path / "p.yaml").write_text("all: [1", encoding="utf-8")
+    words = ("pretrain", "--task", "brats", "--data", brats, "--preset", tmp_path / "p.yaml", "--out", tmp_path / "run")
+    assert "ParserError" in smae(*words, "--traceback")[2]
+    refused(smae(*words), "not valid YAML")
+
+
+def test_a_fault_of_this_package_is_told_as_such_in_one_line_with_its_place(smae, brats, tmp_path, monkeypatch):
+    monkeypatch.setattr("smae_utils.training.build_mae", broken)
+    code, _, err = smae.train("pretrain", "brats", brats, tmp_path / "run")
+    assert code == 1 and err.count("\n") == 1 and "Traceback" not in err
+    assert err.startswith("internal error: KeyError: ") and "oops" in err and "--traceback" in err
+    assert "training.py:" in err  # the last place in this package
+    code, _, err = smae.train("pretrain", "brats", brats, tmp_path / "run", "--traceback")
+    assert code == 1 and "in broken" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_users_mistake_is_no_value_error():
+    # Else the `except ValueError` around a reader or parser would take it for its own.
+    from smae_utils.errors import UserError
+
+    assert not issubclass(UserError, (ValueError, OSError, RuntimeError))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory")])
+def test_lack_of_memory_says_what_to_make_smaller(error, smae, brats, tmp_path, monkeypatch):
+    def full(*args):
+        raise error
+
+    monkeypatch.setattr("smae_utils.training.build_mae", full)
+    refused(smae.train("pretrain", "brats", brats, tmp_path / "run"), "out of memory", "batch_size")
+
+
+def test_the_version_is_that_of_the_package(smae, capsys):
+    from importlib.metadata import version
+
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0 and version("smae-utils") in capsys.readouterr().out
+
+
+def test_pretraining_can_start_from_weights(smae, brats, tmp_path):
+    assert smae.train("pretrain", "brats", brats, tmp_path / "a")[0] == 0
+    code, out, err = smae.train("pretrain", "brats", brats, tmp_path / "b", "--init", tmp_path / "a", "--adapt")
+    assert code == 0 and "loaded" in out, err
+    refused(smae.train("pretrain", "brats", brats, tmp_path / "c", "--init", tmp_path / "typo"), "typo", "no weights")
+    assert not (tmp_path / "c").exists()
+
+
+def notebook(path: Path, line: str) -> Path:
+    import nbformat
+
+    cell = nbformat.v4.new_code_cell(line, metadata={"tags": ["parameters"]})
+    made = nbformat.v4.new_notebook(cells=[cell])
+    made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(made, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("line", "given", "value"),
+    [
+        ("x: int = 0", "7", 7), ("x: int = 0", "1e3", 1000), ("x: int = 0", "1.0", 1), ("x: float = 1.0", "1e-4", 1e-4), ("x: float = 1.0", "3", 3.0),
+        ("x: bool = True", "False", False), ("x: bool = True", "no", False), ("x: str = 'a'", "1e3", "1e3"), ("x: str = 'a'", "", ""),
+        ("x: str = 'a'", "None", "None"), ("x: str = 'a'", " b ", " b "), ("x: list = []", "[1, 2]", [1, 2]), ("x: list[int] = []", "[1, 2.0]", [1, 2]),
+        ("x: Optional[int] = None", "null", None), ("x: Optional[int] = None", "4", 4), ("x = 0", "5", 5), ("x = 'a'", "5", "5"), ("x = None", "5", 5),
+    ],
+)  # fmt: skip
+def test_parameters_of_a_notebook_arrive_in_their_declared_type(line, given, value, tmp_path):
+    from smae_utils.batch import check_parameters
+
+    made = check_parameters(notebook(tmp_path / "one.ipynb", line), {"x": given})["x"]
+    assert made == value and type(made) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("line", "given"),
+    [
+        ("x: int = 0", "True"), ("x: int = 0", "None"), ("x: int = 0", "[1, 2]"), ("x: int = 0", ""), ("x: int = 0", "1.5"), ("x: int = 0", ".inf"),
+        ("x: float = 0.0", "fast"), ("x: bool = True", "2"), ("x: list = []", "3"), ("x: list[int] = []", "[a]"), ("x = 0", "many"),
+    ],
+)  # fmt: skip
+def test_parameters_of_another_type_are_refused_with_the_list_of_the_right_ones(line, given, tmp_path):
+    from smae_utils.batch import check_parameters
+    from smae_utils.errors import UserError
+
+    with pytest.raises(UserError, match="^x must be .*one.ipynb takes: x"):
+        check_parameters(notebook(tmp_path / "one.ipynb", line), {"x": given})
 
 
 def test_output_into_a_closed_pipe_is_no_traceback(tmp_path):

@@ -216,7 +216,7 @@ def test_evaluation_of_what_is_no_finished_fine_tuning_run_is_refused(brats, tin
     with pytest.raises(UserError, match="a finetune run was expected"):
         evaluate(mae.path, report=quiet)
     run = finetune("brats", brats, tmp_path / "run", preset=bare, overrides={**tiny["brats", "finetune"], "steps": 1}, report=quiet)
-    with pytest.raises(UserError, match="no cases in split 'tset'"):
+    with pytest.raises(UserError, match="split must be test or val, got 'tset'"):
         evaluate(run.path, split="tset", report=quiet)
     (run.path / "model.safetensors").unlink()
     with pytest.raises(UserError, match="not finished"):

@@ -157,10 +157,245 @@ def test_weights_made_with_another_epsilon_of_the_norms_say_so(tmp_path):
     save_file(theirs.state_dict(), tmp_path / "monai.safetensors")
     ours, right = (shaken(ViTClassifier((16, 16), 8, 1, 24, 2, 2, 3, norm_eps=eps)) for eps in (1e-6, 1e-5))
     assert "norm_eps=1e-05" in str(load_weights(ours, tmp_path / "monai.safetensors"))
-    assert load_weights(right, tmp_path / "monai.safetensors").notes == []
+    assert "norm_eps" not in str(load_weights(right, tmp_path / "monai.safetensors"))
     save_weights(right, tmp_path / "own.safetensors")
     assert len(load_weights(ours, tmp_path / "own.safetensors").notes) == 1
     assert load_weights(right, tmp_path / "own.safetensors").notes == []
+
+
+def timm_vit(size=(32, 48), chans=1, **more):
+    """A small ViT of timm, random in all its tensors."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    sizes = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0, **more}
+    return shaken(VisionTransformer(img_size=size, in_chans=chans, **sizes))
+
+
+def same_tokens(theirs, file, size=(32, 48), **tolerance):
+    """Load `file` into our ViT of this size and compare all tokens, the class token's too, with timm's."""
+    ours = shaken(ViTClassifier(size, 8, 1, 24, 2, 2, 2))
+    report = load_weights(ours, file)
+    image = torch.rand(2, 1, *size)
+    assert_close(ours.encoder(image)[0], theirs.forward_features(image), **(tolerance or EQUAL))
+    return report
+
+
+@pytest.mark.parametrize("size", [(32, 48), (48, 32), (112, 96), (112, 104), (32, 32), (8, 80)], ids=str)
+def test_a_timm_vit_of_any_grid_gives_the_same_tokens_here(size, tmp_path):
+    # 32 x 48 in patches of 8 has 24 patches, with a class row 25 = 5 x 5; 112 x 96 has 168 and 169 = 13 x 13.
+    theirs = timm_vit(size)
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    assert same_tokens(theirs, tmp_path / "timm.pth", size).resized == []
+
+
+def test_a_timm_vit_whose_class_token_has_no_position_gives_the_same_tokens_here(tmp_path):
+    theirs = timm_vit((40, 40), no_embed_class=True)
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    assert "no row for the class token" in str(same_tokens(theirs, tmp_path / "timm.pth", (40, 40)))
+
+
+def test_positions_of_a_square_timm_vit_are_resized_without_its_class_row(tmp_path):
+    theirs = timm_vit((32, 32))
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    ours = shaken(ViTClassifier((32, 48), 8, 1, 24, 2, 2, 2))
+    assert load_weights(ours, tmp_path / "timm.pth").resized == ["encoder.pos_embed"]
+    square = theirs.pos_embed[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(square, size=(4, 6), mode="bilinear")
+    assert_close(ours.encoder.pos_embed, expected.flatten(2).transpose(1, 2), **EQUAL)
+    assert_close(ours.encoder.cls_token, theirs.cls_token + theirs.pos_embed[:, :1], **EQUAL)
+
+
+@pytest.mark.parametrize("size", [(32, 56), (32, 40)], ids=str)
+def test_a_table_whose_grid_cannot_be_known_is_refused(size, tmp_path):
+    torch.save(timm_vit(size).state_dict(), tmp_path / "timm.pth")
+    ours = shaken(ViTClassifier((32, 48), 8, 1, 24, 2, 2, 2))
+    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    with pytest.raises(UserError, match=r"pos_embed is .*grid cannot be known.*\(4, 6\)"):
+        load_weights(ours, tmp_path / "timm.pth")
+    assert all(torch.equal(before[k], v) for k, v in ours.state_dict().items())
+
+
+def under(prefix: str, tensors: dict) -> dict:
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+NESTINGS = {
+    "data parallel": lambda t: under("module.", t),
+    "compiled": lambda t: {"model": under("_orig_mod.", t)},
+    "compiled and data parallel": lambda t: {"state_dict": under("module._orig_mod.", t)},
+    "data parallel and compiled": lambda t: {"model_state_dict": under("_orig_mod.module.", t)},
+    "lightning": lambda t: {"state_dict": under("model.", t), "optimizer_states": [], "epoch": 3},
+    "encoder of a module": lambda t: {"state_dict": under("model.encoder.", t)},
+    "dictionaries in dictionaries": lambda t: {"state_dict": {"model": {"encoder": t}}, "epoch": 1},
+    "dictionaries and names": lambda t: {"model": {"module": under("net._orig_mod.backbone.", t)}},
+    "compiled blocks": lambda t: {name.replace("blocks.1.", "blocks.1._orig_mod."): value for name, value in t.items()},
+    "with an averaged copy": lambda t: {"model": t, "model_ema": {k: v + 1 for k, v in t.items()}},
+    "beside an optimiser": lambda t: {"net": t, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}},
+}
+
+
+@pytest.mark.parametrize("nesting", NESTINGS)
+def test_names_are_found_in_any_nesting(nesting, tmp_path):
+    theirs = timm_vit()
+    torch.save(NESTINGS[nesting](theirs.state_dict()), tmp_path / "a.ckpt")
+    report = same_tokens(theirs, tmp_path / "a.ckpt")
+    assert set(report.missing) == {"head.weight", "head.bias"}
+
+
+def test_our_own_names_and_monais_are_found_in_any_nesting(tmp_path):
+    from monai.networks.nets import ViT
+
+    ours = shaken(MaskedAutoencoder((16, 24), 8, 1, 24, 2, 2, 12, 1, 2))
+    again = shaken(MaskedAutoencoder((16, 24), 8, 1, 24, 2, 2, 12, 1, 2))
+    torch.nn.init.zeros_(again.decoder_pred.weight)
+    torch.save({"state_dict": under("model._orig_mod.", ours.state_dict())}, tmp_path / "own.pt")
+    report = load_weights(again, tmp_path / "own.pt", require="")
+    assert report.unexpected == [] and report.resized == []
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), again.state_dict().values()))
+    monai = shaken(ViT(1, (16, 24), 8, 24, 96, 2, 2, spatial_dims=2, qkv_bias=True))
+    save_file(under("module.encoder.", monai.state_dict()), tmp_path / "monai.safetensors")
+    plain = shaken(ViTClassifier((16, 24), 8, 1, 24, 2, 2, 2, norm_eps=1e-5, class_token=False, pool="mean"))
+    load_weights(plain, tmp_path / "monai.safetensors")
+    image = torch.rand(1, 1, 16, 24)
+    plain.encoder.norm = monai.norm  # a head that pools the mean leaves this norm out
+    assert_close(plain.encoder(image)[0], monai(image)[0], **EQUAL)
+
+
+def test_a_pickled_network_without_known_names_keeps_them(tmp_path):
+    one, two = (torch.nn.Sequential() for _ in range(2))
+    for net in (one, two):
+        net.add_module("model", torch.nn.Linear(3, 2))
+    torch.save({"state_dict": under("module.", one.state_dict())}, tmp_path / "a.pth")
+    load_weights(two, tmp_path / "a.pth", require="")
+    assert torch.equal(one.model.weight, two.model.weight)
+
+
+def test_a_file_of_student_and_teacher_is_refused_by_both_names(tmp_path):
+    one, two = timm_vit().state_dict(), {k: v + 1 for k, v in timm_vit().state_dict().items()}
+    contents = {
+        "nested": {"student": one, "teacher": under("backbone.", two)},
+        "names": under("student.", one) | under("teacher.", two),
+    }
+    for how, content in contents.items():
+        torch.save(content, tmp_path / f"{how}.pth")
+        with pytest.raises(UserError, match=r"holds two .*student.cls_token and teacher.*cls_token") as error:
+            load_weights(ViTClassifier((32, 48), 8, 1, 24, 2, 2, 2), tmp_path / f"{how}.pth")
+        assert "\n" not in str(error.value)
+    torch.save({"student": one, "teacher": one}, tmp_path / "equal.pth")
+    same_tokens(timm_vit(), tmp_path / "equal.pth")
+
+
+FILE = {
+    "layer": "encoder.layer",
+    "qkv": "attention.attention.{}",
+    "names": ("query", "key", "value"),
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+MEMORY = {
+    "layer": "layers",
+    "qkv": "attention.{}",
+    "names": ("q_proj", "k_proj", "v_proj"),
+    "attn.proj": "attention.o_proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+
+
+def as_transformers(tensors: dict, style: dict, layer: str | None = None) -> dict:
+    """timm's names -> those of transformers' ViT without `vit.`: of its files, or of its memory since version 5."""
+    plain = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings"}
+    out = {}
+    for name, value in tensors.items():
+        if not name.startswith("blocks."):
+            name = name.replace("patch_embed.proj", "embeddings.patch_embeddings.projection")
+            out[plain.get(name, name.replace("norm.", "layernorm."))] = value
+            continue
+        _, index, part, kind = name.replace("attn.", "attn_").replace("mlp.", "mlp_").split(".")
+        at, part = f"{layer or style['layer']}.{index}.", part.replace("_", ".")
+        if part == "attn.qkv":
+            for one, third in zip(style["names"], value.chunk(3)):
+                out[f"{at}{style['qkv'].format(one)}.{kind}"] = third.clone()
+        else:
+            renamed = {"norm1": "layernorm_before", "norm2": "layernorm_after"}.get(part) or style[part]
+            out[f"{at}{renamed}.{kind}"] = value
+    return out
+
+
+@pytest.mark.parametrize("style", [FILE, MEMORY], ids=["files", "memory"])
+@pytest.mark.parametrize("prefix", ["vit.", "", "module.vit."])
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
+def test_a_vit_of_transformers_gives_the_same_tokens_here(file, prefix, style, tmp_path):
+    theirs = timm_vit()
+    tensors = under(prefix, as_transformers(theirs.state_dict(), style))
+    tensors |= {"classifier.weight": torch.ones(2, 24), "classifier.bias": torch.ones(2)}
+    tensors["pooler.dense.bias"] = torch.ones(24)
+    save = save_file if file.endswith("safetensors") else torch.save
+    save(tensors, tmp_path / file)
+    report = same_tokens(theirs, tmp_path / file)
+    assert report.missing == [] and report.unexpected == ["pooler.dense.bias"]
+    assert "norm_eps=1e-12" in str(report)
+
+
+def test_a_vit_of_transformers_without_bias_of_queries_loads_with_a_bias_of_zero(tmp_path):
+    theirs = timm_vit(qkv_bias=False)
+    save_file(as_transformers(theirs.state_dict(), FILE), tmp_path / "model.safetensors")
+    same_tokens(theirs, tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("style", "layer"),
+    [(FILE, "decoder_layers"), (FILE, "decoder_encoder.layer"), (MEMORY, "decoder_layers")],
+    ids=["version 4", "version 5", "memory"],
+)
+@pytest.mark.parametrize("size", [(32, 32), (32, 48)], ids=str)
+def test_a_masked_autoencoder_of_transformers_is_the_same_here(size, style, layer, tmp_path):
+    """Its names made from our tensors, with a zero class row in the decoder's table as theirs has."""
+    source, ours = (shaken(MaskedAutoencoder(size, 8, 1, 24, 2, 2, 12, 1, 2, norm_eps=1e-12)) for _ in range(2))
+    torch.nn.init.zeros_(ours.decoder_pred.weight)
+    with torch.no_grad():
+        source.encoder.pos_embed.add_(1)
+    state = source.state_dict()
+    row = torch.randn(1, 1, 24)
+    encoder = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
+    encoder |= {"cls_token": encoder["cls_token"] - row, "pos_embed": torch.cat([row, encoder["pos_embed"]], 1)}
+    blocks = {k.removeprefix("decoder_"): v for k, v in state.items() if k.startswith("decoder_blocks.")}
+    rest = {k: v for k, v in state.items() if k.startswith(("decoder_embed.", "decoder_norm.", "decoder_pred."))}
+    tensors = under("vit.", as_transformers(encoder, style))
+    tensors |= under("decoder.", {**as_transformers(blocks, style, layer), **rest})
+    tensors |= {
+        "decoder.mask_token": state["mask_token"],
+        "decoder.decoder_pos_embed": torch.cat([torch.zeros(1, 1, 12), state["decoder_pos_embed"]], 1),
+    }
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    report = load_weights(ours, tmp_path / "pytorch_model.bin", require="")
+    assert report.missing == [] and report.unexpected == [] and report.resized == []
+    image, noise = torch.rand(1, 1, *size), torch.rand(1, source.encoder.pos_embed.shape[1])
+    assert_close(ours(image, noise).pred, source(image, noise).pred, **EQUAL)
+
+
+def test_a_vit_of_transformers_with_parts_that_this_encoder_lacks_is_refused_by_the_part(tmp_path):
+    tensors = as_transformers(timm_vit().state_dict(), FILE)
+    tensors["encoder.layer.0.layer_scale1.lambda1"] = torch.ones(24)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="no place for .*encoder.blocks.0.layer_scale1"):
+        load_weights(ViTClassifier((32, 48), 8, 1, 24, 2, 2, 2), tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("file", ["half.safetensors", "half.pth"])
+def test_weights_of_another_precision_become_fp32_of_the_same_values(kind, file, tmp_path):
+    theirs = timm_vit()
+    stored = {name: value.to(kind) for name, value in theirs.state_dict().items()}
+    (save_file if file.endswith("safetensors") else torch.save)(stored, tmp_path / file)
+    theirs.load_state_dict({name: value.float() for name, value in stored.items()})
+    same_tokens(theirs, tmp_path / file)
+    resized = shaken(ViTClassifier((64, 64), 8, 1, 24, 2, 2, 2))
+    square = {**stored, "pos_embed": stored["pos_embed"][:, :17]}
+    torch.save(square, tmp_path / "square.pth")
+    load_weights(resized, tmp_path / "square.pth")
+    assert all(value.dtype == torch.float32 for value in resized.state_dict().values())
 
 
 class Malicious:

@@ -9,6 +9,7 @@ from monai.networks.blocks.pos_embed_utils import build_sincos_position_embeddin
 from torch.testing import assert_close
 
 from smae_utils.errors import UserError
+from smae_utils.mae import paste_visible, pixel_mask, sanity_band
 from smae_utils.patches import (
     as_tuple,
     gather_tokens,
@@ -197,6 +198,28 @@ def test_positions_equal_monais_up_to_the_order_of_the_axes_columns(grid, dim, m
     shares = ours.split(dim // len(grid), dim=2)
     theirs = build_sincos_position_embedding(list(grid), dim, len(grid)).detach()
     assert_close(torch.cat([shares[axis] for axis in monai_axes], 2), theirs, atol=1e-5, rtol=0)
+
+
+def test_the_paper_s_code_puts_the_columns_of_the_width_first_and_these_those_of_axis_0():
+    # facebookresearch/mae, util/pos_embed.py: np.meshgrid(grid_w, grid_h), whose first array is the width.
+    share = 16 // 2
+    omega = 1 / 10000 ** (np.arange(share // 2) / (share / 2))
+    width, height = np.meshgrid(np.arange(5.0), np.arange(3.0))
+    angles = [np.outer(place.reshape(-1), omega) for place in (width, height)]
+    theirs = np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], 1)
+    ours = sincos_positions((3, 5), 16)[0].numpy()
+    np.testing.assert_allclose(np.concatenate([ours[:, share:], ours[:, :share]], 1), theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("size, patch", [((8, 12), 4), ((8, 4, 12), 4)])
+def test_masks_and_the_sanity_band_take_one_patch_size_for_all_axes(size, patch):
+    image, other = torch.rand(2, 3, *size), torch.rand(2, 3, *size)
+    grid = grid_size(size, patch)
+    mask = split_by_noise(torch.rand(2, int(np.prod(grid))), 0.5)[2]
+    each = (patch,) * len(size)
+    assert torch.equal(pixel_mask(mask, patch, image.shape), pixel_mask(mask, each, image.shape))
+    assert torch.equal(paste_visible(image, other, mask, patch), paste_visible(image, other, mask, each))
+    assert sanity_band(image, mask, patch) == sanity_band(image, mask, each)
 
 
 def test_a_width_too_narrow_for_positions_is_an_error():

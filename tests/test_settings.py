@@ -67,6 +67,38 @@ def test_set_reads_python_and_yaml_spellings():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", ".0001", "1.e-04", "+1e-4"])
+def test_numbers_as_everybody_writes_them_are_numbers_in_presets_and_on_the_command_line(text, tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text(f"all: {{base_lr: {text}, betas: [9e-1, {text}], pretrain: {{norm_pix_loss: no}}}}", encoding="utf-8")
+    with pytest.raises(UserError, match="the smaller first"):  # both are numbers
+        resolve(BTCV, "pretrain", str(path))
+    path.write_text(f"all: {{base_lr: {text}, pretrain: {{norm_pix_loss: no, steps: 1e3}}}}", encoding="utf-8")
+    made = resolve(BTCV, "pretrain", str(path), overrides=parse_overrides([f"weight_decay={text}"]))
+    assert (made.base_lr, made.weight_decay, made.norm_pix_loss, made.steps) == (1e-4, 1e-4, False, 1000)
+
+
+@pytest.mark.parametrize("text", ["rand-m9-mstd0.5-inc1", "1.2.3", "1e", "e5", "2024-02-31", "1e-4s", "'1e-4'"])
+def test_words_that_look_like_numbers_stay_words(text):
+    value = parse_overrides([f"rand_augment={text}"])["rand_augment"]
+    assert isinstance(value, str) and value == text.strip("'")
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e400])
+def test_no_whole_number_is_infinite(value):
+    with pytest.raises(UserError, match="steps"):
+        make_settings(PretrainSettings, {"steps": value}, where="here")
+
+
+def test_a_preset_that_is_no_utf_8_is_named(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_bytes("all: {seed: 3}  # \u00fc".encode("latin-1"))
+    with pytest.raises(UserError, match="p.yaml.*UTF-8"):
+        resolve(BTCV, "pretrain", str(path))
+    path.write_bytes("\ufeffall: {seed: 3}  # \u00fc".encode())  # as Windows' editor saves it
+    assert resolve(BTCV, "pretrain", str(path)).seed == 3
+
+
 def test_false_on_the_command_line_turns_a_switch_off(bare):
     assert resolve(BTCV, "pretrain", bare).norm_pix_loss is True
     assert resolve(BTCV, "pretrain", bare, overrides=parse_overrides(["norm_pix_loss=False"])).norm_pix_loss is False

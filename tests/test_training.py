@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -64,7 +68,7 @@ def test_a_killed_pretraining_goes_on_as_if_nothing_had_happened(btcv, tiny, bar
     env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     log, deadline = tmp_path / "killed" / "log.jsonl", time.monotonic() + 90
-    while process.poll() is None and not (log.is_file() and log.read_text().count("\n") >= 9):
+    while process.poll() is None and not (log.is_file() and log.read_text(encoding="utf-8").count("\n") >= 9):
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -221,8 +225,16 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine_from_base_lr_times_bat
     run = pretrain("brats", brats, tmp_path / "run", bare, overrides, report=quiet)
     for line in run.read_log():
         s = line["step"]
-        expected = peak * s / warm if s < warm else peak / 2 * (1 + math.cos(math.pi * (s - warm) / (total - warm)))
+        # The rate reaches 0 where the step after the last would be.
+        expected = peak * s / warm if s < warm else peak / 2 * (1 + math.cos(math.pi * (s - warm) / (total - warm + 1)))
         assert line["lr"] == pytest.approx(expected, abs=1e-9), s
+
+
+def test_no_step_is_taken_with_a_learning_rate_of_zero(brats, tiny, bare, tmp_path):
+    for steps, warm in ((1, 0), (2, 1), (4, 0)):
+        overrides = {**tiny["brats", "pretrain"], "steps": steps, "warmup_steps": warm}
+        run = pretrain("brats", brats, tmp_path / f"{steps}-{warm}", bare, overrides, report=quiet)
+        assert all(line["lr"] > 0 for line in run.read_log())
 
 
 @pytest.mark.parametrize("task", ["btcv", "cxr14"])
@@ -286,9 +298,9 @@ def test_a_kill_between_two_renames_of_the_state_loses_nothing(left, brats, tiny
 
 def test_a_setting_newer_than_the_run_does_not_stop_its_resuming(brats, tiny, bare, tmp_path):
     run = pretrain("brats", brats, tmp_path / "run", bare, tiny["brats", "pretrain"], report=quiet)
-    config = yaml.safe_load((run.path / "config.yaml").read_text())
+    config = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
     del config["settings"]["keep_every"]
-    (run.path / "config.yaml").write_text(yaml.safe_dump(config))
+    (run.path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     pretrain("brats", brats, tmp_path / "run", bare, tiny["brats", "pretrain"], resume=True, report=quiet)
 
 
@@ -305,7 +317,7 @@ def test_a_finished_run_is_not_trained_again(brats, tiny, bare, tmp_path, monkey
 
 
 def test_a_folder_that_holds_something_else_is_not_written_into(brats, tiny, bare, tmp_path):
-    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
     for resume in (False, True):
         with pytest.raises(UserError, match=str(tmp_path)):
             pretrain("brats", brats, tmp_path, bare, tiny["brats", "pretrain"], resume=resume, report=quiet)
@@ -348,6 +360,98 @@ def test_the_best_weights_on_validation_are_kept_when_asked(cxr14, tiny, bare, t
     assert not all(torch.equal(final[k], kept[3][k]) for k in final)
 
 
+def test_validation_every_0_steps_is_never(btcv, tiny, bare, tmp_path, monkeypatch):
+    monkeypatch.setattr(Loop, "_validate", lambda *a: pytest.fail("validated"))
+    run = pretrain("btcv", btcv, tmp_path / "run", bare, {**tiny["btcv", "pretrain"], "val_every": 0}, report=quiet)
+    assert run.finished and run.config["cases"]["val"]
+    overrides = {**tiny["btcv", "finetune"], "select": "best", "val_every": 0}
+    with pytest.raises(UserError, match="select=best needs validation.*val_every"):
+        finetune("btcv", btcv, tmp_path / "fine", preset=bare, overrides=overrides, report=quiet)
+    assert not (tmp_path / "fine").exists()
+
+
+def draws() -> tuple:
+    """The next number of each global generator."""
+    return torch.rand(1).item(), np.random.rand(), random.random()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_training_leaves_the_global_generators_as_they_were(fails, cxr14, tiny, bare, tmp_path):
+    def report(line: str) -> None:
+        if fails and line.startswith("step"):
+            raise UserError("stop")
+
+    def seed_all() -> None:
+        torch.manual_seed(5), np.random.seed(5), random.seed(5)
+
+    seed_all()
+    expected = draws()
+    overrides = {**tiny["cxr14", "finetune"], "rand_augment": "rand-m9-mstd0.5-inc1", "drop_path": 0.5}
+    seed_all()
+    with pytest.raises(UserError) if fails else nullcontext():
+        pretrain("cxr14", cxr14, tmp_path / "pre", bare, tiny["cxr14", "pretrain"], report=report)
+    with pytest.raises(UserError) if fails else nullcontext():
+        finetune("cxr14", cxr14, tmp_path / "run", preset=bare, overrides=overrides, report=report)
+    assert draws() == expected
+
+
+def test_notes_of_a_task_are_told_at_the_start(brats, tiny, bare, tmp_path, monkeypatch):
+    record = SimpleNamespace(notes=("the column 'age' is not used",))
+    said = []
+    training._tell_notes(record, said.append)
+    training._tell_notes(SimpleNamespace(), said.append)  # a task that has none
+    assert said == ["note: the column 'age' is not used"]
+
+
+def test_a_batch_that_the_processes_cannot_share_equally_is_refused_before_any_folder_is_made(brats, tiny, bare, tmp_path, monkeypatch):
+    loader = training.training_loader
+    monkeypatch.setattr(training, "training_loader", lambda *a: loader(*a[:-1], 2))
+    with pytest.raises(UserError, match=r"batch_size 3 .*2 processes"):
+        pretrain("brats", brats, tmp_path / "run", bare, {**tiny["brats", "pretrain"], "batch_size": 3}, report=quiet)
+    assert not (tmp_path / "run").exists()
+
+
+def test_pretraining_goes_on_from_the_encoder_and_decoder_of_another(brats, tiny, bare, tmp_path, monkeypatch):
+    first = pretrain("brats", brats, tmp_path / "first", bare, tiny["brats", "pretrain"], report=quiet)
+    starts, step = [], Loop._step
+
+    def spy(self, *args):
+        starts.append({k: v.clone() for k, v in self.model.state_dict().items()})
+        return step(self, *args)
+
+    monkeypatch.setattr(Loop, "_step", spy)
+    said = []
+    overrides = {**tiny["brats", "pretrain"], "decoder_depth": 2}
+    more = pretrain("brats", brats, tmp_path / "more", bare, overrides, report=said.append, init=first.path)
+    learned = tensors(first)
+    assert all(torch.equal(starts[0][k], v) for k, v in learned.items())  # of the deeper decoder the first block
+    assert any("loaded" in line for line in said) and more.config["init"] == str(first.path)
+    with pytest.raises(UserError, match="no weights"):
+        pretrain("brats", brats, tmp_path / "typo", bare, overrides, report=quiet, init=tmp_path / "nowhere")
+    assert not (tmp_path / "typo").exists()
+
+
+@pytest.mark.parametrize("how", ["folder", "file", "kept", "copy", "chain"])
+def test_weights_that_have_seen_test_cases_are_refused_by_whatever_path_they_come(how, brats, tiny, bare, tmp_path):
+    overrides = {**tiny["brats", "pretrain"], "keep_every": 2}
+    run = pretrain("brats", brats, tmp_path / "pre", bare, overrides, report=quiet)
+    init = run.path
+    if how == "file":
+        init = run.path / "model.safetensors"
+    if how == "kept":
+        init = run.checkpoints()[0][1]
+    if how == "copy":
+        init = Path(shutil.copy(run.path / "model.safetensors", tmp_path / "mine.safetensors"))
+    if how == "chain":  # seen two pre-trainings ago
+        said = []
+        init = pretrain("brats", brats, tmp_path / "b", bare, {**overrides, "fold": 1}, report=said.append, init=init).path
+        assert any(line.startswith("note: ") and "test cases" in line for line in said)
+    with pytest.raises(UserError, match="test cases"):
+        finetune("brats", brats, tmp_path / "run", init, bare, {**tiny["brats", "finetune"], "fold": 1}, report=quiet)
+    if how != "chain":
+        assert finetune("brats", brats, tmp_path / "run", init, bare, tiny["brats", "finetune"], report=quiet).finished
+
+
 def test_choosing_the_best_without_validation_cases_is_refused(btcv, tiny, bare, tmp_path):
     overrides = {**tiny["btcv", "finetune"], "select": "best", "train_on_val": True}
     with pytest.raises(UserError, match="select=best"):
@@ -369,7 +473,7 @@ def test_wrong_weights_are_an_error_before_any_folder_is_made(brats, tiny, bare,
 
 def test_a_run_remembers_everything_needed_to_repeat_it(brats, tiny, bare, tmp_path):
     run = pretrain("brats", brats, tmp_path / "run", bare, tiny["brats", "pretrain"], report=quiet)
-    config = yaml.safe_load((run.path / "config.yaml").read_text())
+    config = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
     assert config["stage"] == "pretrain" and config["data"] == str(brats) and config["precision"] == "fp32"
     assert config["settings"]["base_lr"] == 0.1 and config["settings"]["mask_ratio"] == 0.75
     assert {"torch", "monai", "timm"} <= set(config["provenance"]["packages"])

@@ -1,8 +1,12 @@
 """Weights are handed over whole and by name, or not at all."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import smae_utils.weights as weights_module
@@ -11,8 +15,18 @@ from smae_utils.errors import UserError
 from smae_utils.mae import MaskedAutoencoder
 from smae_utils.tasks import get_task
 from smae_utils.unetr import UNETR
-from smae_utils.vit import ViTClassifier
-from smae_utils.weights import load_weights, parameter_count, read_weights, resize_positions, save_weights, weights_file
+from smae_utils.vit import ViTClassifier, ViTEncoder
+from smae_utils.weights import (
+    encoder_arguments,
+    hash_case,
+    load_weights,
+    parameter_count,
+    read_weights,
+    resize_positions,
+    save_weights,
+    seen_cases,
+    weights_file,
+)
 
 SIZE = (16, 24)
 
@@ -43,7 +57,7 @@ def pretrained(tmp_path):
 
 def rewrite(folder, change):
     """The weights of `folder` after `change(tensors)`, with their grid."""
-    tensors, grid, _ = read_weights(folder)
+    tensors, grid, *_ = read_weights(folder)
     change(tensors)
     path = folder / "changed.safetensors"
     save_file(tensors, path, metadata={"grid": str(list(grid))})
@@ -91,7 +105,7 @@ def test_saved_weights_come_back_bit_for_bit_with_their_grid(pretrained):
     assert report.missing == [] and report.unexpected == []
     for name, value in source.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
-    assert read_weights(folder)[1] == (4, 6)
+    assert read_weights(folder).grid == (4, 6)
 
 
 def test_positions_stay_fixed_or_learnable_as_the_model_says_after_loading(pretrained):
@@ -241,3 +255,177 @@ def test_parameter_count_counts_trainable_numbers_only():
     assert parameter_count(model) == block + own
     model.encoder.pos_embed.requires_grad_(False)
     assert parameter_count(model) == block + own - 24 * 24
+
+
+@pytest.mark.parametrize("more", [{}, {"class_token": False, "pool": "mean", "qkv_bias": False, "mlp_ratio": 2.0}])
+def test_the_file_tells_every_argument_of_its_encoder(more, tmp_path):
+    one = classifier(**more)
+    save_weights(one, tmp_path / "model.safetensors")
+    told = read_weights(tmp_path).encoder
+    assert told == encoder_arguments(one)
+    again = ViTEncoder(**told)
+    assert [(k, v.shape) for k, v in again.state_dict().items() if "norm" not in k.split(".")[0]] == [
+        (k, v.shape) for k, v in one.encoder.state_dict().items() if "norm" not in k.split(".")[0]
+    ]
+    assert again.blocks[0].attn.num_heads == one.encoder.blocks[0].attn.num_heads == 3
+
+
+def test_what_a_model_was_trained_on_comes_back_from_the_file(tmp_path):
+    facts = {
+        "channels": ["T1", "T2"],
+        "spacing_mm": [1.5, 1.5, 2.0],
+        "window": None,
+        "normalisation": "z-score",
+        "seen": [hash_case("a")],
+    }
+    for model in (classifier(chans=2), build_cnn(get_task("brats"))):
+        save_weights(model, tmp_path / "model.safetensors", facts)
+        assert read_weights(tmp_path).facts == facts
+    save_weights(mae(), tmp_path / "model.safetensors")
+    assert read_weights(tmp_path).facts == {}
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as handle:
+        assert {key: json.loads(value) for key, value in handle.metadata().items()}["grid"] == [4, 6]
+
+
+def test_another_number_of_heads_is_refused_though_all_shapes_fit(pretrained):
+    _, folder = pretrained
+    other = ViTClassifier(SIZE, 4, 1, 24, 3, 4, 2)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(UserError, match=r"3 attention heads \(num_heads\), this model has 4.*num_heads=3") as error:
+        load_weights(other, folder)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_another_number_of_heads_of_the_decoder_is_refused_where_the_decoder_is_loaded(pretrained):
+    _, folder = pretrained
+    other = MaskedAutoencoder(SIZE, 4, 1, 24, 3, 3, 12, 1, 4)
+    with pytest.raises(UserError, match="2 attention heads .*has 4.*--set decoder_num_heads=2"):
+        load_weights(other, folder)
+    assert load_weights(classifier(), folder).notes == []
+
+
+def test_a_file_that_does_not_say_its_heads_is_loaded_and_said_so(pretrained):
+    _, folder = pretrained
+    said = "does not say its number of attention heads; this model has 3"
+    assert said in str(load_weights(classifier(), rewrite(folder, lambda tensors: None)))
+    assert said not in str(load_weights(classifier(), folder))
+
+
+FACTS = {"channels": ["T1", "T2", "FLAIR"], "spacing_mm": [1.0, 1.0], "window": None, "normalisation": "z-score"}
+
+
+def swapped(model, folder, names=("FLAIR", "T1", "T2")):
+    """`model` randomly filled and saved as trained on T1, T2, FLAIR; what `expect` says for a task with `names`."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(torch.randn_like(value) * 0.1)
+    save_weights(model.eval(), folder / "model.safetensors", FACTS)
+    return {**FACTS, "channels": list(names)}
+
+
+@pytest.mark.parametrize("size", [(16, 24), (8, 12, 8)], ids=str)
+def test_the_same_channels_in_another_order_are_put_in_order_and_said_so(size, tmp_path):
+    source = mae(size, chans=3)
+    expect = swapped(source, tmp_path)
+    image = torch.rand(2, 3, *size)  # T1, T2, FLAIR
+    there = image[:, [2, 0, 1]]  # FLAIR, T1, T2
+    target = classifier(size, chans=3).eval()
+    report = load_weights(target, tmp_path, expect=expect)
+    assert "channels T1, T2, FLAIR were put in this model's order FLAIR, T1, T2" in str(report)
+    torch.testing.assert_close(target.encoder(there)[0], source.encoder(image)[0], atol=1e-5, rtol=1e-4)
+    again = mae(size, chans=3).eval()
+    load_weights(again, tmp_path, require="", expect=expect)
+    noise = torch.rand(2, source.encoder.pos_embed.shape[1])
+    one, two = (model.to_image(x, model(x, noise).pred) for model, x in ((source, image), (again, there)))
+    torch.testing.assert_close(two, one[:, [2, 0, 1]], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(again(there, noise).loss, source(image, noise).loss, atol=1e-5, rtol=1e-4)
+
+
+def test_a_whole_unetr_gives_the_same_logits_with_its_channels_in_another_order(tmp_path):
+    source, target = (UNETR((16, 16), 4, 3, 24, 3, 3, 2, feature_size=2) for _ in range(2))
+    expect = swapped(source, tmp_path)
+    load_weights(target, tmp_path, require="", expect=expect)
+    image = torch.rand(1, 3, 16, 16)
+    torch.testing.assert_close(target.eval()(image[:, [2, 0, 1]]), source(image), atol=1e-4, rtol=1e-4)
+
+
+def test_a_network_whose_channels_cannot_be_put_in_order_is_refused_by_both_orders(tmp_path):
+    task = get_task("brats")
+    facts = {"channels": ["a", "b", "c", "d"]}
+    save_weights(build_cnn(task), tmp_path / "model.safetensors", facts)
+    load_weights(build_cnn(task), tmp_path, require="", expect=facts)
+    with pytest.raises(UserError, match="in the order a, b, c, d, not b, a, c, d"):
+        load_weights(build_cnn(task), tmp_path, require="", expect={"channels": ["b", "a", "c", "d"]})
+    narrow = UNETR((16, 16), 4, 2, 24, 3, 3, 2, feature_size=2)  # its first block adds the image's channels to its own
+    save_weights(narrow, tmp_path / "model.safetensors", {"channels": ["a", "b"]})
+    with pytest.raises(UserError, match="in the order a, b, not b, a"):
+        load_weights(narrow, tmp_path, expect={"channels": ["b", "a"]})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"channels": ["T1", "T2", "PD"]}, "made with channels T1, T2, FLAIR, this model's are T1, T2, PD"),
+        ({"spacing_mm": [1.0, 2.5]}, "made with spacing_mm 1, 1, this model has 1, 2.5"),
+        ({"window": [-175, 250]}, "made with window none, this model has -175, 250"),
+        ({"normalisation": "min-max"}, "made with normalisation z-score, this model has min-max"),
+    ],
+)
+def test_other_channels_spacing_window_or_normalisation_are_told(change, says, tmp_path):
+    source = mae(chans=3)
+    expect = swapped(source, tmp_path, FACTS["channels"])
+    assert load_weights(classifier(chans=3), tmp_path, expect=expect).notes == []
+    target = classifier(chans=3)
+    assert load_weights(target, tmp_path, expect={**expect, **change}).notes == [says]
+    assert torch.equal(target.encoder.patch_embed.proj.weight, source.encoder.patch_embed.proj.weight)
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        {**FACTS, "channels": ["channel 1", "channel 2", "channel 3"]},
+        {**FACTS, "channels": ["t1", "t2", "flair"]},
+        {"spacing_mm": [1, 1]},
+        {},
+    ],
+)
+def test_numbered_channels_and_what_one_side_does_not_say_are_no_contradiction(says, tmp_path):
+    swapped(mae(chans=3), tmp_path)
+    assert load_weights(classifier(chans=3), tmp_path, expect=says).notes == []
+
+
+def test_the_training_cases_are_known_from_the_run_its_files_and_copies_of_them(tmp_path):
+    seen = {hash_case(name) for name in ("case_1", "case_2")}
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for file in (run / "model.safetensors", run / "checkpoints" / "step0000002.safetensors"):
+        save_weights(mae(), file, {"seen": sorted(seen)})
+    copy = shutil.copy(run / "checkpoints" / "step0000002.safetensors", tmp_path / "elsewhere.safetensors")
+    for source in (run, run / "model.safetensors", run / "checkpoints" / "step0000002.safetensors", copy, str(copy)):
+        assert seen_cases(source) == seen
+    assert "case_1" not in (run / "model.safetensors").read_bytes().decode("latin-1")
+
+
+def test_older_weights_and_the_state_of_an_unfinished_run_are_known_by_the_run_they_lie_in(tmp_path):
+    (tmp_path / "last").mkdir()
+    (tmp_path / "config.yaml").write_text("cases: {train: [case_1, '07'], val: [case_3]}\n")
+    save_weights(mae(), tmp_path / "model.safetensors")
+    save_file(mae().state_dict(), tmp_path / "last" / "model.safetensors")
+    for source in (tmp_path, tmp_path / "model.safetensors", tmp_path / "last"):
+        assert seen_cases(source) == {hash_case("case_1"), hash_case("07")}
+
+
+def test_weights_of_others_have_seen_no_case_that_we_know(tmp_path):
+    save_file(mae().encoder.state_dict(), tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    torch.save(mae().state_dict(), tmp_path / "theirs.pth")
+    for source in (tmp_path / "theirs.safetensors", tmp_path / "theirs.pth", "timm:vit_base_patch16_224.mae"):
+        assert seen_cases(source) == set()
+    with pytest.raises(UserError, match="no weights at"):
+        seen_cases(tmp_path / "absent")
+
+
+def test_the_hash_of_a_case_is_short_always_the_same_and_not_that_of_another():
+    assert hash_case("case_1") == hash_case("case_1") != hash_case("case_2")
+    assert len(hash_case("ä" * 500)) == 16

@@ -64,7 +64,7 @@ class Writer:
     def _add(self, name: str, rows: pd.DataFrame, keys: list[str]) -> None:
         self.results.mkdir(parents=True, exist_ok=True)
         file = self.results / f"{name}.csv"
-        if file.is_file() and ("figures of a quick run" in file.read_text()) != (self.quick > 1):
+        if file.is_file() and ("figures of a quick run" in file.read_text(encoding="utf-8")) != (self.quick > 1):
             raise UserError(f"{file} holds figures of {'a full' if self.quick > 1 else 'a quick'} run: choose another --results")
         table = pd.concat([read(file), rows], ignore_index=True).drop_duplicates(keys, keep="last").sort_values(keys, kind="stable")
         # Where and when the runs behind the rows were made, which a command may only have found again.
@@ -76,7 +76,7 @@ class Writer:
             "; ".join(_places(made)) if made else f"{machine_name()}, {provenance()['date']}, commit {provenance()['commit']}",
         ]
         # Rows come from several commands: each is named with where and when it was run last.
-        said = [line[2:] for line in file.read_text().splitlines() if line.startswith("# ")] if file.is_file() else []
+        said = [line[2:] for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# ")] if file.is_file() else []
         earlier = [pair for pair in zip(said[::2], said[1::2]) if pair[0] != head[0]]
         lines = [line for pair in [*earlier, tuple(head)] for line in pair]
         write_text(file, "".join(f"# {line}\n" for line in lines) + table.to_csv(index=False, float_format="%.6g"))

@@ -1,21 +1,24 @@
-"""A task from one list file: JSON in the style of the Medical Segmentation Decathlon and MONAI, or CSV. No code to edit.
+"""A task from one list file: JSON in the style of the Medical Segmentation Decathlon, nnU-Net and MONAI, or CSV. No code to edit.
 
 JSON:
     {"name": "liver_ct", "labels": {"0": "background", "1": "liver", "2": "tumour"}, "modality": {"0": "CT"},
      "window": [-100, 240], "spacing_mm": [1.5, 1.5, 2], "sided": false,
      "training": [{"image": "img/1.nii.gz", "label": "lab/1.nii.gz", "patient": "p1"}, ...], "validation": [...], "test": [...]}
-    `image` may be a list of files, one a channel. `labels` may also be nnU-Net's {"liver": 1, "whole": [1, 2]}, lists making
-    overlapping regions. Classification: `label` is a class, a list of classes, or zeros and ones; `classes` names them.
+    `image` may be a list of files, one a channel; a DICOM series is its folder, or folder#series. `label` is a mask file, or for
+    classification a class, several joined by |, a list of classes, the number of a class, or zeros and ones (-1: unknown).
+    `labels` may also be nnU-Net's {"liver": 1, "whole": [1, 2], "ignore": 3}; mask values may be any integers.
     `like` names a task whose presets, spacing and window fit (btcv, brats, cxr14), and whose classes and channels, where the
-    list has none of its own; `settings` holds what they should have differently.
+    list has none of its own; `settings` holds what they should have differently. `fold` of an entry is MONAI's.
 CSV:
-    columns `image`, and `label=liver|tumour` (a mask file; the header names the values 1, 2, ...) or `class` (one word, several
-    joined by |) or one 0/1 column a class; `split` (train, val, test) and `patient` may follow.
+    columns `image`, and `label=liver|tumour` (a mask file; the header names the values 1, 2, ...) or `label` or `class` (one word, several
+    joined by |) or one 0/1 column a class; `split` (train, val, test), `patient`, `case` and `fold` may follow.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,11 +27,13 @@ from typing import Any
 import numpy as np
 
 from smae_utils.errors import UserError
+from smae_utils.paths import FLAT_ENDINGS, VOLUME_ENDINGS, case_name, is_dicom, split_series
 from smae_utils.tasks import Case, Splits, Task, get_task, hold_out
 from smae_utils.tasks.list_files import read_list
 
-MASK_ENDINGS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".png")
-FLAT_ENDINGS = (".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+SIDES = re.compile(r"(?:^|[^a-z])(?:left|right|[lr]h?)(?:[^a-z]|$)", re.IGNORECASE)
+NO_FINDING = "no finding"
+MOST_LABELS = 250
 
 
 def is_list(name: str) -> bool:
@@ -46,24 +51,49 @@ def task_from_list(path: str | Path) -> Task:
     if not path.is_file():
         raise UserError(f"list file {path} does not exist: expected a JSON or CSV list of scans, see the documentation of own data")
     content = read_list(path)
-    cases = content["cases"]
+    cases, notes = content["cases"], content["notes"]
     if not any(cases.values()):
         raise UserError(f"{path} lists no scans: expected a list 'training' of entries with 'image' and 'label'")
-    if like := content.get("like"):
-        if not isinstance(like, str) or is_list(like):
-            raise UserError(f"{path}: 'like' must be the name of a task as btcv, brats or cxr14, got {like!r}")
-        try:
-            base = get_task(like)
-        except UserError as error:
-            raise UserError(f"{path}, 'like': {error}") from None
-        if content.get("labels") or content.get("classes"):  # classes of its own; how scans are prepared is the other task's
-            own = _guess_task(path, content)
-            if own.kind != base.kind:
-                raise UserError(f"{path} is a {own.kind} list, 'like' names {like}, a {base.kind} task")
-            channels = base.channels if own.in_chans in (1, base.in_chans) else own.channels
-            base = replace(base, classes=own.classes, regions=own.regions, subset=(), sided=False, channels=channels)
-    else:
-        base = _guess_task(path, content)
+    base, own_classes = _base(path, content)
+    over = _said(path, content, base)
+    sided, note = _sided(content, base, own_classes)
+    return replace(
+        base,
+        name=str(path.absolute()),  # a link (DVC, DataLad) keeps its own name and ending
+        title=str(content.get("title") or content.get("name") or content.get("description") or path.stem),
+        read_splits=partial(_splits, path, cases, base),
+        like=base.name if content.get("like") else base.like,
+        settings={**_spacing(base, over, bool(content.get("like"))), **_mapping(path, content.get("settings") or {})},
+        sided=sided,
+        notes=(*notes, *([note] if note else []), *_split_notes(cases)),
+        **over,
+    )
+
+
+def _base(path: Path, content: dict[str, Any]) -> tuple[Task, bool]:
+    """The task before what the list says of spacing, window and sides; and whether its classes are the list's own."""
+    if not (like := content.get("like")):
+        return _guess_task(path, content), True
+    if not isinstance(like, str) or is_list(like):
+        raise UserError(f"{path}: 'like' must be the name of a task as btcv, brats or cxr14, got {like!r}")
+    try:
+        base = get_task(like)
+    except UserError as error:
+        raise UserError(f"{path}, 'like': {error}") from None
+    if not (content.get("labels") or content.get("classes")):
+        return base, False
+    own = _guess_task(path, content)  # classes of its own; how scans are prepared is the other task's
+    if own.kind != base.kind or own.spatial_dims != base.spatial_dims:
+        raise UserError(
+            f"{path} is a {own.spatial_dims}D {own.kind} list, 'like' names {like}, a {base.spatial_dims}D {base.kind} task"
+        )
+    channels = base.channels if own.in_chans in (1, base.in_chans) else own.channels
+    labels = {"stored_labels": own.stored_labels, "ignored_labels": own.ignored_labels}
+    return replace(base, classes=own.classes, regions=own.regions, subset=(), channels=channels, **labels), True
+
+
+def _said(path: Path, content: dict[str, Any], base: Task) -> dict[str, Any]:
+    """Window, spacing and channels that the list says."""
     over: dict[str, Any] = {}
     if "window" in content:
         over["window"] = None if content["window"] is None else _numbers(path, "window", content["window"], 2)
@@ -77,19 +107,39 @@ def task_from_list(path: str | Path) -> Task:
         raise UserError(f"{path}: 'sided' must be true or false, got {content['sided']!r}")
     if "channels" in content:
         over["channels"] = content["channels"]
-    return replace(
-        base,
-        name=str(path.resolve()),
-        title=str(content.get("title") or content.get("description") or content.get("name") or path.stem),
-        read_splits=partial(_splits, path, cases, base.kind, base.classes),
-        like=base.name if like else base.like,
-        settings={**_spacing(base, over, bool(like)), **_mapping(path, content.get("settings") or {})},
-        **({"sided": content["sided"]} if "sided" in content else {}),
-        **over,
-    )
+    return over
 
 
-FIELDS = ("title", "kind", "spatial_dims", "channels", "classes", "spacing_mm", "window", "regions", "sided", "like", "settings")
+def _sided(content: dict[str, Any], base: Task, own_classes: bool) -> tuple[bool, str]:
+    """Whether images are kept from being mirrored left-right, and a note on what was assumed."""
+    named = [name for name in base.classes if SIDES.search(name)]
+    if "sided" in content:
+        note = f"\"sided\" is false though {named[0]!r} names a side: fine-tuning mirrors images left-right" if named and not content["sided"] else ""
+        return content["sided"], note
+    if not own_classes:
+        return base.sided, ""
+    if not base.classes:
+        return True, ""
+    why = f"the class {named[0]!r} names a side" if named else "the list does not say whether labels tell left from right"
+    return True, f'{why}: fine-tuning does not mirror images left-right; "sided": false in the list, or --set mirror=true, allows it'
+
+
+def _split_notes(cases: dict[str, list[dict]]) -> list[str]:
+    notes = []
+    folds = any("fold" in e for e in cases["train"])
+    if folds and not cases["val"]:
+        notes.append("entries have a fold: those of --set fold=N (0 when not said) are the validation cases")
+    elif folds:
+        notes.append("'fold' is not used: the list has validation cases")
+    elif not cases["val"] and len(cases["train"]) > 1:
+        notes.append("no validation cases are listed: a tenth of the training patients, drawn by split_seed, is held out")
+    return notes
+
+
+FIELDS = (
+    "title", "kind", "spatial_dims", "channels", "classes", "spacing_mm", "window", "regions", "stored_labels", "ignored_labels", "sided", "like",
+    "settings",
+)  # fmt: skip
 
 
 def record_of(task: Task) -> dict[str, Any]:
@@ -98,13 +148,18 @@ def record_of(task: Task) -> dict[str, Any]:
 
 
 def task_from_record(name: str, record: dict[str, Any]) -> Task:
-    """The task that `record_of` remembered; its cases are still read from the list."""
+    """The task that `record_of` remembered; its cases are read from the list `name`, with the classes in the order that the run has."""
 
     def tuples(value: Any) -> Any:
         return tuple(tuples(v) for v in value) if isinstance(value, list) else value
 
     values = {k: v if k == "settings" else tuples(v) for k, v in record.items()}
-    return Task(name=name, read_splits=lambda *args: task_from_list(name).read_splits(*args), **values)
+    bare = Task(name=name, read_splits=_no_reader, **values)
+
+    def read(data_dir: Path, seed: int = 0, fold: int = 0) -> Splits:
+        return _splits(Path(name), read_list(Path(name))["cases"], bare, data_dir, seed, fold, strict=False)
+
+    return replace(bare, read_splits=read)
 
 
 def _spacing(base: Task, over: dict, like: bool) -> dict:
@@ -131,43 +186,70 @@ def _numbers(path: Path, key: str, value: Any, count: int) -> tuple[float, ...]:
     return tuple(map(float, value))
 
 
+def _is_flat(path: Path, content: dict[str, Any], file: str) -> bool:
+    """Whether the images are 2D: as the list says, by their ending, or because a file without one is a single DICOM image."""
+    dims = content.get("spatial_dims")
+    if dims not in (None, 2, 3):
+        raise UserError(f"{path}: 'spatial_dims' must be 2 or 3, got {dims!r}")
+    if dims:
+        return dims == 2
+    return file.lower().endswith(FLAT_ENDINGS) or is_dicom(path.parent / file)
+
+
 def _guess_task(path: Path, content: dict[str, Any]) -> Task:
     """Kind, dimensions, classes and channels from what the entries look like."""
     entries = [e for part in content["cases"].values() for e in part]
     first = entries[0]["image"]
     files = first if isinstance(first, list) else [first]
-    flat = content.get("spatial_dims", 2 if str(files[0]).lower().endswith(FLAT_ENDINGS) else 3) == 2
+    flat = _is_flat(path, content, str(files[0]))
     if flat and len(files) > 1:
         raise UserError(f"{path}: a 2D image is one file, got {files}")
     labels = [e["label"] for e in entries if "label" in e]
-    masks = bool(labels) and all(isinstance(v, str) and v.lower().endswith(MASK_ENDINGS) for v in labels)
+    endings = FLAT_ENDINGS if flat else VOLUME_ENDINGS
+    masks = [isinstance(v, str) and v.lower().endswith(endings) for v in labels]
+    if any(masks) and not all(masks):
+        raise UserError(f"{path}: some labels are mask files, others are not, as {labels[masks.index(False)]!r}: expected one kind ({', '.join(endings)})")
     channels = content.get("channels") or tuple(f"channel {i + 1}" for i in range(len(files)))
-    if masks or not labels:
-        if flat and masks:
-            raise UserError(f"{path}: masks of 2D images cannot be segmented here yet: expected 3D scans, or classes for 2D images")
-        classes, regions = _classes(path, content.get("labels"), bool(labels))
-        kind = "segmentation" if not flat else "classification"
-        like, spacing = ("cxr14", ()) if flat else ("btcv", get_task("btcv").spacing_mm)
-        return Task("", "", kind, 2 if flat else 3, channels, classes, _no_reader, regions=regions, like=like, spacing_mm=spacing)
-    classes = content.get("classes") or []
-    if not isinstance(classes, list) or len(set(map(str, classes))) < len(classes):
-        raise UserError(f"{path}: 'classes' must be a list of different names, got {classes!r}")
-    classes = classes or sorted({name for v in labels for name in (v if isinstance(v, list) else [v]) if isinstance(name, str)})
-    if not flat:
-        raise UserError(f"{path}: classes of 3D scans cannot be learned here yet: expected masks for 3D scans, or 2D images")
-    if not classes:
+    dims = 2 if flat else 3
+    shared = {"like": "cxr14" if flat else "btcv", "spacing_mm": () if flat else get_task("btcv").spacing_mm}
+    if any(masks) or not labels:
+        kind = "segmentation" if any(masks) or not flat else "classification"
+        classes, more = _classes(path, content.get("labels")) if any(masks) or (content.get("labels") and labels) else ((), {})
+        return Task("", "", kind, dims, channels, classes, _no_reader, **shared, **more)
+    for value in labels:
+        if isinstance(value, str) and ("/" in value or (path.parent / value).exists()):
+            raise UserError(f"{path}: label {value!r} is no mask file that is read here ({', '.join(endings)}) and no class: convert it first")
+    return Task("", "", "classification", dims, channels, _class_names(path, content, labels), _no_reader, **shared)
+
+
+def _class_names(path: Path, content: dict[str, Any], labels: list[Any]) -> tuple[str, ...]:
+    """Names of the classes: as the list says, else the words that its labels hold, sorted."""
+    said = content.get("classes")
+    if said is not None and (not isinstance(said, list) or len(set(map(str, said))) < len(said)):
+        raise UserError(f"{path}: 'classes' must be a list of different names, got {said!r}")
+    if said:
+        return tuple(map(str, said))
+    if all(isinstance(v, int) and not isinstance(v, bool) for v in labels) and not set(labels) <= {0, 1}:
+        return tuple(str(v) for v in sorted(set(labels)))
+    names = {name for v in labels for name in _words(v) if isinstance(name, str) and name.lower() != NO_FINDING}
+    if not names:
         raise UserError(f'{path}: labels are zeros and ones without names: add "classes": [...] in their order')
-    return Task("", "", "classification", 2, channels, tuple(map(str, classes)), _no_reader, like="cxr14")
+    return tuple(sorted(names, key=lambda n: (0, int(n), "") if n.isdigit() else (1, 0, n)))
+
+
+def _words(label: Any) -> list[Any]:
+    """`A | B`, a list of names, or one name -> names; numbers stay numbers."""
+    if isinstance(label, str):
+        return [name.strip() for name in label.split("|") if name.strip()]
+    return [v.strip() if isinstance(v, str) else v for v in (label if isinstance(label, (list, dict)) else [label])]
 
 
 def _no_reader(*_) -> Splits:
     raise NotImplementedError
 
 
-def _classes(path: Path, labels: Any, labelled: bool) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...] | None]:
-    """MSD's {"1": "liver"} or nnU-Net's {"liver": 1, "whole": [1, 2]} -> class names, and regions where lists overlap."""
-    if not labelled:
-        return (), None
+def _classes(path: Path, labels: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """MSD's {"1": "liver"} or nnU-Net's {"liver": 1, "whole": [1, 2]} -> class names; regions where lists overlap, and how values are stored."""
     if not isinstance(labels, dict) or not labels:
         wanted = '{"0": "background", "1": "liver"}' if path.suffix.lower() == ".json" else "the header label=liver|tumour for the masks' column"
         raise UserError(f'{path}: "labels" must say what the mask values mean, for example {wanted}')
@@ -180,38 +262,59 @@ def _classes(path: Path, labels: Any, labelled: bool) -> tuple[tuple[str, ...], 
                 pairs.append((str(key), tuple(int(v) for v in (value if isinstance(value, list) else [value]))))
     except (TypeError, ValueError):
         raise UserError(f'{path}: "labels" must map numbers to names or names to numbers, got {labels!r}') from None
-    pairs = [(name, values) for name, values in pairs if values != (0,)]
+    background = {0, *(v for name, of in pairs if name.lower() == "background" for v in of)}
+    ignored = {v for name, of in pairs if name.lower() == "ignore" for v in of}
+    pairs = [(name, of) for name, of in pairs if of != (0,) and name.lower() not in ("background", "ignore")]
+    if not pairs:
+        raise UserError(f'{path}: "labels" names no class beside the background, got {labels!r}')
     if len({name for name, _ in pairs}) < len(pairs):
         raise UserError(f'{path}: "labels" gives one name to several values, got {labels!r}: a class needs a name of its own')
-    if all(len(values) == 1 for _, values in pairs):
-        pairs.sort(key=lambda p: p[1])
-        if [v for _, (v,) in pairs] != list(range(1, len(pairs) + 1)):
-            raise UserError(f"{path}: mask values {[v for _, (v,) in pairs]} must be 1 .. {len(pairs)} without gaps: renumber the masks")
-        return tuple(name for name, _ in pairs), None
-    for (wide, outer), (narrow, inner) in zip(pairs, pairs[1:]):
-        if not set(inner) < set(outer):
-            raise UserError(f"{path}: regions must be nested, from the widest to the narrowest: {narrow} {inner} is not inside {wide} {outer}")
-    return tuple(name for name, _ in pairs), tuple(values for _, values in pairs)
+    used = [v for _, of in pairs for v in of]
+    if clash := (background | ignored) & set(used):
+        raise UserError(f'{path}: "labels" uses value {min(clash)} for a class and for background or ignore, got {labels!r}')
+    if len(set(used)) > MOST_LABELS:
+        raise UserError(f'{path}: "labels" names {len(set(used))} values: at most {MOST_LABELS} are learned at once')
+    first = (0, *sorted(background - {0}))
+    if len(set(used)) == len(used):
+        pairs.sort(key=lambda p: min(p[1]))
+        stored, regions = (first, *(of for _, of in pairs)), None
+    else:
+        for (wide, outer), (narrow, inner) in zip(pairs, pairs[1:]):
+            if not set(inner) < set(outer):
+                raise UserError(f"{path}: regions must be nested, from the widest to the narrowest: {narrow} {inner} is not inside {wide} {outer}")
+        values = sorted(set(used))
+        stored, regions = (first, *((v,) for v in values)), tuple(tuple(values.index(v) + 1 for v in of) for _, of in pairs)
+    plain = stored == tuple((i,) for i in range(len(stored)))
+    return tuple(name for name, _ in pairs), {
+        "regions": regions, "stored_labels": () if plain else stored, "ignored_labels": tuple(sorted(ignored)),
+    }  # fmt: skip
 
 
-def _splits(path: Path, cases: dict[str, list[dict]], kind: str, classes: tuple[str, ...], data_dir: Path, seed: int = 0, fold: int = 0) -> Splits:
-    """Paths relative to `data_dir`, or to the list file where that is its own folder; a tenth of the patients is held out when nothing is."""
+def _splits(path: Path, cases: dict[str, list[dict]], task: Task, data_dir: Path, seed: int = 0, fold: int = 0, strict: bool = True) -> Splits:
+    """Paths relative to `data_dir`, or to the list file where that is its own folder; a tenth of the patients is held out when nothing is.
+
+    Args:
+        strict: refuse class names that the task does not have; else they are left out (the list has got new ones since a run).
+    """
     root = path.parent if str(data_dir) in ("", ".") else Path(data_dir)
+    cases = _by_fold(path, cases, fold)
     out: Splits = {}
     seen: dict[str, str] = {}
     files: dict[str, str] = {}
-    _all_there(path, root, [entry for entries in cases.values() for entry in entries], kind)
+    _all_there(path, root, [entry for entries in cases.values() for entry in entries], task.kind)
     for split, entries in cases.items():
         out[split] = []
         for entry in entries:
-            case = _case(path, root, entry, kind, classes)
-            if case["case"] in seen:
-                raise UserError(f"{path} lists {case['case']} twice ({seen[case['case']]} and {split}): each scan once; add 'case' where names clash")
-            seen[case["case"]] = split
-            first = case["image"] if isinstance(case["image"], str) else case["image"][0]
-            if first in files:
-                raise UserError(f"{path} lists {first} twice, as {files[first]} and as {case['case']}: each scan once")
-            files[first] = case["case"]
+            case = _case(path, root, entry, task, strict)
+            if case["case"].casefold() in seen:
+                where = f"{seen[case['case'].casefold()]} and {split}"
+                raise UserError(f"{path} lists {case['case']} twice ({where}): each scan once; add 'case' where names clash")
+            seen[case["case"].casefold()] = split
+            for file in _image_files(case):
+                place = _resolved(file)
+                if place in files:
+                    raise UserError(f"{path} lists {file} twice, as {files[place]} and as {case['case']}: each scan once")
+                files[place] = case["case"]
             out[split].append(case)
     patients = {split: {c["patient"] for c in cases} for split, cases in out.items()}
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
@@ -222,42 +325,77 @@ def _splits(path: Path, cases: dict[str, list[dict]], kind: str, classes: tuple[
     return out
 
 
-def _all_there(path: Path, root: Path, entries: list[dict], kind: str) -> None:
+def _by_fold(path: Path, cases: dict[str, list[dict]], fold: int) -> dict[str, list[dict]]:
+    """MONAI's lists give training entries a fold; one fold validates, the others train."""
+    folds = {e["fold"] for e in cases["train"] if "fold" in e}
+    if not folds or cases["val"]:
+        return cases
+    if fold not in folds:
+        raise UserError(f"{path}: no training entry has fold {fold}: there are {', '.join(map(str, sorted(folds)))}; choose by --set fold=N")
+    train = [e for e in cases["train"] if e.get("fold") != fold]
+    return {"train": train, "val": [e for e in cases["train"] if e.get("fold") == fold], "test": cases["test"]}
+
+
+def _image_files(case: Case) -> list[str]:
+    return case["image"] if isinstance(case["image"], list) else [case["image"]]
+
+
+def _resolved(file: str) -> str:
+    """Where a file really lies: links and `..` followed."""
+    folder, series = split_series(file)
+    return f"{folder.resolve()}#{series}"
+
+
+def _all_there(path: Path, root: Path, entries: Iterable[dict], kind: str) -> None:
     """Refuse a list whose files are not all there, naming them: a mistake in a path is seldom alone."""
-    names = [name for e in entries for name in (e["image"] if isinstance(e["image"], list) else [e["image"]])]
-    masks = [str(e["label"]) for e in entries if "label" in e and kind == "segmentation"]
-    missing = [str(root / n) for n in names if not (root / n).exists()] + [str(root / n) for n in masks if not (root / n).is_file()]
+    missing = []
+    for entry in entries:
+        names = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
+        missing += [str(root / n) for n in names if not split_series(root / n)[0].exists()]
+        if "label" in entry and kind == "segmentation" and not (root / str(entry["label"])).is_file():
+            missing.append(str(root / str(entry["label"])))
     if missing := list(dict.fromkeys(missing)):
         some = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise UserError(f"{path} names {some}, which {'does' if len(missing) == 1 else 'do'} not exist: paths are relative to {root}")
 
 
-def _case(path: Path, root: Path, entry: dict, kind: str, classes: tuple[str, ...]) -> Case:
+def _case(path: Path, root: Path, entry: dict, task: Task, strict: bool) -> Case:
     images = [str(root / name) for name in (entry["image"] if isinstance(entry["image"], list) else [entry["image"]])]
-    stem = Path(images[0]).name.split(".")[0]
-    case: Case = {"case": str(entry.get("case", stem)), "image": images if len(images) > 1 else images[0]}
+    case: Case = {"case": str(entry.get("case", case_name(images[0]))), "image": images if len(images) > 1 else images[0]}
     if not case["case"] or "/" in case["case"] or "\\" in case["case"]:
         raise UserError(f"{path}: 'case' names files of results, so it can hold no slash, got {case['case']!r}")
     case["patient"] = str(entry.get("patient", case["case"]))
     if "label" not in entry:
         return case
-    if kind == "segmentation":
+    if task.kind == "segmentation":
         case["label"] = str(root / str(entry["label"]))
-    else:
-        case["label"] = _vector(path, case["case"], entry["label"], classes)
+        return case
+    case["label"] = _vector(path, case["case"], entry["label"], task.classes, strict)
+    if np.isnan(case["label"]).all():
+        del case["label"]
     return case
 
 
-def _vector(path: Path, case: str, label: Any, classes: tuple[str, ...]) -> np.ndarray:
-    values = label if isinstance(label, list) else [label]
-    if len(values) == len(classes) and all(isinstance(v, (int, float)) for v in values):
-        if set(values) <= {0, 1}:
-            return np.asarray(values, np.float32)
-        raise UserError(f"{path}: label of {case} is {values}, expected zeros and ones")
-    unknown = [v for v in values if v not in classes]
-    if unknown:
+def _vector(path: Path, case: str, label: Any, classes: tuple[str, ...], strict: bool = True) -> np.ndarray:
+    """(classes,) 1, 0, or NaN for unknown."""
+    values = _words(label)
+    if isinstance(label, dict):
+        known = {str(k): v for k, v in label.items()}
+        return np.array([np.nan if known.get(name) is None else float(known[name]) for name in classes], np.float32)
+    if len(values) == len(classes) and all(v is None or (isinstance(v, (int, float)) and v in (0, 1, -1)) for v in values):
+        return np.array([np.nan if v is None or v == -1 else float(v) for v in values], np.float32)
+    numbers = [v for v in values if isinstance(v, (int, float))]
+    if numbers and isinstance(label, list):
+        raise UserError(f"{path}: label of {case} is {values}, expected names, or {len(classes)} zeros and ones (-1 for unknown), one a class")
+    if numbers and str(numbers[0]) not in classes:
+        if not isinstance(label, int) or not 0 <= label < len(classes):
+            raise UserError(f"{path}: label of {case} is {label!r}, expected some of {', '.join(classes)}, or the index 0 .. {len(classes) - 1} of one")
+        return np.eye(len(classes), dtype=np.float32)[label]
+    names = [str(v) for v in values if str(v).lower() != NO_FINDING or str(v) in classes]
+    unknown = [v for v in names if v not in classes]
+    if unknown and strict:
         raise UserError(f"{path}: label of {case} holds {unknown[0]!r}, expected some of {', '.join(classes)}")
-    return np.asarray([name in values for name in classes], np.float32)
+    return np.asarray([name in names for name in classes], np.float32)
 
 
 __all__ = ["is_list", "task_from_list"]
