@@ -147,7 +147,9 @@ def _remarks(report: Report, task: Task, splits: dict[str, list[Case]]) -> None:
         report.remarks.append(f"{len(odd)} headers contradict themselves or say too little: the affine counts here ({some})")
     if task.ignored_labels:
         share = labelled.labels.map(lambda found: found.get(IGNORE, 0) > 0).sum()
-        report.remarks.append(f"label value {', '.join(map(str, task.ignored_labels))} is ignore: {share} cases hold it; neither loss nor scores look there")
+        report.remarks.append(
+            f"label value {', '.join(map(str, task.ignored_labels))} is ignore: {share} cases hold it; neither loss nor scores look there"
+        )
     for name, values in zip(task.classes, task.class_values if task.kind == "segmentation" else [(n,) for n in task.classes]):
         has = labelled.labels.map(lambda found, values=values: any(v in found for v in values)).astype(bool)
         if len(labelled):

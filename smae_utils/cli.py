@@ -142,6 +142,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--probabilities", action="store_true", help="write probabilities too (segmentation)")
     command.add_argument("--occlusion", action="store_true", help="draw which places speak for the likeliest finding (radiographs)")
 
+    command = add("resample", _resample, "bring a mask onto the grid of its image by nearest neighbour")
+    command.add_argument("mask", type=Path, metavar="MASK")
+    command.add_argument("image", type=Path, metavar="IMAGE")
+    command.add_argument("out", type=Path, metavar="OUT", help="NIfTI file to make (.nii.gz)")
+
     command = add("export", _export, "write a run's weights for another library, with the arguments to construct the model there")
     command.add_argument("run", type=Path, metavar="RUN")
     command.add_argument("--to", required=True, help="timm, monai-vit or monai-unetr")
@@ -259,6 +264,13 @@ def _predict(args) -> None:
     from smae_utils.predict import predict
 
     predict(args.run, args.scans, args.out, args.probabilities, args.occlusion)
+
+
+def _resample(args) -> None:
+    from smae_utils.reading import resample_mask
+
+    resample_mask(args.mask, args.image, args.out)
+    print(f"wrote {args.out}")
 
 
 def _export(args) -> None:

@@ -40,7 +40,10 @@ def read_volume(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         if found := _header(pydicom, file):
             headers.append((file, found))
     chosen = _one_series(folder, series, headers)
-    colour = next((h.PhotometricInterpretation for _, h in chosen if h.get("SamplesPerPixel", 1) > 1 or "PALETTE" in str(h.get("PhotometricInterpretation"))), "")
+    colour = next(
+        (h.PhotometricInterpretation for _, h in chosen if h.get("SamplesPerPixel", 1) > 1 or "PALETTE" in str(h.get("PhotometricInterpretation"))),
+        "",
+    )
     if colour:
         raise UserError(f"{path} holds colour images ({colour}): expected grey values; export the original series, not a secondary capture")
     if len(chosen) > 1:

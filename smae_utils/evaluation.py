@@ -175,7 +175,9 @@ def save_nifti(path: Path, values: np.ndarray, affine: np.ndarray, units: tuple[
 def summarise(table: pd.DataFrame, task: Task) -> dict[str, Any]:
     """Per class and mean figures of a per-case table. Means are over the classes' means; what is NaN is left out."""
     if task.kind == "classification":
-        wide = {k: table.pivot(index="case", columns="class", values=k)[list(task.classes)].to_numpy(float, na_value=np.nan) for k in ("target", "score")}
+        wide = {
+            k: table.pivot(index="case", columns="class", values=k)[list(task.classes)].to_numpy(float, na_value=np.nan) for k in ("target", "score")
+        }
         mauc, per_class = mean_auc(wide["target"], wide["score"])
         classes = {
             name: {"auc": float(auc), "n_positive": int(np.nansum(target)), "n": int(np.isfinite(target).sum())}
@@ -220,6 +222,16 @@ def read_metrics(run_dir: str | Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
+def _said_of(config: dict) -> Any:
+    """What a run was made for: of a list what it says, not what it is called or where it lay."""
+    return {k: v for k, v in config["record"].items() if k != "title"} if "record" in config else config["task"]
+
+
+def _precisions(config: dict) -> set[str]:
+    """In which precisions a run was computed: its first sitting's, and those it went on in."""
+    return {config.get("precision", ""), *(sitting["precision"] for sitting in config.get("segments", ()))}
+
+
 def compare(scratch: str | Path, self_pretrained: str | Path) -> pd.DataFrame:
     """The table scratch | self pre-trained | difference, a row a mean figure and class.
 
@@ -229,12 +241,12 @@ def compare(scratch: str | Path, self_pretrained: str | Path) -> pd.DataFrame:
     runs = [Run.open(p, "finetune").config for p in (scratch, self_pretrained)]
     free = ("base_lr", "layer_decay")
     for what in ("task", "cases"):
-        one, other = (config.get("record", config["task"]) if what == "task" else config[what] for config in runs)
+        one, other = (_said_of(config) if what == "task" else config[what] for config in runs)
         if one != other:  # of a list what it says counts, not where it lay
             raise UserError(f"{scratch} and {self_pretrained} differ in {what}: only runs on the same cases can be compared")
     free_too = (*free, *FREE_SETTINGS)
     different = [k for k, v in runs[0]["settings"].items() if v != runs[1]["settings"].get(k) and k not in free_too]
-    if different or runs[0].get("precision") != runs[1].get("precision"):
+    if different or _precisions(runs[0]) != _precisions(runs[1]):
         names = ", ".join(different or ["precision"])
         raise UserError(f"{scratch} and {self_pretrained} differ in {names}: only {', '.join(free)} may differ between arms")
     a, b = (read_metrics(p) for p in (scratch, self_pretrained))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -25,6 +25,7 @@ PALETTE = (
     "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#332288", "#88CCEE", "#44AA99", "#999933", "#882255", "#AA4499",
 )  # fmt: skip
 ARM_COLOURS = {"scratch": "#999999", "self": "#0072B2"}
+MOST_NAMES = 14  # in a legend
 PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}
 
 
@@ -208,6 +209,17 @@ def show_curves(
     return figure
 
 
+def _legend(figure: Figure, classes: Sequence[str], labels: Iterable[np.ndarray]) -> None:
+    """Names of the classes that are drawn; of more than `MOST_NAMES`, the largest."""
+    counts = sum(np.bincount(values.ravel(), minlength=len(classes) + 1)[: len(classes) + 1] for values in labels)
+    found = [i for i in np.argsort(-counts[1:], kind="stable") if counts[i + 1]]
+    handles = [Patch(color=PALETTE[i % len(PALETTE)], label=classes[i]) for i in sorted(found[:MOST_NAMES])]
+    if len(found) > MOST_NAMES:
+        handles.append(Patch(color="none", label=f"and {len(found) - MOST_NAMES} more"))
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
+
+
 def show_overlay(
     image: np.ndarray, label: np.ndarray, predictions: dict[str, np.ndarray], classes: Sequence[str], title: str = "",
     spacing_mm: Sequence[float] = (1.0, 1.0, 1.0), first: str = "label",
@@ -224,8 +236,7 @@ def show_overlay(
             draw_outlines(axis, outline, len(classes))
             axis.set_title(f"{name}, {view}", fontsize=8)
     figure.suptitle(title, fontsize=10)
-    handles = [Patch(color=PALETTE[i % len(PALETTE)], label=name) for i, name in enumerate(classes)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
+    _legend(figure, classes, shown.values())
     return figure
 
 
@@ -257,8 +268,7 @@ def show_flat_overlay(
         draw_outlines(axis, values, len(classes))
         axis.set_title(name, fontsize=8)
     figure.suptitle(title, fontsize=10)
-    handles = [Patch(color=PALETTE[i % len(PALETTE)], label=name) for i, name in enumerate(classes)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
+    _legend(figure, classes, shown.values())
     return figure
 
 
@@ -267,7 +277,7 @@ def show_test_case(task: Task, case: dict, runs: dict[str, Path], tables: dict, 
     if task.kind == "classification":
         return _show_scores(task, case, tables, title)
     label, scan = read_label(case, task)
-    names = task.classes if task.exclusive else [f"label {i}" for i in range(1, task.label_values)]
+    names = task.label_names
     ending = ".png" if scan is None else ".nii.gz"
     files = {arm: run / "predictions" / f"{case['case']}{ending}" for arm, run in runs.items()}
     if scan is None:

@@ -137,7 +137,9 @@ def channel_order(listed: Task, task: Task, path: str, report: Say) -> list[int]
         if len(theirs) == len(ours) == 1:
             report(f"note: {path} calls its channel {listed.channels[0]}, the run was trained with {task.channels[0]}")
             return []
-        raise UserError(f"{path} has the channels {', '.join(listed.channels)}, the run was trained with {', '.join(task.channels)}: give these, by these names")
+        raise UserError(
+            f"{path} has the channels {', '.join(listed.channels)}, the run was trained with {', '.join(task.channels)}: give these, by these names"
+        )
     report(f"note: {path} lists the channels {', '.join(listed.channels)}; they are put in the run's order {', '.join(task.channels)}")
     return [theirs.index(c) for c in ours]
 
@@ -146,7 +148,9 @@ def _in_order(case: Case, order: list[int], path: str) -> Case:
     if not order:
         return case
     if not isinstance(case["image"], list):
-        raise UserError(f"{path}: the channels of {case['image']} stand in another order than the run's: write them in the run's order, or one file a channel")
+        raise UserError(
+            f"{path}: the channels of {case['image']} stand in another order than the run's: write them in the run's order, or one file a channel"
+        )
     return {**case, "image": [case["image"][i] for i in order]}
 
 
@@ -176,11 +180,7 @@ def _segment(model, task: Task, settings, cases: list[Case], out: Path, device, 
 
 def labels_of(task: Task) -> dict[str, str]:
     """Which class each value in a written mask means; of regions, which regions hold it."""
-    written = task.written_labels
-    if task.exclusive:
-        return {"0": "background", **{str(written[i + 1]): name for i, name in enumerate(task.classes)}}
-    inside = {n: [name for name, of in zip(task.classes, task.class_values) if n in of] for n in range(1, task.label_values)}
-    return {"0": "background", **{str(written[n]): " and ".join(names) for n, names in inside.items()}}
+    return {"0": "background", **{str(task.written_labels[n]): name for n, name in enumerate(task.label_names, start=1)}}
 
 
 def _sizes(values: np.ndarray, affine: np.ndarray | None, task: Task) -> dict[str, float]:
@@ -206,7 +206,7 @@ def _picture(case: Case, values: np.ndarray, affine: np.ndarray | None, task: Ta
     """Three planes through the most of what was found; of a large scan each second voxel, or fewer."""
     import matplotlib.pyplot as plt
 
-    names = task.classes if task.exclusive else [f"label {i}" for i in range(1, task.label_values)]
+    names = task.label_names
     if affine is None:
         figure = show_flat_overlay(np.asarray(read_image(case["image"]).convert("L")), values, {}, names, case["case"], first="prediction")
     else:

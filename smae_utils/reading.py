@@ -71,7 +71,9 @@ def read_volume(path: str | Path) -> Volume:
     if has_ending(path, ITK_ENDINGS):
         return _read_itk(path)
     if not has_ending(path, NIBABEL_ENDINGS):
-        raise UserError(f"{path} is no 3D scan that is read here (NIfTI, {', '.join(ITK_ENDINGS)}, or a folder of one DICOM series): convert it first")
+        raise UserError(
+            f"{path} is no 3D scan that is read here (NIfTI, {', '.join(ITK_ENDINGS)}, or a folder of one DICOM series): convert it first"
+        )
     try:
         scan = nib.load(path)
     except FILE_ERRORS as error:
@@ -281,7 +283,11 @@ def encode_labels(values: np.ndarray, task: Task, path: str) -> np.ndarray:
     numbers = task.label_numbers
     if strange := [int(v) for v in found if int(v) not in numbers]:
         some = ", ".join(map(str, strange[:8])) + (" and more" if len(strange) > 8 else "")
-        hint = ' Name them in "labels"; {"background": [0, VALUE]} in nnU-Net\'s style makes a value background' if task.name.endswith((".json", ".csv")) else ""
+        hint = (
+            ' Name them in "labels"; {"background": [0, VALUE]} in nnU-Net\'s style makes a value background'
+            if task.name.endswith((".json", ".csv"))
+            else ""
+        )
         raise UserError(f"{path} holds values {some}: task {task.title or task.name} expects {expected}.{hint}")
     table = np.array([numbers[int(v)] for v in found], np.uint8)
     return table[np.searchsorted(found, whole)]

@@ -16,10 +16,11 @@ from smae_utils.errors import UserError
 from smae_utils.evaluation import load_finetuned
 from smae_utils.inference import activate, label_map
 from smae_utils.mae import MaskedAutoencoder
-from smae_utils.runs import Run
-from smae_utils.settings import PretrainSettings, Settings, make_settings
 from smae_utils.paths import case_name, split_series
+from smae_utils.runs import Run, find_data
+from smae_utils.settings import PretrainSettings, Settings, make_settings
 from smae_utils.tasks import IGNORE, Task, task_of
+from smae_utils.tasks.lists import is_list
 from smae_utils.transforms import ResizeRadiograph, middle, prepare
 from smae_utils.weights import load_weights
 
@@ -156,7 +157,7 @@ def open_source(
         settings = make_settings(PretrainSettings, config["settings"], where=str(run.path))
         model = build_mae(task, settings).eval()
         load_weights(model, run.path, require="")
-    source = Source(model, _cases(cases, task, settings, data_dir or config["data"], config["stage"]), task, settings, spacing_mm)
+    source = Source(model, _cases(cases, *_data_of(run, task, data_dir), settings, config["stage"]), task, settings, spacing_mm)
     source.run = run
     for path in finetuned:
         net, other, its = load_finetuned(Run.open(path, "finetune"))
@@ -169,7 +170,15 @@ def open_source(
     return source
 
 
-def _cases(cases: Any, task: Task, settings: Settings, data_dir: str | Path, stage: str) -> list:
+def _data_of(run: Run, task: Task, data_dir: str | Path | None) -> tuple[Task, str]:
+    """The run's task, reading its cases from where they lie now, and the folder of its data."""
+    if not (run.config.get("data") or data_dir or is_list(task.name)):
+        return task, ""
+    where, folder = find_data(run, data_dir)
+    return (task_of(run.config, where) if is_list(task.name) else task), folder
+
+
+def _cases(cases: Any, task: Task, data_dir: str | Path, settings: Settings, stage: str) -> list:
     if cases is None:
         splits = read_splits(task, data_dir, settings)
         order = ("test", "val", "train") if stage == "finetune" else ("val", "train", "test")

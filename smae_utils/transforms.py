@@ -192,7 +192,9 @@ class RandomRadiograph(mt.RandomizableTransform):
         self.crop = RandomResizedCropAndInterpolation(tuple(size), scale=tuple(area), interpolation="bicubic")
         self.flip_prob = flip_prob
         try:
-            self.augment = rand_augment_transform(policy, {"translate_const": int(0.45 * min(size)), "img_mean": (128,) * in_chans}) if policy else None
+            self.augment = (
+                rand_augment_transform(policy, {"translate_const": int(0.45 * min(size)), "img_mean": (128,) * in_chans}) if policy else None
+            )
         except (AssertionError, ValueError, KeyError):
             raise UserError(f"rand_augment {policy!r} is no policy of timm: expected one as rand-m9-mstd0.5-inc1, or empty for none") from None
 

@@ -141,7 +141,13 @@ def test_a_series_is_what_simpleitk_reads(tmp_path):
         (lambda f: write_series(f, places=[0, 1, 2, 4, 5]), r"not evenly spaced: 4 mm apart, but 8 mm after slice 3 of 5"),
         (lambda f: [write_series(f), write_series(f, names="again{}", numbers=range(10, 16))], "6 slices at a place where another one lies"),
         (lambda f: write_series(f, position=lambda k: [-10.0, -20.0 + k, -30.0 + 4 * k]), r"tilted gantry.*dcm2niix"),
-        (lambda f: [write_series(f, places=[0, 1, 2]), write_series(f, places=[3, 4, 5], names="other{}", ImageOrientationPatient=[0, 1, 0, 0, 0, -1])], "2 sizes or directions"),
+        (
+            lambda f: [
+                write_series(f, places=[0, 1, 2]),
+                write_series(f, places=[3, 4, 5], names="other{}", ImageOrientationPatient=[0, 1, 0, 0, 0, -1]),
+            ],
+            "2 sizes or directions",
+        ),
         (lambda f: (f.mkdir(), (f / "LICENSE").write_text("free")), "holds no DICOM images"),
     ],
     ids=["a slice is missing", "two acquisitions", "tilted gantry", "two directions", "no images"],
@@ -187,9 +193,18 @@ def test_an_enhanced_multi_frame_file_is_the_series_in_one_file(tmp_path):
         return outer
 
     meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID = EnhancedCTImageStorage, generate_uid(), ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID = (
+        EnhancedCTImageStorage,
+        generate_uid(),
+        ExplicitVRLittleEndian,
+    )
     file = FileDataset("x", {}, file_meta=meta, preamble=b"\0" * 128)
-    file.SOPClassUID, file.SOPInstanceUID, file.SeriesInstanceUID, file.Modality = EnhancedCTImageStorage, meta.MediaStorageSOPInstanceUID, "1.2.3", "CT"
+    file.SOPClassUID, file.SOPInstanceUID, file.SeriesInstanceUID, file.Modality = (
+        EnhancedCTImageStorage,
+        meta.MediaStorageSOPInstanceUID,
+        "1.2.3",
+        "CT",
+    )
     file.FrameOfReferenceUID, file.StudyInstanceUID = "1.2.5", "1.2.6"
     file.NumberOfFrames, file.Rows, file.Columns = STORED.shape
     file.SamplesPerPixel, file.PhotometricInterpretation, file.PixelRepresentation = 1, "MONOCHROME2", 1

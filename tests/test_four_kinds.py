@@ -42,7 +42,11 @@ def write_list(folder: Path, dims: int, kind: str, n: int = 8) -> Path:
                 nib.save(nib.Nifti1Image(array, AFFINE), folder / name)
         entries.append({"image": image, "label": label if kind == "segmentation" else ("sick" if i % 2 else "well")})
     content = {"settings": {"crop_size": [16] * dims, **SETTINGS}, "training": entries[: n - 5], "validation": entries[n - 5 : n - 3]}
-    content |= {"test": entries[n - 3 :], "labels": {"0": "background", "1": "liver", "4": "tumour"}} if kind == "segmentation" else {"test": entries[n - 3 :]}
+    content |= (
+        {"test": entries[n - 3 :], "labels": {"0": "background", "1": "liver", "4": "tumour"}}
+        if kind == "segmentation"
+        else {"test": entries[n - 3 :]}
+    )
     if dims == 3:
         content["spacing_mm"] = [3, 3, 3]
     (folder / "list.json").write_text(json.dumps(content))
@@ -91,7 +95,7 @@ def test_scores_are_those_computed_apart_on_the_files_that_were_written(made):
     assert ("hd95_px" if dims == 2 else "hd95_mm") in table
     for row in table.itertuples():
         ending = ".png" if dims == 2 else ".nii.gz"
-        value = {"liver": 1, "tumour": 4}[getattr(row, "_2")]
+        value = {"liver": 1, "tumour": 4}[row._2]
         predicted, label = stored(folder / "run" / "predictions" / f"{row.case}{ending}"), stored(folder / "data" / f"m{row.case[1:]}{ending}")
         assert set(np.unique(predicted)) <= {0, 1, 4}
         p, t = predicted == value, label == value
@@ -148,7 +152,15 @@ def test_a_network_learns_masks_of_2d_images_and_classes_of_3d_scans(bare, tmp_p
                 values[10:, 10:, 8:] += 150
                 nib.save(nib.Nifti1Image(values, AFFINE), folder / "data" / f"i{i}.nii.gz")
         size = [32, 32] if dims == 2 else [16, 16, 16]
-        more = ["crop_area=[0.7,1.0]", "steps=80", "base_lr=0.8", "feature_size=8", "batch_size=4", "log_every=20", f"crop_size={size}".replace(" ", "")]
+        more = [
+            "crop_area=[0.7,1.0]",
+            "steps=80",
+            "base_lr=0.8",
+            "feature_size=8",
+            "batch_size=4",
+            "log_every=20",
+            f"crop_size={size}".replace(" ", ""),
+        ]
         command = ["finetune", "--task", task, "--preset", bare, "--out", folder / "run", "--set", *more]
         assert main([str(w) for w in command]) == 0
         assert main(["evaluate", str(folder / "run")]) == 0

@@ -252,7 +252,12 @@ def test_a_csv_list_of_radiographs_trains_evaluates_and_predicts(smae, tiny, bar
     assert smae("evaluate", tmp_path / "finetune")[0] == 0
     assert smae("predict", tmp_path / "finetune", found[0], found[15], "--out", tmp_path / "out", "--occlusion")[0] == 0
     table = pd.read_csv(tmp_path / "out" / "probabilities.csv")
-    assert list(table.columns) == ["case", "big heart", "image"] and len(table) == 2 and list(table.image) == [str(found[0]), str(found[15])] and table["big heart"].between(0, 1).all()
+    assert (
+        list(table.columns) == ["case", "big heart", "image"]
+        and len(table) == 2
+        and list(table.image) == [str(found[0]), str(found[15])]
+        and table["big heart"].between(0, 1).all()
+    )
     scored = pd.read_csv(tmp_path / "finetune" / "metrics.csv").set_index("case").score
     assert table.iloc[1]["big heart"] == pytest.approx(scored[found[15].stem], abs=1e-3)
     assert (tmp_path / "out" / f"{found[0].stem}_occlusion.png").is_file()

@@ -16,7 +16,7 @@ from smae_utils.tasks import get_task, task_names
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-CONDA_NAMES = {"torch": "pytorch"}
+CONDA_NAMES = {"torch": "pytorch", "python-gdcm": "gdcm"}
 
 
 def split_requirement(text: str) -> tuple[str, str]:
@@ -35,7 +35,7 @@ def test_environment_yml_lists_the_packages_and_ranges_of_pyproject():
     conda = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
     listed = dict(split_requirement(d) for d in conda if isinstance(d, str))
     extras = PROJECT["optional-dependencies"]
-    wanted = dict(split_requirement(d) for d in PROJECT["dependencies"] + extras["examples"] + extras["dicom"] + extras["test"])
+    wanted = dict(split_requirement(d) for d in PROJECT["dependencies"] + extras["examples"] + extras["dicom"] + extras["itk"] + extras["test"])
     wanted = {CONDA_NAMES.get(name, name): versions for name, versions in wanted.items()}
     assert listed == {**wanted, "python": PROJECT["requires-python"], "pip": ""}
 

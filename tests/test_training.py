@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import random
@@ -12,7 +13,6 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -395,12 +395,13 @@ def test_training_leaves_the_global_generators_as_they_were(fails, cxr14, tiny, 
     assert draws() == expected
 
 
-def test_notes_of_a_task_are_told_at_the_start(brats, tiny, bare, tmp_path, monkeypatch):
-    record = SimpleNamespace(notes=("the column 'age' is not used",))
-    said = []
-    training._tell_notes(record, said.append)
-    training._tell_notes(SimpleNamespace(), said.append)  # a task that has none
-    assert said == ["note: the column 'age' is not used"]
+def test_notes_of_a_task_are_told_at_the_start_of_both_stages(brats, tiny, bare, tmp_path, monkeypatch):
+    record = dataclasses.replace(get_task("brats"), notes=("the column 'age' is not used",))
+    monkeypatch.setattr(training, "get_task", lambda name: record)
+    for stage, train in (("pretrain", pretrain), ("finetune", finetune)):
+        said = []
+        train("brats", brats, tmp_path / stage, preset=bare, overrides={**tiny["brats", stage], "steps": 1}, report=said.append)
+        assert said[0] == "note: the column 'age' is not used"
 
 
 def test_a_batch_that_the_processes_cannot_share_equally_is_refused_before_any_folder_is_made(brats, tiny, bare, tmp_path, monkeypatch):

@@ -424,5 +424,5 @@ def write(out: Path, n: int, seed: int, size: str = "demo", context: float = 1.0
         "training": training,
         "test": [],
     }
-    (folder / "dataset.json").write_text(json.dumps(index, indent=1))
+    (folder / "dataset.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
     return paths

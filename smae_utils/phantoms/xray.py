@@ -560,7 +560,7 @@ def write(out: Path, n: int, seed: int, size: str = "demo", context: float = 1.0
             rows.append(f"{path.name},{'|'.join(found) or 'No Finding'},{visit},{patient},{age},{sex},PA,2048,2048,0.168,0.168,")
             subset.append(path.name)
             paths.append(path)
-    (out / "Data_Entry_2017.csv").write_text("\n".join(rows) + "\n")
+    (out / "Data_Entry_2017.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     for name, names in lists.items():
-        (out / name).write_text("".join(f"{file}\n" for file in names))
+        (out / name).write_text("".join(f"{file}\n" for file in names), encoding="utf-8")
     return paths

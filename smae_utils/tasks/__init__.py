@@ -119,6 +119,14 @@ class Task:
         kind = next(t for t in (np.uint8, np.int16, np.uint16, np.int32) if np.iinfo(t).min <= low and high <= np.iinfo(t).max)
         return np.array(values, kind)
 
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """What label numbers 1, 2, ... mean: a class, or the regions that hold it."""
+        if self.exclusive:
+            return self.classes
+        inside = [[name for name, of in zip(self.classes, self.class_values) if number in of] for number in range(1, self.label_values)]
+        return tuple(" + ".join(names) for names in inside)
+
     def class_masks(self, label: np.ndarray) -> list[np.ndarray]:
         """Label numbers -> one boolean mask a class."""
         return [np.isin(label, values) for values in self.class_values]

@@ -25,7 +25,7 @@ INFORMATION = (
 )  # fmt: skip
 # How lists call an entry's fields, in small letters and without signs between.
 ALIASES = {
-    "image": "image", "images": "image", "imagepath": "image", "imagefile": "image",
+    "image": "image", "images": "image", "imagepath": "image", "imagefile": "image", "imageindex": "image",
     "label": "label", "labels": "label", "mask": "label", "seg": "label", "segmentation": "label",
     "class": "class", "classes": "class", "findinglabels": "class",
     "patient": "patient", "patientid": "patient", "subject": "patient", "subjectid": "patient", "participant": "patient", "participantid": "patient",

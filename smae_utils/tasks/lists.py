@@ -84,9 +84,7 @@ def _base(path: Path, content: dict[str, Any]) -> tuple[Task, bool]:
         return base, False
     own = _guess_task(path, content)  # classes of its own; how scans are prepared is the other task's
     if own.kind != base.kind or own.spatial_dims != base.spatial_dims:
-        raise UserError(
-            f"{path} is a {own.spatial_dims}D {own.kind} list, 'like' names {like}, a {base.spatial_dims}D {base.kind} task"
-        )
+        raise UserError(f"{path} is a {own.spatial_dims}D {own.kind} list, 'like' names {like}, a {base.spatial_dims}D {base.kind} task")
     channels = base.channels if own.in_chans in (1, base.in_chans) else own.channels
     labels = {"stored_labels": own.stored_labels, "ignored_labels": own.ignored_labels}
     return replace(base, classes=own.classes, regions=own.regions, subset=(), channels=channels, **labels), True
@@ -114,7 +112,7 @@ def _sided(content: dict[str, Any], base: Task, own_classes: bool) -> tuple[bool
     """Whether images are kept from being mirrored left-right, and a note on what was assumed."""
     named = [name for name in base.classes if SIDES.search(name)]
     if "sided" in content:
-        note = f"\"sided\" is false though {named[0]!r} names a side: fine-tuning mirrors images left-right" if named and not content["sided"] else ""
+        note = f'"sided" is false though {named[0]!r} names a side: fine-tuning mirrors images left-right' if named and not content["sided"] else ""
         return content["sided"], note
     if not own_classes:
         return base.sided, ""
@@ -208,7 +206,9 @@ def _guess_task(path: Path, content: dict[str, Any]) -> Task:
     endings = FLAT_ENDINGS if flat else VOLUME_ENDINGS
     masks = [isinstance(v, str) and v.lower().endswith(endings) for v in labels]
     if any(masks) and not all(masks):
-        raise UserError(f"{path}: some labels are mask files, others are not, as {labels[masks.index(False)]!r}: expected one kind ({', '.join(endings)})")
+        raise UserError(
+            f"{path}: some labels are mask files, others are not, as {labels[masks.index(False)]!r}: expected one kind ({', '.join(endings)})"
+        )
     channels = content.get("channels") or tuple(f"channel {i + 1}" for i in range(len(files)))
     dims = 2 if flat else 3
     shared = {"like": "cxr14" if flat else "btcv", "spacing_mm": () if flat else get_task("btcv").spacing_mm}
@@ -389,7 +389,9 @@ def _vector(path: Path, case: str, label: Any, classes: tuple[str, ...], strict:
         raise UserError(f"{path}: label of {case} is {values}, expected names, or {len(classes)} zeros and ones (-1 for unknown), one a class")
     if numbers and str(numbers[0]) not in classes:
         if not isinstance(label, int) or not 0 <= label < len(classes):
-            raise UserError(f"{path}: label of {case} is {label!r}, expected some of {', '.join(classes)}, or the index 0 .. {len(classes) - 1} of one")
+            raise UserError(
+                f"{path}: label of {case} is {label!r}, expected some of {', '.join(classes)}, or the index 0 .. {len(classes) - 1} of one"
+            )
         return np.eye(len(classes), dtype=np.float32)[label]
     names = [str(v) for v in values if str(v).lower() != NO_FINDING or str(v) in classes]
     unknown = [v for v in names if v not in classes]

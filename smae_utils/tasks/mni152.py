@@ -63,7 +63,7 @@ def write_list(out: Path) -> Path:
         "training": entries[:3], "test": entries[3:],
     }  # fmt: skip
     path = out / "list.json"
-    path.write_text(json.dumps(content, indent=1))
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
     return path
 
 
