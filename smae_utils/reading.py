@@ -135,6 +135,8 @@ def _read_itk(path: str) -> Volume:
         import SimpleITK as sitk
     except ImportError:
         raise UserError(f"{path}: pip install 'smae-utils[itk]' to read {Path(path).suffix}") from None
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist: check the path")
     try:
         image = sitk.ReadImage(path)
     except RuntimeError as error:
@@ -193,7 +195,10 @@ def resample_mask(mask: str | Path, image: str | Path, out: str | Path) -> None:
     source, target = read_volume(mask), read_volume(image)
     values = whole_numbers(source.values[0], source.path, "integers")
     kind = np.int16 if np.abs(values).max(initial=0) < 2**15 else np.int32
-    moved = resample_from_to((values.astype(kind), source.affine), (target.shape, target.affine), order=0)
+    if len(source.values) != 1:
+        raise UserError(f"{mask} has {len(source.values)} channels: a mask is one volume of label values (X, Y, Z)")
+    # "grid-constant" keeps the outer half of the mask's border voxels, which scipy's "constant" sets to 0.
+    moved = resample_from_to(nib.Nifti1Image(values.astype(kind), source.affine), (target.shape, target.affine), order=0, mode="grid-constant")
     nib.save(nib.Nifti1Image(np.asarray(moved.dataobj).astype(kind), target.affine), out)
 
 

@@ -10,6 +10,7 @@ import gzip
 import json
 import os
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from sklearn.metrics import roc_auc_score
 
 from smae_utils import check as checking
 from smae_utils.build import build_loss, known_bce
+from smae_utils.cli import main
 from smae_utils.errors import UserError
 from smae_utils.evaluation import score_masks, write_mask
 from smae_utils.metrics import mean_auc
@@ -247,7 +249,7 @@ def _(folder):
     assert _sizes(mask, fine, bone) == {"bone (ml)": pytest.approx(2000 * 0.008**3 / 1000, rel=1e-4)}
 
 
-@row("a header whose voxel sizes (pixdim) contradict its affine", "the affine counts: for resampling, and for distances in mm; `check` tells of it")
+@row("a header whose voxel sizes (pixdim) contradict its affine", "the affine counts, for voxel sizes and for distances in mm; `check` tells of it")
 def _(folder):
     affine = np.diag([3.0, 3.0, 4.0, 1.0])
     label = np.zeros(SHAPE, np.uint8)
@@ -385,6 +387,27 @@ def _(folder):
 def _(folder):
     for order, flips in (((2, 0, 1), ()), ((1, 0, 2), (2,)), ((2, 1, 0), (0, 1, 2))):
         is_brought_over(folder, order, flips)
+
+
+@row("a mask on another grid", "refused, with the command `resample`, which writes it on the image's grid by nearest neighbour")
+def _(folder):
+    rough, fine = np.diag([4.0, 4.0, 4.0, 1.0]), np.diag([1.5, 1.5, 1.5, 1.0])
+    fine[:3, 3] = -2.9  # the image is larger than the mask, and its voxels lie in all parts of the mask's, also the outer halves
+    label = np.random.default_rng(2).choice([0, 1, 700], (5, 5, 5)).astype(np.int16)
+    save(folder / "m m.nii.gz", label, rough)  # a blank in the name: the command quotes it
+    image = read_volume(save(folder / "i.nii.gz", np.ones((15, 16, 17), np.int16), fine))
+    with refused("m m.nii.gz", "one grid") as caught:
+        read_mask(folder / "m m.nii.gz", image)
+    words = shlex.split(str(caught.value).split("python -m smae_utils ")[1])
+    with contextlib.chdir(folder), contextlib.redirect_stdout(None):
+        assert words[0] == "resample" and main(words) == 0
+    made = nib.load(folder / words[-1])
+    np.testing.assert_allclose(made.affine, fine, atol=1e-6)
+    nearest = np.stack(np.meshgrid(*(((np.arange(n) * 1.5 - 2.9) / 4).round().astype(int) for n in (15, 16, 17)), indexing="ij"))
+    inside = ((nearest >= 0) & (nearest < 5)).all(0)
+    expected = np.where(inside, label[tuple(nearest.clip(0, 4))], 0)
+    np.testing.assert_array_equal(np.asarray(made.dataobj), expected)
+    np.testing.assert_array_equal(read_mask(folder / words[-1], image), expected)
 
 
 @row("a float mask with 0.9999999", "rounded to 1")
@@ -699,7 +722,7 @@ def _(folder):
         assert [n for n in task.notes if column in n and "left out" in n]
 
 
-@row("a column `patient_id`, `PatientID` or `subject`", "the patient: his images stay in one split")
+@row("a column `patient_id`, `PatientID` or `subject`", "the patient; a list with one patient in two splits is refused")
 def _(folder):
     for name in ("patient_id", "PatientID", "subject"):
         says_the_same(folder, TABLE.replace("patient", name))

@@ -32,8 +32,9 @@ ALIASES = {
     "case": "case", "caseid": "case", "split": "split", "fold": "fold",
 }  # fmt: skip
 # Columns that people keep beside zeros and ones and that are no finding.
-NO_FINDING_COLUMNS = ("age", "sex", "gender", "view", "site", "scanner", "study", "series", "date", "index", "id", "height", "width", "weight")
-TRUTH = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "-1": None, "-1.0": None, "": None}
+OTHER_COLUMNS = ("age", "sex", "gender", "view", "site", "scanner", "study", "series", "date", "index", "id", "height", "width", "weight")
+UNKNOWN = ("", "-1", "-1.0", "nan", "na", "n/a", "none", "null")
+TRUTH = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "true": 1, "false": 0, "yes": 1, "no": 0, **dict.fromkeys(UNKNOWN)}
 
 
 def read_list(path: Path) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def canonical(name: str) -> str:
 
 def unused(what: str, name: str, known: Iterable[str]) -> str:
     """A note on a word that is not understood, with the nearest one that is."""
-    close = difflib.get_close_matches(str(name).lower(), list(known), 1, 0.7)
+    close = [] if str(name).lower() in OTHER_COLUMNS else difflib.get_close_matches(str(name).lower(), list(known), 1, 0.7)
     return f"{what} {name!r} is not used here" + (f": did you mean {close[0]!r}?" if close else "")
 
 
@@ -98,6 +99,8 @@ def _entry(path: Path, key: str, number: int, entry: Any, notes: list[str]) -> d
             notes.append(unused(f"in entries of {key!r}, key", name, ALIASES))
         elif value is not None:  # null is nothing
             out[field] = value
+    if isinstance(out.get("fold"), str) and out["fold"].strip().isdigit():
+        out["fold"] = int(out["fold"])
     if "class" in out:
         if "label" in out:
             raise UserError(f"{path}: entry {number} of {key!r} has a label and a class: keep the one that is to be learned")
@@ -164,7 +167,7 @@ def _read_csv(path: Path) -> dict[str, Any]:
         said = {fields[h]: row[h] for h in header if h not in findings and fields[h] in ALIASES.values()}
         cases[_split(path, line, said.get("split", ""))].append(_row(path, line, said, {h: row[h] for h in findings}))
     for name in findings:
-        if rows and all(TRUTH[row[name]] is None for _, row in rows):
+        if rows and all(TRUTH[row[name].lower()] is None for _, row in rows):
             line, row = rows[0]
             raise UserError(
                 f"{path}, line {line}: column {name!r} holds {row[name]!r}, and no line holds a 0 or 1: expected 0 or 1, and -1 or nothing only for unknown"
@@ -179,6 +182,8 @@ def _table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     raw = path.read_bytes()
     try:
         text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        if "\0" in text:
+            raise csv.Error("it holds zero bytes, as UTF-16 without a byte order mark does")
         first = text.split("\n", 1)[0]
         separator = max(",;\t", key=first.count)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
@@ -196,9 +201,9 @@ def _table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
 
 def _is_finding(path: Path, name: str, rows: list[tuple[int, dict[str, str]]]) -> bool:
     """Whether a column is a class of zeros and ones: most of its cells are."""
-    if not name or re.fullmatch(r"Unnamed: \d+", name) or name.lower() in NO_FINDING_COLUMNS:
+    if not name or re.fullmatch(r"Unnamed: \d+", name) or name.lower() in OTHER_COLUMNS:
         return False
-    strange = [(line, row[name]) for line, row in rows if row[name] not in TRUTH]
+    strange = [(line, row[name]) for line, row in rows if row[name].lower() not in TRUTH]
     if 2 * len(strange) >= len(rows) > 0:
         return False
     if strange:
@@ -223,9 +228,9 @@ def _row(path: Path, line: int, said: dict[str, str], findings: dict[str, str]) 
         if not re.fullmatch(r"\d+(\.0)?", said["fold"]):
             raise UserError(f"{path}, line {line}: fold {said['fold']!r} is no number: expected 0, 1, 2, ...")
         entry["fold"] = int(float(said["fold"]))
-    if label := said.get("label") or said.get("class"):
+    if (label := said.get("label") or said.get("class") or "").lower() not in UNKNOWN:
         entry["label"] = label
-    truth = {name: TRUTH[value] for name, value in findings.items()}
+    truth = {name: TRUTH[value.lower()] for name, value in findings.items()}
     if any(value is not None for value in truth.values()):
         entry["label"] = truth
     return entry

@@ -232,6 +232,8 @@ def _class_names(path: Path, content: dict[str, Any], labels: list[Any]) -> tupl
     if all(isinstance(v, int) and not isinstance(v, bool) for v in labels) and not set(labels) <= {0, 1}:
         return tuple(str(v) for v in sorted(set(labels)))
     names = {name for v in labels for name in _words(v) if isinstance(name, str) and name.lower() != NO_FINDING}
+    if not names and any(isinstance(name, str) for v in labels for name in _words(v)):
+        raise UserError(f"{path}: every label is {NO_FINDING!r}: there is no class to learn; leave the labels out to pre-train only")
     if not names:
         raise UserError(f'{path}: labels are zeros and ones without names: add "classes": [...] in their order')
     return tuple(sorted(names, key=lambda n: (0, int(n), "") if n.isdigit() else (1, 0, n)))
