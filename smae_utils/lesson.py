@@ -7,6 +7,7 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -56,7 +57,10 @@ def own_list(task: str, data_dir: str, folder: Path) -> Path:
         "training": (splits["train"] + splits["val"])[: 60 if record.spatial_dims == 2 else 6],
         "test": splits["test"][: 30 if record.spatial_dims == 2 else 2],
     }
-    plain = {part: [{k: v if isinstance(v, str) else [int(x) for x in v] for k, v in c.items()} for c in cases] for part, cases in few.items()}
+    plain = {
+        part: [{k: v if isinstance(v, str) else [None if np.isnan(x) else int(x) for x in v] for k, v in c.items()} for c in cases]
+        for part, cases in few.items()
+    }
     folder.mkdir(parents=True, exist_ok=True)
     content = {"name": f"a few scans of {task}", "like": task, **plain}
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -102,8 +106,8 @@ def versions() -> str:
 
 
 def load_crop(task: Task, settings: Settings, case: dict) -> torch.Tensor:
-    """A prepared scan cut to the model's input around its middle: (C, *crop_size); a radiograph is resized."""
+    """A prepared scan cut to the model's input around its middle: (C, *crop_size); what the network sees whole is resized."""
     scan = read_case(prepare(task, settings, with_label=False), case)
-    if task.spatial_dims == 2:
+    if task.whole:
         return ResizeRadiograph(settings.crop_size)(scan)["image"]
     return middle(scan["image"].as_tensor(), settings.crop_size)

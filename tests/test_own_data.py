@@ -630,3 +630,13 @@ def test_a_full_disk_during_predict_leaves_nothing(brats, tiny, bare, tmp_path, 
     with pytest.raises(OSError, match="No space"):
         predict.predict(run.path, scans, tmp_path / "out", report=[].append)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+def test_files_of_one_name_in_folders_of_patients_get_the_folders_before_their_names(tmp_path):
+    for folder in ("p1/a", "p2/a", "p2/b", "p3"):
+        write(tmp_path / folder / "T1.nii.gz", phantom(len(folder))[0])
+    write(tmp_path / "p3" / "other.nii.gz", phantom(9)[0])
+    files = ["p1/a/T1.nii.gz", "p2/a/T1.nii.gz", "p2/b/T1.nii.gz", "p3/T1.nii.gz", "p3/other.nii.gz"]
+    (tmp_path / "list.json").write_text(json.dumps({"training": files[:4], "test": files[4:]}))
+    made = get_task(str(tmp_path / "list.json")).read_splits(Path(""), 0, 0)
+    assert {c["case"] for part in made.values() for c in part} == {"p1_a_T1", "p2_a_T1", "b_T1", "p3_T1", "other"}

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -303,11 +304,13 @@ def _splits(path: Path, cases: dict[str, list[dict]], task: Task, data_dir: Path
     out: Splits = {}
     seen: dict[str, str] = {}
     files: dict[str, str] = {}
-    _all_there(path, root, [entry for entries in cases.values() for entry in entries], task.kind)
+    every = [entry for entries in cases.values() for entry in entries]
+    _all_there(path, root, every, task.kind)
+    names = dict(zip(map(id, every), _names(every)))
     for split, entries in cases.items():
         out[split] = []
         for entry in entries:
-            case = _case(path, root, entry, task, strict)
+            case = _case(path, root, {"case": names[id(entry)], **entry}, task, strict)
             if case["case"].casefold() in seen:
                 where = f"{seen[case['case'].casefold()]} and {split}"
                 raise UserError(f"{path} lists {case['case']} twice ({where}): each scan once; add 'case' where names clash")
@@ -325,6 +328,20 @@ def _splits(path: Path, cases: dict[str, list[dict]], task: Task, data_dir: Path
     if not out["val"] and len(patients["train"]) > 1:
         out["train"], out["val"] = hold_out(out["train"], 0.1, seed)
     return out
+
+
+def _names(entries: list[dict]) -> list[str]:
+    """A name for each entry: its own `case`, or its file's; files of one name in several folders (`p1/t1.nii`, `p2/t1.nii`) get as much of
+    their folders before it as tells them apart."""
+    images = [entry["image"][0] if isinstance(entry["image"], list) else entry["image"] for entry in entries]
+    names = [str(entry.get("case") or case_name(image)) for entry, image in zip(entries, images)]
+    for depth in range(2, 8):
+        counts = Counter(name.casefold() for name in names)
+        for i, (entry, image) in enumerate(zip(entries, images)):
+            if counts[names[i].casefold()] > 1 and "case" not in entry:
+                folders = [part for part in Path(image).parts[-depth:-1] if part not in ("..", ".", "/")]
+                names[i] = "_".join([*folders, case_name(image)])
+    return names
 
 
 def _by_fold(path: Path, cases: dict[str, list[dict]], fold: int) -> dict[str, list[dict]]:
@@ -363,7 +380,7 @@ def _all_there(path: Path, root: Path, entries: Iterable[dict], kind: str) -> No
 
 def _case(path: Path, root: Path, entry: dict, task: Task, strict: bool) -> Case:
     images = [str(root / name) for name in (entry["image"] if isinstance(entry["image"], list) else [entry["image"]])]
-    case: Case = {"case": str(entry.get("case", case_name(images[0]))), "image": images if len(images) > 1 else images[0]}
+    case: Case = {"case": str(entry["case"]), "image": images if len(images) > 1 else images[0]}
     if not case["case"] or "/" in case["case"] or "\\" in case["case"]:
         raise UserError(f"{path}: 'case' names files of results, so it can hold no slash, got {case['case']!r}")
     case["patient"] = str(entry.get("patient", case["case"]))

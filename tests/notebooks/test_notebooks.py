@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from test_four_kinds import write_list
 
 from smae_utils.batch import check_parameters, notebook_path, run_notebook
 from smae_utils.demo import demo, notebooks_for
@@ -56,6 +57,14 @@ def test_own_data_goes_from_a_list_to_a_prediction(task, tmp_path):
     values = {"task": task, "preset": TINY, "run_dir": str(tmp_path / "runs"), "data_dir": "" if task == "mni152" else str(data)}
     run_notebook("06_your_own_data", tmp_path, values)
     assert list((tmp_path / "runs" / "new").glob("probabilities.csv" if task == "cxr14" else "*.nii.gz"))
+
+
+@pytest.mark.parametrize(("dims", "kind", "third"), [(2, "segmentation", "04_segmentation"), (3, "classification", "03_classification")])
+def test_notebooks_take_lists_of_masks_of_2d_images_and_of_classes_of_3d_scans(dims, kind, third, tmp_path):
+    task = write_list(tmp_path / "data", dims, kind)
+    for name in ("00_data", "02_self_pretraining", third, "05_evaluation"):
+        run_notebook(name, tmp_path / "out", {"task": str(task), "preset": TINY, "run_dir": str(tmp_path / "runs")})
+    assert (tmp_path / "runs" / "self" / "metrics.json").is_file()
 
 
 def test_notebooks_run_without_any_network(tmp_path):
