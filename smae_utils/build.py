@@ -72,7 +72,7 @@ def _build_vit(task: Task, settings: FinetuneSettings) -> ViTClassifier | UNETR:
     common = {**_encoder_args(task, settings), "drop_path": settings.drop_path}
     if task.kind == "classification":
         return ViTClassifier(**common, num_classes=len(task.classes), pool=settings.pool)
-    return UNETR(**common, out_chans=task.out_chans, feature_size=settings.feature_size)
+    return UNETR(**common, out_chans=task.out_chans, feature_size=settings.feature_size, use_image=settings.image_skip)
 
 
 def region_targets(label: Tensor, task: Task) -> Tensor:
@@ -147,18 +147,20 @@ def layer_of(name: str, depth: int) -> int:
 
 
 def build_optimizer(model: nn.Module, settings: Settings, layer_decay: float = 1.0) -> torch.optim.AdamW:
-    """AdamW; biases, norms, tokens and positions are not decayed. Groups carry `lr_scale`, which timm's scheduler multiplies in."""
-    depth = settings.depth
-    groups: dict[tuple[int, bool], dict] = {}
+    """AdamW; biases, norms, tokens and positions are not decayed. Groups carry `lr_scale`, which timm's scheduler multiplies in.
+
+    The encoder's share of the rate is `encoder_lr` of fine-tuning, on top of layer decay.
+    """
+    depth, encoder_lr = settings.depth, getattr(settings, "encoder_lr", 1.0)
+    groups: dict[tuple[int, bool, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         plain = parameter.ndim <= 1 or name.endswith(("pos_embed", "cls_token", "mask_token"))
         layer = layer_of(name, depth) if layer_decay != 1 else depth + 1
-        group = groups.setdefault(
-            (layer, plain),
-            {"params": [], "weight_decay": 0.0 if plain else settings.weight_decay, "lr_scale": layer_decay ** (depth + 1 - layer)},
-        )
+        slow = encoder_lr != 1 and name.startswith("encoder.")
+        scale = layer_decay ** (depth + 1 - layer) * (encoder_lr if slow else 1)
+        group = groups.setdefault((layer, plain, slow), {"params": [], "weight_decay": 0.0 if plain else settings.weight_decay, "lr_scale": scale})
         group["params"].append(parameter)
     lr = settings.base_lr * settings.batch_size / 256
     return torch.optim.AdamW(list(groups.values()), lr=lr, betas=settings.betas, fused=True)

@@ -142,6 +142,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--probabilities", action="store_true", help="write probabilities too (segmentation)")
     command.add_argument("--occlusion", action="store_true", help="draw which places speak for the likeliest finding (radiographs)")
 
+    command = add("download", _download, "fetch a public data set: the only command that uses the network")
+    command.add_argument("name", metavar="hippocampus|brats")
+    command.add_argument("--out", required=True, type=Path, help="folder to put it into")
+
     command = add("resample", _resample, "bring a mask onto the grid of its image by nearest neighbour")
     command.add_argument("mask", type=Path, metavar="MASK")
     command.add_argument("image", type=Path, metavar="IMAGE")
@@ -163,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add("demo", _demo, "run the numbered notebooks for the tasks and compare")
     command.add_argument("--task", nargs="*", default=[], help="btcv, cxr14, brats; all when left out")
+    command.add_argument("--data", type=Path, help="a download of the one task, instead of phantoms")
     command.add_argument("--out", type=Path, default=Path("build/demo"))
     command.add_argument("--preset", default="demo")
     command.add_argument("--seed", type=int, default=0)
@@ -266,6 +271,13 @@ def _predict(args) -> None:
     predict(args.run, args.scans, args.out, args.probabilities, args.occlusion)
 
 
+def _download(args) -> None:
+    from smae_utils.download import download
+
+    folder = download(args.name, args.out)
+    print(f"next: python -m smae_utils check {args.name} --data {folder}")
+
+
 def _resample(args) -> None:
     from smae_utils.reading import resample_mask
 
@@ -295,7 +307,7 @@ def _run(args) -> None:
 def _demo(args) -> None:
     from smae_utils.demo import demo
 
-    demo(args.out, args.task, args.preset, args.seed)
+    demo(args.out, args.task, args.preset, args.seed, data_dir=args.data)
 
 
 def _evidence(args) -> None:

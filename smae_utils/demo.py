@@ -29,18 +29,25 @@ def notebooks_for(task: str) -> list[str]:
     return ["00_data", "01_masking", "02_self_pretraining", middle, "05_evaluation"]
 
 
-def demo(out: str | Path, tasks: list[str], preset: str = "demo", seed: int = 0, n: int | None = None) -> pd.DataFrame:
+def demo(
+    out: str | Path, tasks: list[str], preset: str = "demo", seed: int = 0, n: int | None = None, data_dir: str | Path | None = None
+) -> pd.DataFrame:
     """Run the notebooks of each task headlessly and write index.html and summary.csv.
 
     A task that is already there is done again from its start, so that the figures are of one piece.
+
+    Args:
+        data_dir: a real download of the one task, instead of phantoms.
 
     Returns:
         The summary: task, init, seed, metric, value.
     """
     out, tasks = Path(out).resolve(), list(tasks) or list(TASKS)
+    if data_dir and len(tasks) != 1:
+        raise UserError("--data is the download of one task: name it with --task, for example --task hippocampus")
     for task in tasks:
-        if task not in TASKS:
-            raise UserError(f"the demo has no task {task!r}: expected one of {', '.join(TASKS)}")
+        if task not in TASKS and not data_dir:
+            raise UserError(f"the demo has no phantoms of task {task!r}: expected one of {', '.join(TASKS)}, or --data with a download")
         for stage in STAGES:  # a mistyped preset is said before an earlier demo is deleted
             resolve(get_task(task), stage, preset)
     begin = time.monotonic()
@@ -49,8 +56,9 @@ def demo(out: str | Path, tasks: list[str], preset: str = "demo", seed: int = 0,
         start = time.monotonic()
         folder = out / task
         _clear(folder)
-        data, runs = folder / "data", folder / "runs"
-        write_phantoms(task, data, n or DEFAULT_N[task], seed)
+        data, runs = Path(data_dir).resolve() if data_dir else folder / "data", folder / "runs"
+        if not data_dir:
+            write_phantoms(task, data, n or DEFAULT_N[task], seed)
         for notebook in notebooks_for(task):
             print(f"[{time.monotonic() - begin:5.0f} s] {task}: {notebook}", flush=True)
             values = {"task": task, "data_dir": str(data), "run_dir": str(runs), "preset": preset, "seed": seed}

@@ -110,6 +110,9 @@ class FinetuneSettings(Settings):
     feature_size: int = 16  # UNETR's channels at full resolution
     pool: str = "cls"  # what the classifier reads: cls or mean
     drop_path: float = 0.1
+    encoder_lr: float = 1.0  # factor on the learning rate of the encoder alone; the decoder or head learns at the full rate
+    labelled: int = 0  # fine-tune on so many of the labelled training cases, drawn by `seed`; 0: all
+    image_skip: bool = True  # UNETR's connection from the image to the last stage, past the encoder
     layer_decay: float = 1.0  # lr of a block is multiplied by this for each block above it; 1: the same lr everywhere
     ce_weight_power: float = 0.0  # cross-entropy weighs a class by frequency ** -power, counted once over the training labels; 0: all alike
     select: str = "last"  # last, or best on the validation cases
@@ -127,12 +130,12 @@ AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("crop_size", "patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads"), 1),
     **dict.fromkeys(("feature_size", "batch_size", "crops_per_scan", "log_every", "save_every"), 1),
     **dict.fromkeys(("seed", "split_seed", "fold", "num_workers", "steps", "epochs", "warmup_steps", "warmup_epochs", "val_every", "keep_every"), 0),
-    **dict.fromkeys(("base_lr", "weight_decay", "clip_grad", "betas", "layer_decay", "ce_weight_power"), 0.0),
+    **dict.fromkeys(("base_lr", "weight_decay", "clip_grad", "betas", "layer_decay", "encoder_lr", "labelled", "ce_weight_power"), 0.0),
     **dict.fromkeys(("test_share", "cache_rate", "flip_prob", "rotate_prob", "intensity_prob", "intensity_scale", "drop_path", "overlap"), 0.0),
     **dict.fromkeys(("spacing_mm", "crop_area"), 1e-3),
 }
 AT_MOST: dict[str, float] = {
-    **dict.fromkeys(("cache_rate", "flip_prob", "rotate_prob", "intensity_prob", "layer_decay", "crop_area"), 1.0),
+    **dict.fromkeys(("cache_rate", "flip_prob", "rotate_prob", "intensity_prob", "layer_decay", "encoder_lr", "crop_area"), 1.0),
     **dict.fromkeys(("drop_path", "overlap"), 0.99),
     "test_share": 0.9,
     **dict.fromkeys(("betas",), 0.999999),

@@ -183,6 +183,10 @@ def finetune(
         splits[part] = labelled
     if not splits["train"]:
         raise UserError(f"no training case of {task} has a label: fine-tuning needs labels, pre-training does not")
+    if settings.labelled > len(splits["train"]):
+        raise UserError(f"labelled={settings.labelled} is more than the {len(splits['train'])} labelled training cases: use --set labelled=0 for all")
+    if settings.labelled:
+        splits["train"] = few_labelled(splits["train"], settings.labelled, settings.seed)
     if settings.select not in ("last", "best"):
         raise UserError(f"select must be last or best, got {settings.select!r}")
     if settings.select == "best" and not splits["val"]:
@@ -214,6 +218,12 @@ def finetune(
     augment = augment_finetune(record, settings)
     loop = Loop(config, out, model, scans, augment, settings, loss_of, report, settings.layer_decay, facts)
     return loop.run(resume, validate if splits["val"] else None, best=settings.select == "best")
+
+
+def few_labelled(cases: list[Case], count: int, seed: int) -> list[Case]:
+    """`count` of the cases, drawn by `seed`, in their old order; with the same seed fewer are a part of more."""
+    order = np.random.default_rng([derive_seed(seed, 40)]).permutation(len(cases))[:count]
+    return [cases[i] for i in sorted(order)]
 
 
 def _check_unseen(init: str | Path, splits: dict[str, list[Case]]) -> None:

@@ -20,6 +20,7 @@ class UNETR(nn.Module):
 
     Args:
         feature_size: channels at full resolution; they double at each stage down.
+        use_image: False leaves out the skip from the image itself, so that all the decoder knows went through the encoder.
         encoder: further arguments of `ViTEncoder` (class_token, qkv_bias, mlp_ratio, norm_eps, drop_path).
     """
 
@@ -33,6 +34,7 @@ class UNETR(nn.Module):
         num_heads: int,
         out_chans: int,
         feature_size: int = 16,
+        use_image: bool = True,
         **encoder,
     ):
         super().__init__()
@@ -50,7 +52,8 @@ class UNETR(nn.Module):
             return feature_size * 2**level
 
         shared = {"spatial_dims": ndim, "kernel_size": 3, "norm_name": "instance", "res_block": True}
-        self.image_skip = UnetrBasicBlock(in_channels=in_chans, out_channels=feature_size, stride=1, **shared)
+        self.feature_size = feature_size
+        self.image_skip = UnetrBasicBlock(in_channels=in_chans, out_channels=feature_size, stride=1, **shared) if use_image else None
         self.skips = nn.ModuleList(
             UnetrPrUpBlock(
                 in_channels=embed_dim, out_channels=width(k), num_layer=stages - k - 1, stride=1, upsample_kernel_size=2, conv_block=True, **shared
@@ -70,7 +73,8 @@ class UNETR(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         tokens, taken = self.encoder(image, take=self.skip_blocks)
-        skips = [self.image_skip(image)] + [block(self._to_map(t)) for block, t in zip(self.skips, taken)]
+        shown = self.image_skip(image) if self.image_skip else image.new_zeros(len(image), self.feature_size, *image.shape[2:])
+        skips = [shown] + [block(self._to_map(t)) for block, t in zip(self.skips, taken)]
         x = self._to_map(tokens)
         for up, skip in zip(self.ups, reversed(skips)):
             x = up(x, skip)

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from smae_utils.errors import UserError
-from smae_utils.tasks import Splits, Task, existing_folder, hold_out
+from smae_utils.tasks import Splits, Task, hold_out
+from smae_utils.tasks.msd import read_cases
 
 FOLDS = 5
 
 
 def read_splits(data_dir: Path, seed: int = 0, fold: int = 0) -> Splits:
     """Five folds by seed: fold `fold` is the test part, a tenth of the rest is for validation. Only `dataset.json` says what exists."""
-    index = existing_folder(data_dir, "dataset.json", "Task01_BrainTumour/dataset.json")
     if not 0 <= fold < FOLDS:
         raise UserError(f"fold must be 0 .. {FOLDS - 1}, got {fold}")
-    try:
-        entries = json.loads(index.read_text(encoding="utf-8-sig"))["training"]
-        pairs = [(index.parent / e["image"], index.parent / e["label"]) for e in entries]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index} is no MSD list (expected 'training' with 'image' and 'label' entries): {error!r}") from None
-    for image, label in pairs:
-        if not (image.is_file() and label.is_file()):
-            raise UserError(f"{index} names {image if not image.is_file() else label}, which does not exist: unpack the download again")
-    cases = []
-    for image, label in pairs:
-        name = image.name.split(".")[0]
-        cases.append({"case": name, "patient": name, "image": str(image), "label": str(label)})
+    cases = read_cases(data_dir, "Task01_BrainTumour")
     if len(cases) < FOLDS + 1:
-        raise UserError(f"{index} lists {len(cases)} cases: at least {FOLDS + 1} are needed for {FOLDS} folds")
+        raise UserError(f"{data_dir} lists {len(cases)} cases: at least {FOLDS + 1} are needed for {FOLDS} folds")
     order = np.random.default_rng(seed).permutation(len(cases))
     test = set(order[fold::FOLDS].tolist())
     train, val = hold_out([c for i, c in enumerate(cases) if i not in test], 0.1, seed)

@@ -1,0 +1,101 @@
+"""A download happens only when asked for by name, is whole or not there, and is said in one line when it fails. Against a server on loopback."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from monai.apps import DecathlonDataset
+
+from smae_utils import download as module
+from smae_utils.cli import main
+from smae_utils.errors import UserError
+from smae_utils.tasks import get_task
+
+NAME = "Task04_Hippocampus"
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A loopback server with a small archive in the Decathlon's layout; MONAI's address and checksum point to it."""
+    source = tmp_path / "server" / NAME
+    entries = []
+    for folder in ("imagesTr", "labelsTr"):
+        (source / folder).mkdir(parents=True)
+    for i in range(8):
+        files = [f"./{folder}/hippocampus_{i:03d}.nii.gz" for folder in ("imagesTr", "labelsTr")]
+        for file, values in zip(files, (np.random.default_rng(i).integers(0, 900, (9, 10, 11)), np.ones((9, 10, 11)))):
+            nib.save(nib.Nifti1Image(values.astype(np.int16), np.eye(4)), source / file)
+        entries.append({"image": files[0], "label": files[1]})
+    (source / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "Anterior", "2": "Posterior"}, "training": entries}))
+    archive = tmp_path / "server" / f"{NAME}.tar"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(source, NAME)
+    http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(archive.parent)))
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    monkeypatch.setitem(DecathlonDataset.resource, NAME, f"http://127.0.0.1:{http.server_port}/{NAME}.tar")
+    monkeypatch.setitem(DecathlonDataset.md5, NAME, hashlib.md5(archive.read_bytes()).hexdigest())
+    yield archive
+    http.shutdown()
+    http.server_close()
+
+
+def test_a_download_is_checked_unpacked_and_read_as_the_task_it_is(server, tmp_path, capsys):
+    out = tmp_path / "data"
+    assert main(["download", "hippocampus", "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert "MB" in told and "check hippocampus" in told
+    assert [p.name for p in out.iterdir()] == [NAME]
+    splits = get_task("hippocampus").read_splits(out, 0, 0)
+    assert {part: len(cases) for part, cases in splits.items()} == {"train": 5, "val": 1, "test": 2}
+    assert main(["download", "hippocampus", "--out", str(out)]) == 0 and "already there" in capsys.readouterr().out
+
+
+def test_the_test_cases_are_the_same_for_every_seed(server, tmp_path):
+    module.download("hippocampus", tmp_path / "data", report=[].append)
+    made = [get_task("hippocampus").read_splits(tmp_path / "data", seed, 0) for seed in range(4)]
+    assert len({tuple(c["case"] for c in s["test"]) for s in made}) == 1
+    assert len({tuple(c["case"] for c in s["val"]) for s in made}) > 1
+
+
+def test_an_archive_that_is_not_whole_leaves_nothing(server, tmp_path):
+    server.write_bytes(server.read_bytes()[:-4000])
+    with pytest.raises(UserError, match="not whole"):
+        module.download("hippocampus", tmp_path / "data", report=[].append)
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_what_an_interrupted_download_left_is_begun_anew(server, tmp_path):
+    (tmp_path / "data" / f"{NAME}.part").mkdir(parents=True)
+    (tmp_path / "data" / f"{NAME}.part" / f"{NAME}.tar").write_bytes(b"half")
+    module.download("hippocampus", tmp_path / "data", report=[].append)
+    assert [p.name for p in (tmp_path / "data").iterdir()] == [NAME]
+
+
+def test_too_little_space_and_no_network_are_said_before_anything_is_fetched(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000})())
+    with pytest.raises(UserError, match="GB are needed"):
+        module.download("hippocampus", tmp_path / "data", report=[].append)
+    monkeypatch.setitem(DecathlonDataset.resource, NAME, "http://127.0.0.1:1/x.tar")
+    with pytest.raises(UserError, match="does not answer"):
+        module.download("hippocampus", tmp_path / "data", report=[].append)
+    with pytest.raises(UserError, match="expected hippocampus or brats"):
+        module.download("livers", Path("x"))
+
+
+def test_monai_still_knows_the_addresses_and_checksums():
+    for folder in module.DECATHLON.values():
+        assert DecathlonDataset.resource[folder].endswith(f"{folder}.tar") and len(DecathlonDataset.md5[folder]) == 32
