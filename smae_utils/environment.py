@@ -82,12 +82,15 @@ def _pip(*args: str) -> None:
 
 
 def run_tests(args: list[str]) -> int:
-    """pytest in this environment; returns its exit code.
+    """pytest in this environment, a process a core with one thread each; returns its exit code.
 
     Raises:
         UserError: where there are no tests, in an installed package.
     """
-    return subprocess.run([sys.executable, "-m", "pytest", *args], cwd=clone("tests")).returncode
+    cores = os.cpu_count() or 1
+    spread = [] if cores == 1 or any(a in ("-n", "-x", "--pdb", "-s") for a in args) else ["-n", str(cores), "--dist", "worksteal"]
+    command = [sys.executable, "-m", "pytest", *spread, *args]
+    return subprocess.run(command, cwd=clone("tests"), env={"OMP_NUM_THREADS": "1", **os.environ} if spread else None).returncode
 
 
 def open_lab(args: list[str]) -> int:
