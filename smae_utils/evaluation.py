@@ -86,6 +86,11 @@ def evaluate(
     return table
 
 
+def metrics_file(run_dir: str | Path, split: str = "test") -> Path:
+    """Where the figures of a split are."""
+    return Run.open(run_dir).path / f"{_of_split('metrics', split)}.json"
+
+
 def _of_split(name: str, split: str) -> str:
     """Names of results: the test part has the plain ones."""
     return name if split == "test" else f"{name}_{split}"
@@ -212,11 +217,11 @@ def per_class(run_dir: str | Path) -> pd.DataFrame:
     return pd.DataFrame(read_metrics(run_dir)["classes"]).T.astype(float).round(3)
 
 
-def read_metrics(run_dir: str | Path) -> dict[str, Any]:
-    """metrics.json of an evaluated run."""
+def read_metrics(run_dir: str | Path, split: str = "test") -> dict[str, Any]:
+    """metrics.json of an evaluated run, or that of another split."""
     import json
 
-    file = Run.open(run_dir).path / "metrics.json"
+    file = metrics_file(run_dir, split)
     if not file.is_file():
         raise UserError(f"{file} does not exist: run 'python -m smae_utils evaluate' on this run first")
     return json.loads(file.read_text(encoding="utf-8"))

@@ -214,7 +214,7 @@ def whole_numbers(values: np.ndarray, path: str, expected: str) -> np.ndarray:
     off = np.abs(values - rounded)
     if not np.isfinite(values).all() or off.max(initial=0) > INTEGER_TOLERANCE:
         found = np.unique(values[~(off <= INTEGER_TOLERANCE)])
-        some = ", ".join(repr(float(v)) for v in found[:6]) + (" and more" if len(found) > 6 else "")
+        some = ", ".join(f"{v:.6g}" for v in found[:6]) + (" and more" if len(found) > 6 else "")
         raise UserError(f"{path} holds values {some}: expected {expected}; is it a probability map or an image?")
     return rounded.astype(np.int64)
 

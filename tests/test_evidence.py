@@ -232,16 +232,19 @@ def test_on_real_data_rates_are_chosen_on_validation_cases_and_arms_scored_on_te
     table = tables.read(tmp_path / "res/real-cxr14/main.csv")
     assert set(table.arm) == {"scratch", "self"} and set(table.seed) == {101}
     splits = {seed: set() for seed in (77, 101)}
-    for file in (tmp_path / "out/real-cxr14/quick40/cxr14").rglob("metrics.json"):
+    for file in (tmp_path / "out/real-cxr14/quick40/cxr14").rglob("metrics*.json"):
         seed = int(file.parents[1].name.removeprefix("seed"))
         splits[seed].add(json.loads(file.read_text())["split"])
     assert splits == {77: {"val"}, 101: {"test"}}
     chosen = Run.open(tmp_path / "out/real-cxr14/quick40/cxr14/seed77/pretrain-self").config["cases"]
     assert chosen["val"] and not set(chosen["train"]) & set(chosen["val"])
-    # The same command on another folder of data is told that these runs are of the first.
+    # A copy of the data is the same data; the same command on other data is told that these runs are of the first.
     other = shutil.copytree(cxr14, tmp_path / "other")
+    assert main([str(w) for w in [*words, "--data", other, "--part", "main", "--arm", "scratch"]]) == 0
+    trained = Run.open(tmp_path / "out/real-cxr14/quick40/cxr14/seed101/scratch").config["cases"]["train"]
+    next(other.rglob(trained[0])).unlink()
     assert main([str(w) for w in [*words, "--data", other, "--part", "main", "--arm", "scratch"]]) == 2
-    assert "was started with data=" in capsys.readouterr().err
+    assert "was started with" in capsys.readouterr().err
 
 
 def test_another_preset_has_folders_of_its_own_and_its_own_lengths(tmp_path, capsys):

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from smae_utils.cost import crop_cost
 from smae_utils.data import derive_seed, read_splits
 from smae_utils.errors import UserError
-from smae_utils.evaluation import evaluate, read_metrics
+from smae_utils.evaluation import evaluate, metrics_file, read_metrics
 from smae_utils.evidence.arms import DEV_SEED, DEV_TEST_SEED, N_TEST, N_TEST_FULL, N_TRAIN, PLAIN, PRESET, PRETRAININGS, TEST_SEED, Arm, Condition
 from smae_utils.phantoms import write_phantoms
 from smae_utils.runs import write_text
@@ -213,9 +213,9 @@ class Unit:
         run = finetune(
             self.list_file(), self.real or "", folder, init, self.setup.preset, self.arm_settings(arm, tuned), resume=True, report=self._say
         )
-        if not (folder / "metrics.json").exists():
+        if not metrics_file(folder, self.scored).exists():
             evaluate(folder, split=self.scored, save_masks=False, report=self._say)
-        metrics, config = read_metrics(folder), run.config
+        metrics, config = read_metrics(folder, self.scored), run.config
         source = config["provenance"]
         self.made.add(Made(source["machine"], source["date"], source["commit"], source["packages"]["torch"], config["device"], config["precision"]))
         out = {k: v for k, v in metrics["mean"].items() if v is not None}
