@@ -23,6 +23,7 @@ from smae_utils.pictures import ReadRadiograph
 from smae_utils.reading import by, contradiction, read_channels, read_label
 from smae_utils.settings import resolve, total_steps
 from smae_utils.tasks import IGNORE, Case, Task, get_task
+from smae_utils.tasks.lists import is_list
 
 # Crops seen in pre-training by the released configurations: BTCV 10000 epochs x 18 scans x 4 crops, BraTS 500 x 387 x 4; radiographs 800 x 86,524.
 CROPS_3D, CROPS_2D = 750_000, 69_000_000
@@ -59,7 +60,7 @@ def check(list_or_task: str, data_dir: str = "", preset: str = "small", say: Cal
         UserError: if the list itself cannot be understood.
     """
     task = get_task(list_or_task)
-    splits = task.read_splits(Path(data_dir), 0, 0)
+    splits = task.read_splits(Path(data_dir), 0, None if is_list(task.name) else 0)
     rows, problems = [], []
     for split, cases in splits.items():
         for case in cases:
@@ -280,8 +281,9 @@ def estimate(task: Task, n_train: int, preset: str, scan_voxels: float = 0.0, ov
         speed = measured_flops_per_second(device, precision) * EFFICIENCY
         steps, _ = total_steps(settings, n_train)
         cost, crops = crop_cost(task, settings), settings.batch_size * settings.crops_per_scan
-        # fp32 and labels of a byte; radiographs are kept as they were read, a byte a pixel; each loading process keeps its own.
-        voxel = 4 * task.in_chans + (stage == "finetune") if task.spatial_dims == 3 else task.in_chans
+        # fp32 and labels of a byte; 2D images without masks are kept as they were read, a byte a pixel; each loading process keeps its own.
+        as_read = task.spatial_dims == 2 and (stage == "pretrain" or task.kind == "classification")
+        voxel = task.in_chans if as_read else 4 * task.in_chans + (stage == "finetune")
         kept = (scan_voxels or 4 * np.prod(settings.crop_size)) * voxel * n_train * settings.cache_rate * max(1, settings.num_workers)
         # Gradients and AdamW's two moments are as large as the weights; on top of what is kept for the backward pass comes a fifth for the moment;
         # bf16 halves most of it (both measured with the preset small).

@@ -174,6 +174,8 @@ def training_loader(scans: Scans, augment: Compose, settings: Settings, start: i
     Raises:
         UserError: when a step wants more scans than there are, or fewer than there are processes.
     """
+    if not len(scans):
+        raise UserError("there are no training cases: list some in 'training', or choose another fold")
     if settings.batch_size > len(scans):
         raise UserError(f"batch_size {settings.batch_size} is larger than the {len(scans)} training scans: use --set batch_size={len(scans)} or less")
     if settings.batch_size % world:

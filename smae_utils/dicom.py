@@ -84,7 +84,11 @@ def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray, bool]:
             if colour:
                 values = image.get_frame(1, apply_voi_transform=False, apply_icc_profile=False).astype(np.float64)
                 return _to_byte_range(values), np.zeros(values.shape[:2], bool), True
-            windowed = any(key in image for key in ("WindowCenter", "VOILUTSequence"))
+            windowed = bool(image.get("VOILUTSequence")) or _set(image, "WindowCenter") and _set(image, "WindowWidth")
+            if not windowed:
+                for name in ("WindowCenter", "WindowWidth"):
+                    if name in image:
+                        del image[name]
             values = image.get_frame(1, apply_voi_transform=windowed or None, apply_real_world_transform=False)
         except UserError:
             raise
@@ -115,11 +119,18 @@ def _to_byte_range(values: np.ndarray) -> np.ndarray:
     return values / 257 if values.max(initial=0) > 255 else values
 
 
+def _set(image, name: str) -> bool:
+    """Whether an attribute is there with a value: anonymisers leave empty ones."""
+    return image.get(name) not in (None, "")
+
+
 def _padding(image, stored: np.ndarray) -> np.ndarray:
     """Which pixels the file marks as outside the exposed field, by their stored values."""
-    if "PixelPaddingValue" not in image or stored.ndim != 2:
+    if not _set(image, "PixelPaddingValue") or stored.ndim != 2:
         return np.zeros(stored.shape[:2], bool)
-    low, high = sorted((int(image.PixelPaddingValue), int(image.get("PixelPaddingRangeLimit", image.PixelPaddingValue))))
+    low, high = sorted(
+        (int(image.PixelPaddingValue), int(image.PixelPaddingRangeLimit if _set(image, "PixelPaddingRangeLimit") else image.PixelPaddingValue))
+    )
     found = (stored >= low) & (stored <= high)
     return np.zeros_like(found) if found.all() else found
 

@@ -18,7 +18,7 @@ from smae_utils.patches import mask_noise, patchify, split_by_noise, unpatchify
 from smae_utils.pictures import read_flat_mask, read_image
 from smae_utils.reading import encode_labels, read_channels, read_label, read_mask
 from smae_utils.runs import Run
-from smae_utils.tasks import Task
+from smae_utils.tasks import IGNORE, Task
 
 # Okabe and Ito's palette and Tol's muted one: told apart by colour-blind readers too.
 PALETTE = (
@@ -79,7 +79,7 @@ def show_cases(
             for axis, picture in zip(row, pictures(labels[i], at=at).values()):
                 draw_outlines(axis, picture, len(classes))
     if classes and labels is not None:
-        used = sorted({int(v) for label in labels for v in np.unique(label) if v})
+        used = sorted({int(v) for label in labels for v in np.unique(label) if 0 < v <= len(classes)})
         handles = [Patch(color=PALETTE[(v - 1) % len(PALETTE)], label=classes[v - 1]) for v in used]
         figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
     return figure
@@ -87,7 +87,7 @@ def show_cases(
 
 def centre_of(label: np.ndarray) -> list[int]:
     """The slice along each axis that holds most labelled voxels."""
-    inside = label > 0
+    inside = (label > 0) & (label != IGNORE)
     return [int(inside.sum(tuple(a for a in range(label.ndim) if a != axis)).argmax()) for axis in range(label.ndim)]
 
 
@@ -313,7 +313,8 @@ def _show_scores(task: Task, case: dict, tables: dict, title: str) -> Figure:
     for offset, (arm, table) in zip((0.2, -0.2), tables.items()):
         rows = table[table.case == case["case"]].set_index("class").loc[list(task.classes)]
         right.barh(place + offset, rows.score, height=0.38, label=arm, color=ARM_COLOURS[arm])
-    right.set_yticks(place, [f"{'> ' if t else ''}{name}" for name, t in zip(task.classes, rows.target)], fontsize=7)
+    targets = rows.target.astype(float)
+    right.set_yticks(place, [f"{'> ' if t == 1 else ''}{name}" for name, t in zip(task.classes, targets)], fontsize=7)
     right.invert_yaxis()
     right.set(xlabel="predicted probability (> marks findings that are there)", xlim=(0, 1))
     right.legend(fontsize=7, frameon=False)

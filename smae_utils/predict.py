@@ -27,7 +27,7 @@ from smae_utils.plots import show_flat_overlay, show_overlay
 from smae_utils.reading import Volume, first_file, read_volume, units_of
 from smae_utils.runs import Run, write_text
 from smae_utils.tasks import Case, Task, get_task
-from smae_utils.tasks.lists import is_list
+from smae_utils.tasks.lists import images_of, is_list
 from smae_utils.training import Say, say
 from smae_utils.transforms import ResizeRadiograph, prepare
 
@@ -98,8 +98,7 @@ def collect(scans: Sequence[str | Path | list[str]], task: Task, report: Say = s
         if is_list(files[0]):
             listed = get_task(files[0])
             order = channel_order(listed, task, files[0], report)
-            splits = listed.read_splits(Path(""), 0, 0)
-            cases += [_in_order(c, order, files[0]) for part in ("train", "val", "test") for c in splits[part]]
+            cases += [_in_order(c, order, files[0]) for c in images_of(files[0])]
         else:
             cases.append({"case": case_name(files[0]), "patient": "", "image": files if len(files) > 1 else files[0]})
     if not cases:

@@ -89,7 +89,10 @@ def read_volume(path: str | Path) -> Volume:
 
 def units_of(scan: nib.spatialimages.SpatialImage) -> tuple[str, str]:
     """Units of space and time as a NIfTI header has them; other formats count in mm."""
-    return scan.header.get_xyzt_units() if hasattr(scan.header, "get_xyzt_units") else ("mm", "unknown")
+    try:
+        return scan.header.get_xyzt_units()
+    except (AttributeError, KeyError):  # other formats; codes that the standard does not know
+        return "mm", "unknown"
 
 
 def volume_shape(scan: nib.spatialimages.SpatialImage, path: str) -> tuple[int, ...]:

@@ -149,8 +149,9 @@ def only_process(path: str | Path) -> Iterator[None]:
             (folder / LOCK).unlink(missing_ok=True)
         if held:
             lock.release()
-        with suppress(OSError):
-            (folder / LOCK).unlink(missing_ok=True)
+        if os.name == "nt":  # there an open file cannot be removed
+            with suppress(OSError):
+                (folder / LOCK).unlink(missing_ok=True)
 
 
 class Run:

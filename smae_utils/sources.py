@@ -21,7 +21,7 @@ from smae_utils.runs import Run, find_data
 from smae_utils.settings import PretrainSettings, Settings, make_settings
 from smae_utils.tasks import IGNORE, Task, task_of
 from smae_utils.tasks.lists import is_list
-from smae_utils.transforms import ResizeRadiograph, middle, prepare
+from smae_utils.transforms import ResizeRadiograph, middle, prepare, resize
 from smae_utils.weights import load_weights
 
 
@@ -97,7 +97,7 @@ class Source:
             image = ResizeRadiograph(self.size)(data)["image"]
             if not labelled:
                 return image, None
-            label = torch.nn.functional.interpolate(data["label"][None].float(), size=self.size, mode="nearest-exact")[0, 0]
+            label = resize(data["label"], self.size, label=True)[0]
             return image, region_index(label.numpy().astype(np.uint8), self.task)
         image, *label = (middle(data[key].as_tensor(), self.size) for key in ("image", "label")[: 1 + labelled])
         return image, region_index(label[0][0].numpy(), self.task) if label else None

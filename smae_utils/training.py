@@ -190,7 +190,7 @@ def finetune(
     if settings.select not in ("last", "best"):
         raise UserError(f"select must be last or best, got {settings.select!r}")
     if settings.select == "best" and not splits["val"]:
-        raise UserError("select=best needs validation cases: use --set train_on_val=false, or --set select=last")
+        raise UserError("select=best needs labelled validation cases, there are none: use --set train_on_val=false, list some, or --set select=last")
     if settings.select == "best" and not settings.val_every:
         raise UserError(
             "select=best needs validation while training, and val_every=0 is never: use --set val_every=100, for example, or --set select=last"
@@ -433,7 +433,7 @@ class Loop:
                     scores = self._validate(accelerator, model, validate)
                     if best and math.isnan(scores["val_score"]):
                         raise UserError(
-                            "no validation case can be scored (no class with both outcomes): use --set select=last, or more validation cases"
+                            "no validation case can be scored (no class with both outcomes, or masks that are all empty): use --set select=last, or more validation cases"
                         )
                     better = "val_score" in scores and (state["best"] is None or scores["val_score"] > state["best"])
                     if best and better and main:

@@ -143,11 +143,27 @@ def _intensity(settings: FinetuneSettings) -> list:
 def _resized_crop(keys: Sequence[str], settings: Settings) -> list:
     """A random box of `crop_area` of the image, resized to the network's input: labels by nearest neighbour (the "exact" one, which shifts nothing by half a pixel)."""
     low, high = (area ** (1 / len(settings.crop_size)) for area in settings.crop_area)
-    linear = "trilinear" if len(settings.crop_size) == 3 else "bilinear"
-    return [
-        mt.RandScaleCropd(keys, roi_scale=low, max_roi_scale=high, random_size=True, random_center=True),
-        mt.Resized(keys, spatial_size=settings.crop_size, mode=[linear if key == "image" else "nearest-exact" for key in keys]),
-    ]
+    crop = mt.RandScaleCropd(keys, roi_scale=low, max_roi_scale=high, random_size=True, random_center=True)
+    return [crop, ResizeAll(keys, settings.crop_size)]
+
+
+def resize(values: torch.Tensor, size: Sequence[int], label: bool = False) -> torch.Tensor:
+    """(C, *spatial) -> (C, *size): labels by nearest neighbour, 2D images as PIL resizes them (bicubic, smoothed where they shrink), 3D linearly."""
+    plain = torch.as_tensor(values).as_subclass(torch.Tensor)[None]
+    if label:
+        return torch.nn.functional.interpolate(plain.float(), size=tuple(size), mode="nearest-exact")[0].to(values.dtype)
+    how = {"mode": "trilinear"} if len(size) == 3 else {"mode": "bicubic", "antialias": True}
+    return torch.nn.functional.interpolate(plain.float(), size=tuple(size), align_corners=False, **how)[0]
+
+
+class ResizeAll(mt.Transform):
+    """Image and label at the network's input size, see `resize`."""
+
+    def __init__(self, keys: Sequence[str], size: Sequence[int]):
+        self.keys, self.size = keys, tuple(size)
+
+    def __call__(self, data: dict) -> dict:
+        return {**data, **{key: resize(data[key], self.size, key == "label") for key in self.keys}}
 
 
 def _flips(keys: Sequence[str], prob: float, axes: Sequence[int]) -> list:
@@ -176,10 +192,7 @@ class ResizeRadiograph(mt.Transform):
 
     def __call__(self, data: dict) -> dict:
         if torch.is_tensor(data["image"]):
-            volume = torch.as_tensor(data["image"]).as_subclass(torch.Tensor)
-            mode = "trilinear" if len(self.size) == 3 else "bilinear"
-            resized = torch.nn.functional.interpolate(volume[None].float(), size=self.size, mode=mode, align_corners=False)
-            return {**data, "image": resized[0]}
+            return {**data, "image": resize(data["image"], self.size)}
         resized = data["image"].resize(self.size[::-1], Image.Resampling.BICUBIC)
         return {**data, "image": to_tensor(data, resized)}
 

@@ -262,3 +262,10 @@ def test_several_frames_are_no_radiograph(tmp_path):
     write_slice(tmp_path / "x.dcm", np.zeros((4, 4)), 1, "1.2", NumberOfFrames=3, PixelData=np.zeros((3, 4, 4), np.int16).tobytes())
     with pytest.raises(UserError, match="3 frames"):
         read_image(tmp_path / "x.dcm")
+
+
+def test_empty_attributes_as_anonymisers_leave_them_count_as_absent(tmp_path):
+    pixels = np.arange(64).reshape(8, 8) * 60
+    write_slice(tmp_path / "x.dcm", pixels, 1, "1.2", WindowCenter=None, WindowWidth=None, PixelPaddingValue=None)
+    grey = np.asarray(read_image(tmp_path / "x.dcm")).astype(int)
+    assert (grey.min(), grey.max()) == (0, 255)

@@ -640,3 +640,74 @@ def test_files_of_one_name_in_folders_of_patients_get_the_folders_before_their_n
     (tmp_path / "list.json").write_text(json.dumps({"training": files[:4], "test": files[4:]}))
     made = get_task(str(tmp_path / "list.json")).read_splits(Path(""), 0, 0)
     assert {c["case"] for part in made.values() for c in part} == {"p1_a_T1", "p2_a_T1", "b_T1", "p3_T1", "other"}
+
+
+def listed(tmp_path: Path, n: int = 6, **more) -> Path:
+    names = pictures(tmp_path, n)
+    (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": name} for name in names], **more}))
+    return tmp_path / "list.json"
+
+
+def test_minus_one_is_unknown_and_never_a_class(tmp_path):
+    names = pictures(tmp_path, 5)
+    labels = [0, 1, 2, -1, {"0": 1, "1": -1, "2": 0}]
+    (tmp_path / "list.json").write_text(
+        json.dumps({"training": [{"image": n, "label": v} for n, v in zip(names, labels)], "classes": ["0", "1", "2"]})
+    )
+    for more in ({"classes": ["0", "1", "2"]}, {}):
+        content = json.loads((tmp_path / "list.json").read_text())
+        content.pop("classes", None)
+        content["training"] = content["training"] if more else content["training"][:4]
+        (tmp_path / "list.json").write_text(json.dumps({**content, **more}))
+        task = get_task(str(tmp_path / "list.json"))
+        assert task.classes == ("0", "1", "2")
+        cases = {c["case"]: c for part in task.read_splits(Path(""), 0, 0).values() for c in part}
+        assert "label" not in cases["i03"] and cases["i02"]["label"].tolist() == [0, 0, 1]
+        assert not more or np.array_equal(cases["i04"]["label"], [1, np.nan, 0], equal_nan=True)
+
+
+def test_check_and_predict_take_lists_whose_folds_start_at_one_or_whose_masks_are_elsewhere(smae, small, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(checking, "estimate", lambda *_: [])
+    file = write_list(tmp_path, 4, 0, settings=small)
+    content = json.loads(file.read_text())
+    for i, entry in enumerate(content["training"]):
+        entry["fold"] = 1 + i % 2
+    file.write_text(json.dumps(content))
+    assert smae("check", file)[0] == 0
+    assert "no training entry has fold 0" in smae("finetune", "--task", file, "--out", tmp_path / "run")[2]
+    shutil.rmtree(tmp_path / "labels")
+    assert smae("predict", trained, file, "--out", tmp_path / "out")[0] == 0
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 4
+
+
+def test_a_window_is_refused_for_2d_images_and_so_are_labels_that_a_picture_cannot_hold(tmp_path):
+    from smae_utils.errors import UserError
+
+    with pytest.raises(UserError, match="'window' is for 3D scans"):
+        get_task(str(listed(tmp_path, window=[0, 100])))
+    entries = [{"image": "i00.png", "label": "i01.png"}]
+    (tmp_path / "list.json").write_text(json.dumps({"training": entries, "labels": {"1": "a", "70000": "b"}}))
+    with pytest.raises(UserError, match="0 .. 65535"):
+        get_task(str(tmp_path / "list.json"))
+
+
+def test_a_run_on_a_list_like_a_known_task_keeps_the_mean_over_its_subset(tmp_path):
+    from smae_utils.tasks.lists import record_of, task_from_record
+
+    file = write_list(tmp_path, 2, 0, like="btcv")
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in content.items() if k != "labels"}))
+    task = get_task(str(file))
+    assert len(task.subset) == 8 and task_from_record(str(file), record_of(task)).subset == task.subset
+
+
+def test_unknown_targets_and_ignored_voxels_are_drawn(tmp_path):
+    from smae_utils import plots
+
+    figure = plots.show_cases([np.ones((8, 8, 8))], ["c"], [np.full((8, 8, 8), 255, np.uint8)], ("liver",))
+    assert figure is not None
+    name = pictures(tmp_path, 1)[0]
+    task = replace(get_task("cxr14"), classes=("a", "b"))
+    table = pd.DataFrame({"case": "c", "class": ["a", "b"], "target": pd.array([1, None], dtype="Int64"), "score": [0.5, 0.5]})
+    drawn = plots.show_test_case(task, {"case": "c", "image": str(tmp_path / name)}, {}, {"self": table}, "c")
+    assert [t.get_text() for t in drawn.axes[1].get_yticklabels()] == ["> a", "b"]

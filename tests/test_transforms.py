@@ -269,3 +269,13 @@ def test_radiograph_augmentation_follows_its_seed_and_no_global_one(policy, cxr1
 
     assert torch.equal(draw(1, 10), draw(1, 20))
     assert not torch.equal(draw(1, 10), draw(2, 10))
+
+
+def test_a_2d_image_is_resized_alike_in_training_and_in_prediction(tmp_path):
+    from smae_utils.transforms import resize
+
+    pixels = np.random.default_rng(0).integers(0, 256, (256, 192), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    theirs = np.asarray(image.resize((48, 64), Image.Resampling.BICUBIC), np.float32)
+    ours = resize(torch.from_numpy(pixels[None].astype(np.float32)), (64, 48))[0].numpy()
+    assert np.abs(ours.clip(0, 255) - theirs).max() <= 1.5  # PIL rounds to whole numbers twice

@@ -10,6 +10,7 @@ import numpy as np
 from smae_utils.errors import UserError
 
 NO_FINDING = "no finding"
+UNKNOWN = -1
 MOST_LABELS = 250
 
 
@@ -20,6 +21,7 @@ def class_names(path: Path, content: dict[str, Any], labels: list[Any]) -> tuple
         raise UserError(f"{path}: 'classes' must be a list of different names, got {said!r}")
     if said:
         return tuple(map(str, said))
+    labels = [v for v in labels if v != UNKNOWN]
     if all(isinstance(v, int) and not isinstance(v, bool) for v in labels) and not set(labels) <= {0, 1}:
         return tuple(str(v) for v in sorted(set(labels)))
     names = {name for v in labels for name in words_of(v) if isinstance(name, str) and name.lower() != NO_FINDING}
@@ -82,9 +84,13 @@ def mask_classes(path: Path, labels: Any) -> tuple[tuple[str, ...], dict[str, An
 def class_vector(path: Path, case: str, label: Any, classes: tuple[str, ...], strict: bool = True) -> np.ndarray:
     """(classes,) 1, 0, or NaN for unknown."""
     values = words_of(label)
+    if label == UNKNOWN:
+        return np.full(len(classes), np.nan, np.float32)
     if isinstance(label, dict):
         known = {str(k): v for k, v in label.items()}
-        return np.array([np.nan if known.get(name) is None else float(known[name]) for name in classes], np.float32)
+        if wrong := [v for v in known.values() if v not in (0, 1, UNKNOWN, None)]:
+            raise UserError(f"{path}: label of {case} holds {wrong[0]!r}, expected 0, 1, or -1 for unknown for each class")
+        return np.array([np.nan if known.get(name) in (None, UNKNOWN) else float(known[name]) for name in classes], np.float32)
     if len(values) == len(classes) and all(v is None or (isinstance(v, (int, float)) and v in (0, 1, -1)) for v in values):
         return np.array([np.nan if v is None or v == -1 else float(v) for v in values], np.float32)
     numbers = [v for v in values if isinstance(v, (int, float))]

@@ -97,6 +97,8 @@ def _said(path: Path, content: dict[str, Any], base: Task) -> dict[str, Any]:
         over["window"] = None if content["window"] is None else _numbers(path, "window", content["window"], 2)
         if over["window"] and over["window"][0] >= over["window"][1]:
             raise UserError(f"{path}: 'window' must be two numbers, the smaller first, got {content['window']!r}")
+        if over["window"] and base.spatial_dims == 2:
+            raise UserError(f"{path}: 'window' is for 3D scans; 2D images are scaled by their own range or by the window in their DICOM file")
     if content.get("spacing_mm") is not None:
         over["spacing_mm"] = _numbers(path, "spacing_mm", content["spacing_mm"], base.spatial_dims)
         if min(over["spacing_mm"]) <= 0:
@@ -135,8 +137,8 @@ def _split_notes(cases: dict[str, list[dict]]) -> list[str]:
 
 
 FIELDS = (
-    "title", "kind", "spatial_dims", "channels", "classes", "spacing_mm", "window", "regions", "stored_labels", "ignored_labels", "sided", "like",
-    "settings",
+    "title", "kind", "spatial_dims", "channels", "classes", "subset", "spacing_mm", "window", "regions", "stored_labels", "ignored_labels", "sided",
+    "like", "settings",
 )  # fmt: skip
 
 
@@ -215,6 +217,9 @@ def _guess_task(path: Path, content: dict[str, Any]) -> Task:
     if any(masks) or not labels:
         kind = "segmentation" if any(masks) or not flat else "classification"
         classes, more = mask_classes(path, content.get("labels")) if any(masks) or (content.get("labels") and labels) else ((), {})
+        stored = [v for of in more.get("stored_labels", ()) for v in of]
+        if flat and stored and not 0 <= min(stored) <= max(stored) < 2**16:
+            raise UserError(f'{path}: masks of 2D images hold values 0 .. 65535, "labels" names {min(stored)} to {max(stored)}: write them anew')
         return Task("", "", kind, dims, channels, classes, _no_reader, **shared, **more)
     for value in labels:
         if isinstance(value, str) and ("/" in value or (path.parent / value).exists()):
@@ -277,15 +282,28 @@ def _names(entries: list[dict]) -> list[str]:
     return names
 
 
-def _by_fold(path: Path, cases: dict[str, list[dict]], fold: int) -> dict[str, list[dict]]:
-    """MONAI's lists give training entries a fold; one fold validates, the others train."""
+def _by_fold(path: Path, cases: dict[str, list[dict]], fold: int | None) -> dict[str, list[dict]]:
+    """MONAI's lists give training entries a fold; one fold validates, the others train. None: nobody trains, so all stay where they are."""
     folds = {e["fold"] for e in cases["train"] if "fold" in e}
-    if not folds or cases["val"]:
+    if not folds or cases["val"] or fold is None:
         return cases
     if fold not in folds:
         raise UserError(f"{path}: no training entry has fold {fold}: there are {', '.join(map(str, sorted(folds)))}; choose by --set fold=N")
     train = [e for e in cases["train"] if e.get("fold") != fold]
     return {"train": train, "val": [e for e in cases["train"] if e.get("fold") == fold], "test": cases["test"]}
+
+
+def images_of(path: str | Path) -> list[Case]:
+    """All images that a list names, whatever their split, for prediction: masks and patients are not looked at.
+
+    Raises:
+        UserError: naming the images that are not there.
+    """
+    path = Path(path)
+    every = [{k: v for k, v in e.items() if k != "label"} for entries in read_list(path)["cases"].values() for e in entries]
+    _all_there(path, path.parent, every, "")
+    bare = Task("", "", "segmentation", 3, (), (), _no_reader)
+    return [_case(path, path.parent, {"case": name, **entry}, bare, False) for name, entry in zip(_names(every), every)]
 
 
 def _image_files(case: Case) -> list[str]:
