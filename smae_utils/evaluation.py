@@ -20,7 +20,7 @@ from smae_utils.errors import UserError
 from smae_utils.inference import Teller, classify, ignoring, segment
 from smae_utils.metrics import dsc, hd95_mm, mean_auc
 from smae_utils.reading import Volume, read_label
-from smae_utils.runs import FREE_SETTINGS, Run, find_data, write_text
+from smae_utils.runs import FREE_SETTINGS, Run, find_data, said_of_list, write_text
 from smae_utils.settings import FinetuneSettings, make_settings
 from smae_utils.tasks import Case, Task, task_of
 from smae_utils.tasks.lists import is_list
@@ -227,11 +227,6 @@ def read_metrics(run_dir: str | Path, split: str = "test") -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _said_of(config: dict) -> Any:
-    """What a run was made for: of a list what it says, not what it is called or where it lay."""
-    return {k: v for k, v in config["record"].items() if k != "title"} if "record" in config else config["task"]
-
-
 def _precisions(config: dict) -> set[str]:
     """In which precisions a run was computed: its first sitting's, and those it went on in."""
     return {config.get("precision", ""), *(sitting["precision"] for sitting in config.get("segments", ()))}
@@ -246,7 +241,7 @@ def compare(scratch: str | Path, self_pretrained: str | Path) -> pd.DataFrame:
     runs = [Run.open(p, "finetune").config for p in (scratch, self_pretrained)]
     free = ("base_lr", "layer_decay", "encoder_lr")
     for what in ("task", "cases"):
-        one, other = (_said_of(config) if what == "task" else config[what] for config in runs)
+        one, other = ((said_of_list(config) or config["task"]) if what == "task" else config[what] for config in runs)
         if one != other:  # of a list what it says counts, not where it lay
             raise UserError(f"{scratch} and {self_pretrained} differ in {what}: only runs on the same cases can be compared")
     free_too = (*free, *FREE_SETTINGS)

@@ -327,13 +327,19 @@ class Run:
 PLACES = ("task", "task_from_run", "data", "data_from_run")
 
 
+def said_of_list(config: dict[str, Any]) -> dict[str, Any] | None:
+    """What the list of a run says, whatever it is called and wherever it lies; None of a known task."""
+    record = config.get("record")
+    return {k: v for k, v in record.items() if k != "title"} if record else None
+
+
 def _deciding(config: dict[str, Any], defaults: dict[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """Of a configuration what decides the result. A list is told by what it says, not by where it lies."""
     settings = {**defaults, **config["settings"]}
     return {
         "stage": config["stage"],
         "task": "a list" if is_list(config["task"]) else config["task"],
-        "record": {k: v for k, v in record.items() if k != "title"} if (record := config.get("record")) else None,
+        "record": said_of_list(config),
         "init": config.get("init", "scratch"),
         "init_digest": config.get("init_digest"),
         "settings": {k: v for k, v in settings.items() if k not in FREE_SETTINGS},
