@@ -18,6 +18,8 @@ from smae_utils.vit import ViTClassifier
 
 
 def _encoder_args(task: Task, settings: Settings) -> dict:
+    if settings.positions not in ("sincos", "learned"):
+        raise UserError(f"positions must be sincos or learned, got {settings.positions!r}")
     if len(settings.crop_size) != task.spatial_dims:
         raise UserError(f"crop_size {settings.crop_size} has {len(settings.crop_size)} axes, task {task.name} is {task.spatial_dims}D")
     return {
@@ -29,6 +31,7 @@ def _encoder_args(task: Task, settings: Settings) -> dict:
         "num_heads": settings.num_heads,
         "class_token": settings.class_token,
         "norm_eps": settings.norm_eps,
+        **({"learn_positions": True} if settings.positions == "learned" else {}),
     }
 
 
@@ -41,6 +44,7 @@ def build_mae(task: Task, settings: PretrainSettings) -> MaskedAutoencoder:
         decoder_num_heads=settings.decoder_num_heads,
         mask_ratio=settings.mask_ratio,
         norm_pix_loss=settings.norm_pix_loss,
+        air_loss=settings.air_loss,
     )
 
 

@@ -177,20 +177,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--task", nargs="*", default=[])
     command.add_argument("--out", type=Path, default=Path("build/benchmark"))
 
-    command = add("evidence", _evidence, "does self pre-training help here? the study of docs/protocol.md; goes on where it stopped")
-    command.add_argument("--task", nargs="*", default=[], help="cxr14, btcv, brats; all when left out")
-    command.add_argument(
-        "--part", nargs="*", default=[], help="tune, gates, main, controls, budget, finetune4x, masking, longer, context, scans; all when left out"
-    )
-    command.add_argument("--seeds", nargs="*", type=int, default=[], help="the protocol's five when left out")
-    command.add_argument("--arm", nargs="*", default=[], help="only these arms of the parts; all when left out")
-    command.add_argument("--data", help="folder of a real download (with one --task), instead of phantoms")
-    command.add_argument("--out", type=Path, default=Path("build/evidence"), help="folder of phantoms and runs")
-    command.add_argument("--results", type=Path, default=Path("results/evidence"), help="folder of the tables")
+    command = add("evidence", _evidence, "does self pre-training help on real scans? the study of docs/protocol.md; goes on where it stopped")
+    command.add_argument("study", help="hippocampus, cxr14_64px, or a YAML file like those of presets/study")
+    command.add_argument("--data", required=True, help="folder of the scans")
+    command.add_argument("--part", nargs="*", default=[], help="room, recipe, tune, main; main when left out")
+    command.add_argument("--seeds", nargs="*", type=int, default=[], help="the protocol's when left out")
+    command.add_argument("--labelled", nargs="*", type=_row, default=[], help="only these rows of the main table, as 2 or 10%%")
+    command.add_argument("--arm", nargs="*", default=[], help="only these arms of the main table")
+    command.add_argument("--out", type=Path, default=Path("build/evidence"), help="folder of the runs")
+    command.add_argument("--results", type=Path, default=Path("results/evidence/real"), help="folder of the tables")
     command.add_argument("--jobs", type=int, default=1, help="processes at a time; they share the cores")
-    command.add_argument("--preset", default="evidence", help="other networks and lengths of training, as small: for a GPU")
-    command.add_argument("--size", default="demo", help="demo, or full: phantoms of the real data's matrix sizes, for a GPU")
-    command.add_argument("--quick", type=int, default=1, help="divide steps and cases by this: for tests, such figures mean nothing")
+    command.add_argument("--quick", type=int, default=1, help="divide steps by this: for tests, such figures mean nothing")
 
     command = add("readme", _readme, "write the figures of README.md and docs/ anew from results/")
     command.add_argument("--picture", type=Path, metavar="RUN", help="draw docs/reconstruction.png anew from this pre-training run")
@@ -310,10 +307,15 @@ def _demo(args) -> None:
     demo(args.out, args.task, args.preset, args.seed, data_dir=args.data)
 
 
+def _row(text: str) -> int | str:
+    """A number of labelled cases, or a share as "10%"."""
+    return int(text) if text.isdigit() else text
+
+
 def _evidence(args) -> None:
     from smae_utils.evidence.run import evidence
 
-    evidence(args.out, args.results, args.task, args.part, args.seeds, args.data, args.jobs, args.quick, args.arm, args.preset, args.size)
+    evidence(args.study, args.data, args.out, args.results, args.part, args.seeds, args.labelled, args.arm, args.jobs, args.quick)
 
 
 def _benchmark(args) -> None:

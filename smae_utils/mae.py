@@ -65,12 +65,13 @@ class MaskedAutoencoder(nn.Module):
         decoder_num_heads: int,
         mask_ratio: float = 0.75,
         norm_pix_loss: bool = True,
+        air_loss: bool = True,
         **encoder,
     ):
         super().__init__()
         self.encoder = ViTEncoder(img_size, patch_size, in_chans, embed_dim, depth, num_heads, **encoder)
         self.patch_size, self.grid = self.encoder.patch_size, self.encoder.grid
-        self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
+        self.mask_ratio, self.norm_pix_loss, self.air_loss = mask_ratio, norm_pix_loss, air_loss
         length = self.encoder.pos_embed.shape[1]
         visible_count(length, mask_ratio)
 
@@ -84,17 +85,18 @@ class MaskedAutoencoder(nn.Module):
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             part.apply(init_transformer)
 
-    def forward(self, image: Tensor, noise: Tensor | None = None) -> MAEOutput:
+    def forward(self, image: Tensor, noise: Tensor | None = None, mask_ratio: float | None = None) -> MAEOutput:
         """Args:
         image: (B, C, *img_size).
         noise: (B, L); the `int(L * (1 - mask_ratio))` patches with the smallest stay visible. Drawn when absent.
+        mask_ratio: of this call, when it is not the model's own.
         """
         length = self.encoder.pos_embed.shape[1]
         if noise is None:
             noise = torch.rand(len(image), length, device=image.device)
         if noise.shape != (len(image), length):
             raise UserError(f"noise must be (images, patches) {(len(image), length)}, got {tuple(noise.shape)}")
-        visible, hidden, mask = split_by_noise(noise, self.mask_ratio)
+        visible, hidden, mask = split_by_noise(noise, mask_ratio or self.mask_ratio)
         latent = self.forward_encoder(image, visible)
         pred = self.forward_decoder(latent, visible, hidden)
         return MAEOutput(self.forward_loss(image, pred, mask), pred, mask)
@@ -135,7 +137,10 @@ class MaskedAutoencoder(nn.Module):
     def forward_loss(self, image: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Mean squared error over hidden patches, in fp32 whatever the precision of the network."""
         error = (pred.float() - self.target(image.float())).square().mean(-1)
-        return (error * mask).sum() / mask.sum()
+        if not self.air_loss:
+            patches = patchify(image, self.patch_size)
+            mask = mask * (patches.amax(-1) > patches.amin(-1))
+        return (error * mask).sum() / mask.sum().clamp(min=1)
 
     def to_image(self, image: Tensor, pred: Tensor) -> Tensor:
         """Predicted patches as an image (B, C, *img_size) in the image's intensities.

@@ -59,6 +59,7 @@ class Settings:
     depth: int = 12
     num_heads: int = 12
     class_token: bool = True
+    positions: str = "sincos"  # sincos: a fixed table while pre-training, learned from there on; learned: learned in both stages
     norm_eps: float = 1e-6  # of the layer norms; MONAI has 1e-5
     # The data.
     spacing_mm: tuple[float, ...] = ()  # voxel size to resample to; empty: the task's own
@@ -69,6 +70,7 @@ class Settings:
     cache_rate: float = 1.0  # share of the training scans kept in memory after resampling
     num_workers: int = 0
     flip_prob: float = 0.2  # per axis
+    mirror: bool = False  # also mirror left-right where labels have sides; elsewhere that is always done
     crop_area: tuple[float, ...] = (0.08, 1.0)  # share of a radiograph that a random crop covers
     # The optimiser: lr = base_lr * batch_size / 256.
     seed: int = 0
@@ -94,7 +96,9 @@ class PretrainSettings(Settings):
     """Masked-autoencoder pre-training."""
 
     mask_ratio: float = 0.75
+    mask_ratio_range: tuple[float, ...] = ()  # draw the ratio of each step between these two instead; validation keeps mask_ratio
     norm_pix_loss: bool = True
+    air_loss: bool = True  # False: hidden patches of one single value, as air around a body, do not count
     decoder_embed_dim: int = 384
     decoder_depth: int = 8
     decoder_num_heads: int = 12
@@ -116,7 +120,6 @@ class FinetuneSettings(Settings):
     layer_decay: float = 1.0  # lr of a block is multiplied by this for each block above it; 1: the same lr everywhere
     ce_weight_power: float = 0.0  # cross-entropy weighs a class by frequency ** -power, counted once over the training labels; 0: all alike
     select: str = "last"  # last, or best on the validation cases
-    mirror: bool = False  # also mirror left-right where labels have sides; elsewhere that is always done
     rotate_prob: float = 0.2  # quarter turns in the axial plane, where crops are square there
     intensity_prob: float = 0.1
     intensity_scale: float = 0.1
@@ -132,12 +135,13 @@ AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("seed", "split_seed", "fold", "num_workers", "steps", "epochs", "warmup_steps", "warmup_epochs", "val_every", "keep_every"), 0),
     **dict.fromkeys(("base_lr", "weight_decay", "clip_grad", "betas", "layer_decay", "encoder_lr", "labelled", "ce_weight_power"), 0.0),
     **dict.fromkeys(("test_share", "cache_rate", "flip_prob", "rotate_prob", "intensity_prob", "intensity_scale", "drop_path", "overlap"), 0.0),
-    **dict.fromkeys(("spacing_mm", "crop_area"), 1e-3),
+    **dict.fromkeys(("spacing_mm", "crop_area", "mask_ratio_range"), 1e-3),
 }
 AT_MOST: dict[str, float] = {
     **dict.fromkeys(("cache_rate", "flip_prob", "rotate_prob", "intensity_prob", "layer_decay", "encoder_lr", "crop_area"), 1.0),
     **dict.fromkeys(("drop_path", "overlap"), 0.99),
     "test_share": 0.9,
+    "mask_ratio_range": 0.99,
     **dict.fromkeys(("betas",), 0.999999),
 }
 
@@ -223,8 +227,8 @@ def make_settings(cls: type[Settings], values: dict[str, Any], where: str | dict
     if unknown:
         raise UserError(f"unknown setting {unknown[0]!r} ({given_by[unknown[0]]}): {_meant(str(unknown[0]), hints)}")
     made = {name: coerce(value, hints[name], said[name]) for name, value in values.items()}
-    for name in ("betas", "crop_area"):
-        if name in made and (len(made[name]) != 2 or list(made[name]) != sorted(made[name])):
+    for name in ("betas", "crop_area", "mask_ratio_range"):
+        if made.get(name) and (len(made[name]) != 2 or list(made[name]) != sorted(made[name])):
             raise UserError(f"{said[name]} must be two numbers, the smaller first, got {list(made[name])}")
     for name, value in made.items():
         low, high = AT_LEAST.get(name, -math.inf), AT_MOST.get(name, math.inf)

@@ -121,7 +121,8 @@ def pretrain(
     def loss_of(net: nn.Module, batch: dict) -> Tensor:
         if settings.shuffle_patches:
             batch = {**batch, "image": shuffle_patches(batch["image"], model.patch_size, batch["noise_seed"])}
-        return net(batch["image"], mask_noise(batch["noise_seed"], length).to(batch["image"].device)).loss
+        noise = mask_noise(batch["noise_seed"], length).to(batch["image"].device)
+        return net(batch["image"], noise, drawn_ratio(settings, batch["noise_seed"][0]) if net.training else None).loss
 
     def validate(net: nn.Module) -> dict[str, float]:
         # The same crops and the same masks every time, so that the curve shows the model and not the draw.
@@ -218,6 +219,13 @@ def finetune(
     augment = augment_finetune(record, settings)
     loop = Loop(config, out, model, scans, augment, settings, loss_of, report, settings.layer_decay, facts)
     return loop.run(resume, validate if splits["val"] else None, best=settings.select == "best")
+
+
+def drawn_ratio(settings: PretrainSettings, seed: int) -> float | None:
+    """The mask ratio of a step, uniform in `mask_ratio_range` and drawn from the step's own seed; None: the model's own ratio."""
+    if not settings.mask_ratio_range:
+        return None
+    return float(np.random.default_rng(int(seed) % 2**63).uniform(*settings.mask_ratio_range))
 
 
 def few_labelled(cases: list[Case], count: int, seed: int) -> list[Case]:

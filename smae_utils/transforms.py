@@ -93,16 +93,18 @@ def is_foreground(image: torch.Tensor) -> torch.Tensor:
 
 
 def augment_pretrain(task: Task, settings: Settings) -> Compose:
-    """Random crops around intensity foreground, and flips. Images only."""
+    """Random crops around intensity foreground, and flips as in fine-tuning: positions learn one atlas. Images only."""
+    keep_sides = task.sided and not settings.mirror
     if task.spatial_dims == 2:
-        return Compose([RandomRadiograph(settings.crop_size, settings.flip_prob, settings.crop_area, "")])
+        return Compose([RandomRadiograph(settings.crop_size, 0.0 if keep_sides else settings.flip_prob, settings.crop_area, "")])
+    flips = _flips(["image"], settings.flip_prob, axes=(2,) if keep_sides else (0, 1, 2))
     if task.whole:
-        return Compose([*_resized_crop(["image"], settings), *_flips(["image"], settings.flip_prob, axes=(0, 1, 2))])
+        return Compose([*_resized_crop(["image"], settings), *flips])
     return Compose(
         [
             AddForeground(),
             mt.RandWeightedCropd("image", w_key="foreground", spatial_size=settings.crop_size, num_samples=settings.crops_per_scan),
-            *_flips(["image"], settings.flip_prob, axes=(0, 1, 2)),
+            *flips,
         ]
     )
 

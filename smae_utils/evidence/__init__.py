@@ -1,1 +1,1 @@
-"""Does self pre-training help here, by how much, and when not? The study of docs/protocol.md, one command, resumable."""
+"""The study on real scans: what is compared, the runs, and the tables and figures made of them (docs/protocol.md)."""

@@ -1,145 +1,133 @@
-"""The command: tune on the development seed, check the gates, run the fresh seeds, write the tables. Everything done is found again."""
+"""The command: find a set-up and tune it on the development seed, then run the fresh seeds. What the tables hold is not run again."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 
 from smae_utils.errors import UserError
-from smae_utils.evidence import gates, probes, tables
-from smae_utils.evidence.arms import CNN_GRID, CONTROLS, DEV_SEED, GRID, MAIN, PRESET, SEEDS, TASKS, Arm, sweep
-from smae_utils.evidence.study import Setup, Unit
-from smae_utils.phantoms import SIZES
-from smae_utils.settings import resolve
-from smae_utils.tasks import get_task
+from smae_utils.evidence.figures import draw
+from smae_utils.evidence.plan import Arm, Row, Study, read_study, shortened
+from smae_utils.evidence.tables import Results, said
+from smae_utils.evidence.unit import Made, Place, Unit, scores_of
 
-SWEEPS = ("finetune4x", "masking", "longer", "context", "scans")
-WITH_ARMS = ("main", "controls", *SWEEPS)
-PARTS = ("tune", "gates", "main", "controls", "budget", *SWEEPS)
-Tuned = dict[str, dict[str, tuple[float, float]]]
+PARTS = ("room", "recipe", "tune", "main")
+Rows = list[dict[str, Any]]
+Answer = tuple[Rows, Rows, Made]  # rows of the table, rows of the scored cases, where the run was made
 
 
 def evidence(
-    out: Path, results: Path, tasks: Iterable[str] = (), parts: Iterable[str] = (), seeds: Iterable[int] = (), data: str | None = None,
-    jobs: int = 1, quick: int = 1, arms: Iterable[str] = (), preset: str = PRESET, size: str = "demo",
+    name: str, data: str | Path, out: Path, results: Path, parts: Iterable[str] = (), seeds: Iterable[int] = (), labelled: Iterable[Row] = (),
+    arms: Iterable[str] = (), jobs: int = 1, quick: int = 1,
 ) -> None:  # fmt: skip
-    """Run the study, or parts of it, and write its tables.
+    """Run a study, or parts of it, and write its tables and its figure.
 
     Args:
-        out: folder of phantoms and runs; what is finished there is not done again.
-        results: folder of the CSV files.
-        data: folder of a real download instead of phantoms; needs one task. Seeds are then seeds of the training alone.
+        name: the study, see `plan.read_study`.
+        data: folder of the real scans.
+        out: folder of the runs; what is finished there is not trained again.
+        results: folder of the CSV files, one more folder a study; rows that are there are not run again.
+        parts: "room" (designs, scratch alone), "recipe" (kinds of pre-training), "tune" (rates), all on the development seed, and "main".
+        seeds, labelled, arms: only these of the main table; all when empty.
         jobs: processes at a time, which share the cores.
-        quick: divides steps and cases; such figures mean nothing.
-        arms: only these arms of the parts that have arms; all when empty.
-        preset, size: other networks, or phantoms of the real data's matrix sizes ("full"): for a GPU. Their figures have folders of their own.
+        quick: divides steps; such figures mean nothing and are refused beside others.
 
     Raises:
-        UserError: for an unknown task, part or arm, or a part named that real data cannot have.
+        UserError: for an unknown study, part, row or arm, or for data that are not the study's.
     """
-    parts = list(parts)
-    named = bool(parts)
-    tasks, parts, seeds = list(tasks) or list(TASKS), parts or list(PARTS), list(seeds) or list(SEEDS)
-    for name, known, given in (("task", TASKS, tasks), ("part", PARTS, parts)):
-        for wrong in set(given) - set(known):
-            raise UserError(f"the evidence study has no {name} {wrong!r}: expected some of {', '.join(known)}")
-    if size not in SIZES:
-        raise UserError(f"the size of phantoms must be {' or '.join(SIZES)}, got {size!r}")
-    for name, value in (("jobs", jobs), ("quick", quick)):
+    study = read_study(name)
+    parts, arms, labelled, seeds = list(parts) or ["main"], list(arms), list(labelled), tuple(seeds)
+    for what, given, known in (("part", parts, PARTS), ("arm", arms, study.arms), ("row of labelled cases", labelled, study.labelled)):
+        for wrong in given:
+            if wrong not in known:
+                raise UserError(f"the study {study.name} has no {what} {wrong!r}: expected some of {', '.join(map(str, known))}")
+    for option, value in (("jobs", jobs), ("quick", quick)):
         if value < 1:
-            raise UserError(f"--{name} must be at least 1, got {value}")
-    if data and len(tasks) != 1:
-        raise UserError("--data is the folder of one task's download: name it with --task")
-    if data and (none := [part for part in SWEEPS if part in parts and not arms_of(part, tasks[0], real=True)]):
-        if named:
-            raise UserError(f"the part {none[0]} draws phantoms of its own: it has no meaning with --data; leave it out")
-        parts = [part for part in parts if part not in none]
-    arms = list(arms)
-    there = {arm.name for task in tasks for part in WITH_ARMS if part in parts for arm in arms_of(part, task, bool(data))}
-    if wrong := sorted(set(arms) - there):
-        raise UserError(f"no arm {wrong[0]!r} in these parts: expected some of {', '.join(sorted(there)) or '(none)'}")
-    setup = Setup(out, data, quick, max(1, (os.cpu_count() or 1) // jobs), preset, size)
-    results = Path(results) / setup.folder(tasks[0])
-    for task in tasks:  # an unknown preset is told before anything is drawn
-        resolve(get_task(task), "finetune", preset)
-    command = f"--task {' '.join(tasks)} --part {' '.join(parts)} --seeds {' '.join(map(str, seeds))} --jobs {jobs}" + (
-        f" --data {data}" if data else ""
-    )
-    command += f" --arm {' '.join(arms)}" if arms else ""
-    command += f" --preset {preset} --size {size}" if (preset, size) != (PRESET, "demo") else ""
-    tables_to = tables.Writer(results, command, quick)
-    units = [(task, seed) for seed in seeds for task in tasks]
-    if "tune" in parts:
-        for task in tasks:  # before the arms, which would draw the same phantoms side by side
-            make_unit(setup, task, DEV_SEED).list_file()
-        jobs_of(jobs, _tune, [(setup, task, arm) for task in tasks for arm in ("scratch", "self", "cnn")], tables_to.tuning)
-    tuned = tables.read_tuned(results)
-    for task in tasks:
-        if set(tuned.get(task, {})) < {"scratch", "self", "cnn"}:
-            raise UserError(f"{results / 'tuning.csv'} has no learning rates for {task}: run the part tune first")
-    if "gates" in parts:
-        jobs_of(jobs, gates.run_gates, [(setup, task, tuned[task]) for task in tasks], tables_to.gates)
-    for part in WITH_ARMS:
+            raise UserError(f"--{option} must be at least 1, got {value}")
+    words = {"--part": parts, "--seeds": seeds, "--labelled": labelled, "--arm": arms, "--jobs": [jobs] if jobs > 1 else []}
+    command = " ".join([f"python -m smae_utils evidence {study.name} --data DATA", *(" ".join([k, *map(str, v)]) for k, v in words.items() if v)])
+    tables = Results(Path(results) / study.name, command, quick)
+    if quick > 1:
+        study = shortened(study, quick)
+    place = Place(str(Path(data).resolve()), Path(out), max(1, (os.cpu_count() or 1) // jobs))
+    Unit(study, place, study.dev_seed)  # wrong data are told before processes start
+    for part in PARTS:
         if part in parts:
-            wanted = {task: tuple(a for a in arms_of(part, task, bool(data)) if not arms or a.name in arms) for task in tasks}
-            arguments = [(setup, task, seed, wanted[task], tuned[task]) for task, seed in units if wanted[task]]
-            jobs_of(jobs, _arms, arguments, tables_to.part("sweeps" if part in SWEEPS else part))
-    if "controls" in parts and not arms:  # a probe is no arm
-        jobs_of(jobs, probes.probe, [(setup, task, seed) for task, seed in units], tables_to.part("controls"))
-    if "budget" in parts:
-        jobs_of(jobs, gates.budget, [(setup, task, tuned[task]) for task in tasks], tables_to.gates)
-    tables_to.finish()
+            missing = [job for job in _jobs(part, study, place, tables, seeds, labelled, arms) if not tables.has(part, job[0])]
+            run_jobs(jobs, missing, lambda key, answer, part=part: tables.add(part, key, answer))
+    draw(tables.folder, study)
 
 
-def arms_of(part: str, task: str, real: bool = False) -> tuple[Arm, ...]:
-    """The arms of a part; on real data only those that need no phantoms drawn another way, which may be none."""
-    arms = {"main": MAIN, "controls": CONTROLS}.get(part) or sweep(part, task)
-    return tuple(arm for arm in arms if not real or not arm.condition.draws)
+def _jobs(part: str, study: Study, place: Place, tables: Results, seeds: tuple[int, ...], labelled: list[Row], arms: list[str]) -> list[tuple]:
+    """(key of the row, function, arguments) of each run of a part, in the order in which they are started."""
+    scratch, dev = study.arms["scratch"], study.dev_seed
+    if part == "room":
+        first = study.grids["scratch"][0]
+        return [
+            ({"design": name, "labelled": row}, run_one, (study, place, dev, 0, "scratch", scratch, row, first, design, f"design-{name}"))
+            for name, design in study.designs.items()
+            for row in study.design_rows
+        ]
+    if part == "recipe":
+        main = next(name for name, arm in study.arms.items() if arm.init in study.pretrainings)
+        first = study.grids[study.arms[main].tuned_as or main][0]
+        return [
+            ({"recipe": name, "labelled": study.tune_row}, run_one, (study, place, dev, 0, main, study.arms[main], study.tune_row, first, more, f"recipe-{name}"))
+            for name, more in study.recipes.items()
+        ]  # fmt: skip
+    if part == "tune":
+        return [
+            ({"arm": name, "setting": said(setting)}, run_one, (study, place, dev, 0, f"tune{number}-{name}", study.arms[name], study.tune_row, setting))
+            for name, grid in study.grids.items()
+            for number, setting in enumerate(grid)
+        ]
+    tuned = tables.tuned(study)
+    chosen: list[tuple[str, Arm]] = [(name, arm) for name, arm in study.arms.items() if not arms or name in arms]
+    return [
+        (
+            {"labelled": row, "arm": name, "seed": seed, "fold": fold},
+            run_one,
+            (study, place, seed, fold, name, arm, row, tuned[arm.tuned_as or name]),
+        )
+        for seed, fold in study.units(seeds)
+        for name, arm in sorted(chosen, key=lambda pair: pair[1].init != "scratch")
+        for row in labelled or study.labelled
+        if not arm.rows or row in arm.rows
+    ]
 
 
-def jobs_of(jobs: int, function: Callable, arguments: list[tuple], receive: Callable[[pd.DataFrame], None]) -> None:
-    """Call `function` for each tuple, `jobs` at a time in processes of their own; `receive` gets each table when it is there."""
+def run_one(study, place, seed, fold, name, arm, row, tuned, design=None, folder="") -> Answer:
+    """One arm of one unit, in this process with its share of the cores."""
+    torch.set_num_threads(place.threads)
+    table, made = Unit(study, place, seed, fold, design, folder).run_arm(name, arm, row, tuned)
+    rows = [{"metric": metric, "value": value} for metric, value in scores_of(table, study.metric).items()]
+    kept = ["patient", "case", "class", *(["target", "score"] if study.metric == "mauc" else ["dsc"])]
+    return rows, table[kept].to_dict("records"), made
+
+
+def run_jobs(jobs: int, todo: list[tuple], receive: Callable[[dict, Answer], None]) -> None:
+    """Run each, `jobs` at a time in processes of their own; `receive` gets each answer as it comes."""
     if jobs == 1:
-        for values in arguments:
-            receive(function(*values))
+        for key, function, arguments in todo:
+            receive(key, function(*arguments))
         return
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(function, *values) for values in arguments]
+        futures = {pool.submit(function, *arguments): key for key, function, arguments in todo}
         try:
-            for future in futures:
-                receive(future.result())
+            for future in as_completed(futures):
+                receive(futures[future], future.result())
         except BaseException:  # said at once, not after hours of the others
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def make_unit(setup: Setup, task: str, seed: int) -> Unit:
-    """A unit in this process, with its share of the cores."""
-    torch.set_num_threads(setup.threads)
-    return Unit(setup, task, seed)
-
-
-def _tune(setup: Setup, task: str, arm: str) -> pd.DataFrame:
-    """Scores of the learning-rate grid of one arm on the development seed."""
-    unit = make_unit(setup, task, DEV_SEED)
-    base = {a.name: a for a in MAIN}[arm]
-    rows = []
-    for factor, decay in CNN_GRID if arm == "cnn" else GRID:
-        scores = unit.run_arm(base, {arm: (factor, decay)}, name=f"tune-{arm}-lr{factor}-decay{decay}")
-        rows.append({"task": task, "arm": arm, "lr_factor": factor, "layer_decay": decay, "score": scores.get("mauc", scores.get("dsc"))})
-    return unit.table(rows)
-
-
-def _arms(setup: Setup, task: str, seed: int, arms: tuple[Arm, ...], tuned: dict[str, tuple[float, float]]) -> pd.DataFrame:
-    unit = make_unit(setup, task, seed)
-    rows = []
-    for arm in arms:
-        scores = unit.run_arm(arm, tuned)
-        rows += [{"task": task, "condition": arm.condition.name, "arm": arm.name, "seed": seed, "metric": k, "value": v} for k, v in scores.items()]
-    return unit.table(rows)
+def results_of(folder: Path, name: str) -> pd.DataFrame:
+    """A table of a study, empty where it was not run."""
+    return Results(folder).read(name)

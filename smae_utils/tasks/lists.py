@@ -114,14 +114,14 @@ def _sided(content: dict[str, Any], base: Task, own_classes: bool) -> tuple[bool
     """Whether images are kept from being mirrored left-right, and a note on what was assumed."""
     named = [name for name in base.classes if SIDES.search(name)]
     if "sided" in content:
-        note = f'"sided" is false though {named[0]!r} names a side: fine-tuning mirrors images left-right' if named and not content["sided"] else ""
+        note = f'"sided" is false though {named[0]!r} names a side: training mirrors images left-right' if named and not content["sided"] else ""
         return content["sided"], note
     if not own_classes:
         return base.sided, ""
     if not base.classes:
         return True, ""
     why = f"the class {named[0]!r} names a side" if named else "the list does not say whether labels tell left from right"
-    return True, f'{why}: fine-tuning does not mirror images left-right; "sided": false in the list, or --set mirror=true, allows it'
+    return True, f'{why}: training does not mirror images left-right; "sided": false in the list, or --set mirror=true, allows it'
 
 
 def _split_notes(cases: dict[str, list[dict]]) -> list[str]:
