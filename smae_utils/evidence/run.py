@@ -83,24 +83,34 @@ def _jobs(part: str, study: Study, place: Place, tables: Results, seeds: tuple[i
             for name, more in study.recipes.items()
         ]  # fmt: skip
     if part == "tune":
-        return [
+        return spread(
             ({"arm": name, "setting": said(setting)}, run_one, (study, place, dev, 0, f"tune{number}-{name}", study.arms[name], study.tune_row, setting))
             for name, grid in study.grids.items()
             for number, setting in enumerate(grid)
-        ]
+        )
     tuned = tables.tuned(study)
     chosen: list[tuple[str, Arm]] = [(name, arm) for name, arm in study.arms.items() if not arms or name in arms]
-    return [
-        (
-            {"labelled": row, "arm": name, "seed": seed, "fold": fold},
-            run_one,
-            (study, place, seed, fold, name, arm, row, tuned[arm.tuned_as or name]),
+    jobs = []
+    for seed, fold in study.units(seeds):
+        jobs += spread(
+            (
+                {"labelled": row, "arm": name, "seed": seed, "fold": fold},
+                run_one,
+                (study, place, seed, fold, name, arm, row, tuned[arm.tuned_as or name]),
+            )
+            for name, arm in chosen
+            for row in labelled or study.labelled
+            if not arm.rows or row in arm.rows
         )
-        for seed, fold in study.units(seeds)
-        for name, arm in sorted(chosen, key=lambda pair: pair[1].init != "scratch")
-        for row in labelled or study.labelled
-        if not arm.rows or row in arm.rows
-    ]
+    return jobs
+
+
+def spread(jobs: Iterable[tuple]) -> list[tuple]:
+    """The jobs of a unit in an order that keeps processes busy: one of each pre-training, which makes it, then those that need none, then the others."""
+    jobs = list(jobs)
+    arms = [job[2][5] for job in jobs]
+    rank = [1 if arm.init == "scratch" else 0 if arms.index(arm) == place else 2 for place, arm in enumerate(arms)]
+    return [job for _, job in sorted(zip(rank, jobs), key=lambda pair: pair[0])]
 
 
 def run_one(study, place, seed, fold, name, arm, row, tuned, design=None, folder="") -> Answer:
