@@ -143,7 +143,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--occlusion", action="store_true", help="draw which places speak for the likeliest finding (radiographs)")
 
     command = add("download", _download, "fetch a public data set: the only command that uses the network")
-    command.add_argument("name", metavar="hippocampus|brats")
+    command.add_argument("name", metavar="hippocampus|brats|chestmnist")
+    command.add_argument("--size", type=int, default=64, help="pixels of chestmnist: 64, 128 or 224")
     command.add_argument("--out", required=True, type=Path, help="folder to put it into")
 
     command = add("resample", _resample, "bring a mask onto the grid of its image by nearest neighbour")
@@ -271,8 +272,8 @@ def _predict(args) -> None:
 def _download(args) -> None:
     from smae_utils.download import download
 
-    folder = download(args.name, args.out)
-    print(f"next: python -m smae_utils check {args.name} --data {folder}")
+    place = download(args.name, args.out, size=args.size)
+    print("next: python -m smae_utils check " + (str(place) if place.is_file() else f"{args.name} --data {place}"))
 
 
 def _resample(args) -> None:

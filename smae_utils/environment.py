@@ -71,7 +71,7 @@ def make_environment() -> None:
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = next(line.strip() for line in constraints if line.startswith("torch=="))
     _pip(pinned)
-    _pip("--constraint", str(ROOT / "constraints.txt"), "--editable", f"{ROOT}[examples,dicom,itk,test,browser]")
+    _pip("--constraint", str(ROOT / "constraints.txt"), "--editable", f"{ROOT}[examples,dicom,itk,medmnist,test,browser]")
     stamp.write_text(digest, encoding="utf-8")
 
 

@@ -74,12 +74,9 @@ def fresh(folder: Path) -> Path:
 
 
 def evidence_table(task: str) -> pd.DataFrame:
-    """What the committed evidence study found for a task: difference of each arm to scratch with its 95 % interval over seeds; may be empty."""
-    file = work_root() / "results" / "evidence" / "intervals.csv"
-    if not file.is_file():
-        return pd.DataFrame()
-    table = pd.read_csv(file, comment="#").fillna({"condition": "the study's own"})
-    return table[(table.task == task) & table.metric.isin(["mauc", "dsc", "hd95_mm"])].drop(columns="task").round(3)
+    """What the committed study on real scans found for a task: difference of each arm to scratch with its 95 % interval over seeds; may be empty."""
+    file = work_root() / "results" / "evidence" / "real" / Path(task).stem / "intervals.csv"
+    return pd.read_csv(file, comment="#").round(3) if file.is_file() else pd.DataFrame()
 
 
 def run_folder(task: str, run_dir: str = "", preset: str = "demo", seed: int = 0) -> Path:

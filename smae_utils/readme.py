@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +13,8 @@ from smae_utils.build import build_mae
 from smae_utils.data import read_splits
 from smae_utils.demo import pivot
 from smae_utils.errors import UserError
-from smae_utils.evidence.tables import intervals, read
+from smae_utils.evidence.plan import Study, read_study
+from smae_utils.evidence.tables import KEYS, Results, intervals, patient_interval
 from smae_utils.lesson import load_crop
 from smae_utils.plots import show_reconstruction
 from smae_utils.runs import Run, find_data
@@ -43,122 +45,97 @@ def paper_block(root: Path) -> str:
     return _table(pd.read_csv(file, comment="#")) + "\n" + _facts(file)
 
 
-PRIMARY = {"cxr14": "mauc", "btcv": "dsc", "brats": "dsc"}
+STUDIES = {"hippocampus": "dsc", "cxr14_64px": "mauc"}  # of presets/study, with their primary figures
 
 
-# Arms of the tables that compare, in their order, and how long the arms of a condition were fine-tuned.
-COMPARED = ("self", "steps_x0.25", "steps_x4", "samples_x16", "raw_pixels", "raw_pixels_x4", "scratch_equal_compute", "cnn")
-CONTROLLED = {"shuffled_patches", "permuted_weights", "shuffled_labels", "probe_random"}
-FINE_TUNED = {"": "1x", "finetune4x": "4x"}
-MATCHED = {"": "self", "finetune4x": "steps_x4"}  # whose total compute scratch_equal_compute has
+def _study(root: Path, name: str, table: str) -> pd.DataFrame:
+    return Results(root / "results" / "evidence" / "real" / name).read(table)
 
 
-def _longer_labelled(folder: Path, task: str, metric: str) -> list:
-    """Scratch with four times the fine-tuning steps beside scratch: the other way to spend more time."""
-    main, sweeps = read(folder / "main.csv"), read(folder / "sweeps.csv")
-    longer = sweeps[(sweeps.condition == "finetune4x") & (sweeps.arm == "scratch")].assign(arm="longer", condition="")
-    both = pd.concat([main[main.arm == "scratch"], longer])
-    table = intervals(both[(both.task == task) & (both.metric == metric)])
-    return list(table.itertuples())
+def _details(files: Iterable[Path]) -> str:
+    facts = "".join(_facts(file) for file in files if file.is_file())
+    return f"\n\n<details><summary>Commands, machines, dates, commits</summary>\n{facts}\n\n</details>"
 
 
-def _compared(row) -> tuple:
-    """seeds, scratch, the arm's figure, difference and interval; two seeds give no interval worth printing."""
-    span = f"{row.low:+.3f} to {row.high:+.3f}" if row.seeds > 2 else f"{row.seeds} seeds only"
-    return row.seeds, row.scratch, row.value, f"{row.difference:+.3f}", span
+def _span(low: float, high: float) -> str:
+    return f"{low:+.3f} to {high:+.3f}" if pd.notna(low) else "one unit only"
 
 
-def evidence_block(root: Path) -> str:
-    """Primary figures of `results/evidence/intervals.csv`, and the real data sets, which nobody has run."""
-    folder = root / "results" / "evidence"
-    table = read(folder / "intervals.csv")
+def _order(study: Study, table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of a table of intervals in the order of the study: by labelled cases, then by arm."""
+    rows, arms = [str(row) for row in study.labelled], list(study.arms)
+    return table.sort_values(["labelled", "arm"], key=lambda c: c.map((rows if c.name == "labelled" else arms).index))
+
+
+def main_block(root: Path, name: str, arms: Iterable[str] = ()) -> str:
+    """Each arm beside scratch, by labelled cases, from the study's `main.csv`."""
+    study, main = read_study(name), _study(root, name, "main")
+    if main.empty:
+        return "Not run yet."
+    table, cases = intervals(main[main.metric == STUDIES[name]]), _study(root, name, "cases")
     rows = []
-    for task, metric in PRIMARY.items():
-        for condition, times in FINE_TUNED.items():
-            part = table[(table.task == task) & (table.metric == metric) & (table.condition == condition)].set_index("arm")
-            for row in part.reindex([arm for arm in COMPARED if arm in part.index]).itertuples():
-                name = f"{row.Index} (to {MATCHED[condition]})" if row.Index == "scratch_equal_compute" else row.Index
-                rows.append((f"{task} phantoms", metric, times, name, *_compared(row)))
-        rows += [
-            (f"{task} phantoms", metric, "4x", "scratch, against scratch at 1x", *_compared(row)) for row in _longer_labelled(folder, task, metric)
-        ]
-    for task, metric in PRIMARY.items():
-        real = read(folder / f"real-{task}" / "intervals.csv")
-        part = real[(real.arm == "self") & (real.metric == metric) & (real.condition == "")] if len(real) else real
-        for row in part.itertuples():
-            rows.append((f"{task}, real data", metric, "1x", "self", *_compared(row)))
-        if part.empty:
-            rows.append((f"{task}, real data", metric, "", "self", 0, "not run", "not run", "", ""))
-    made = pd.DataFrame(rows, columns=["data", "metric", "fine-tuning", "arm", "seeds", "scratch", "arm's", "difference", "95 % interval"])
-    facts = _facts(folder / "main.csv") + _facts(folder / "sweeps.csv")
-    return f"{_table(made)}\n\n<details><summary>Commands, machines, dates, commits</summary>\n{facts}\n\n</details>"
+    for row in _order(study, table).itertuples():
+        if arms and row.arm not in arms:
+            continue
+        line = {"labelled": row.labelled, "arm": row.arm, "units": row.units, "scratch": row.scratch, "arm's": row.value}
+        line |= {"difference": f"{row.difference:+.3f}", "95 % interval": _span(row.low, row.high)}
+        if study.folds:
+            line["by patients"] = _span(*patient_interval(cases, row.labelled, row.arm)[1:])
+        rows.append(line)
+    folder = root / "results" / "evidence" / "real" / name
+    return _table(pd.DataFrame(rows)) + _details([folder / "main.csv"])
 
 
-def controls_block(root: Path) -> str:
-    """Controls beside scratch and self on the same seeds, from `results/evidence/{main,controls}.csv`."""
-    folder = root / "results" / "evidence"
-    controls = read(folder / "controls.csv")
-    table = pd.concat([read(folder / "main.csv"), controls])
-    rows = []
-    for task, metric in PRIMARY.items():
-        for kind, arms in (
-            (metric, ("scratch", "self", "shuffled_patches", "permuted_weights", "shuffled_labels")),
-            ("linear_probe_auc", ("probe_random", "probe_pretrained")),
-            ("latents_r2", ("probe_random", "probe_pretrained")),
-        ):
-            part = table[(table.task == task) & (table.metric == kind) & table.arm.isin(arms)]
-            wide = part.pivot(index="seed", columns="arm", values="value")
-            wide = wide[[arm for arm in arms if arm in wide]].dropna()  # the seeds that all arms have
-            if set(wide) & CONTROLLED:
-                rows += [(task, kind, arm, len(wide), float(wide[arm].mean()), " ".join(f"{v:.3f}" for v in wide[arm])) for arm in wide]
-    made = pd.DataFrame(rows, columns=["task", "metric", "arm", "seeds", "mean", "of each seed"])
-    return _table(made) + "\n" + _facts(folder / "controls.csv")
+def first_block(root: Path) -> str:
+    """The README's table: pre-training on all training images against scratch and against a convolutional network."""
+    parts = [f"{read_study(name).title}\n\n{main_block(root, name, ('self_all', 'cnn'))}" for name in STUDIES if not _study(root, name, "main").empty]
+    return "\n\n".join(parts) or "Not run yet."
 
 
-def sweeps_block(root: Path) -> str:
-    """Arms against scratch under each condition of `results/evidence/sweeps.csv`, beside the study's own on the same seeds."""
-    folder = root / "results" / "evidence"
-    own_name = "the study's own"
-    sweeps = read(folder / "sweeps.csv").replace({"condition": {"": own_name}})
-    main = read(folder / "main.csv").query("arm in ('scratch', 'self')").assign(condition=own_name)
-    rows = []
-    for task, metric in PRIMARY.items():
-        swept = sweeps[(sweeps.task == task) & (sweeps.metric == metric)]
-        own = main[(main.task == task) & (main.metric == metric) & main.seed.isin(swept.seed)]
-        for condition, part in pd.concat([own, swept]).groupby("condition"):
-            wide = part.pivot(index="seed", columns="arm", values="value")
-            for arm in (a for a in wide.columns if a != "scratch" and "scratch" in wide):
-                both = wide[["scratch", arm]].dropna()
-                gains = " ".join(f"{v:+.3f}" for v in both[arm] - both["scratch"])
-                if len(both):
-                    seeds = " ".join(map(str, both.index))
-                    rows.append((task, metric, condition, arm, seeds, float(both["scratch"].mean()), float(both[arm].mean()), gains))
-    made = pd.DataFrame(rows, columns=["task", "metric", "condition", "arm", "seeds", "scratch", "arm's", "difference of each seed"])
-    return _table(made) + "\n" + _facts(folder / "sweeps.csv")
+def missing_block(root: Path) -> str:
+    """What of the main tables was not run."""
+    lines = []
+    for name in STUDIES:
+        study, results = read_study(name), Results(root / "results" / "evidence" / "real" / name)
+        main = results.read("main")
+        done = set() if main.empty else set(zip(main.labelled, main.arm, main.seed, main.fold))
+        left: dict[str, int] = {}
+        for arm, record in study.arms.items():
+            for row in record.rows or study.labelled:
+                left[arm] = left.get(arm, 0) + sum((str(row), arm, seed, fold) not in done for seed, fold in study.units())
+        text = ", ".join(f"{arm} {count}" for arm, count in left.items() if count) or "nothing"
+        lines.append(f"* {name}: {len(done)} runs made; missing: {text}.")
+    return "\n".join(lines)
 
 
-def repeat_block(root: Path) -> str:
-    """The same seeds run twice, on two machines: `results/evidence/main.csv` beside `results/evidence/repeat/main.csv`."""
-    folder = root / "results" / "evidence"
-    first, again = read(folder / "main.csv"), read(folder / "repeat" / "main.csv")
-    if again.empty:
-        return "not run"
-    both = first.merge(again, on=["task", "arm", "seed", "metric"], suffixes=("", "_again"))
-    both = both[both.metric == both.task.map(PRIMARY)].sort_values(["task", "seed", "arm"])
-    change = [f"{v:+.3f}" for v in both.value_again - both.value]
-    made = pd.DataFrame(
-        {"task": both.task, "metric": both.metric, "seed": both.seed, "arm": both.arm, "first": both.value, "again": both.value_again}
+def chosen_block(root: Path, name: str, table: str) -> str:
+    """Scores of the development seed: `room`, `recipe` or `tune`."""
+    found = _study(root, name, table)
+    if found.empty:
+        return "Not run yet."
+    keys = [key for key in KEYS[table] if key in found]
+    wide = found.pivot_table(index=keys, columns="metric", values="value", sort=False).reset_index()
+    return _table(wide.sort_values(keys[0] if table == "tune" else STUDIES[name], ascending=table == "tune", kind="stable")) + _details(
+        [root / "results" / "evidence" / "real" / name / f"{table}.csv"]
     )
-    return _table(made.assign(difference=change)) + "\n" + _facts(folder / "repeat" / "main.csv")
 
 
-def gates_block(root: Path) -> str:
-    """`results/evidence/gates.csv`: what held and what did not."""
-    table = pd.read_csv(root / "results" / "evidence" / "gates.csv", comment="#", dtype={"gate": str}).sort_values(["task", "gate"], kind="stable")
-    table = table.assign(
-        limit=table.limit.fillna(""), holds=table.holds.map({"True": "yes", "False": "**no**", True: "yes", False: "**no**"}).fillna("")
-    )
-    return _table(table[["task", "gate", "what", "value", "limit", "holds"]]) + "\n" + _facts(root / "results" / "evidence" / "gates.csv")
+# Arms of the phantom study that are shown, in their order.
+PHANTOM_ARMS = ("self", "steps_x4", "raw_pixels", "raw_pixels_x4", "scratch_equal_compute", "cnn", "shuffled_patches", "permuted_weights")
+
+
+def phantoms_block(root: Path) -> str:
+    """Primary figures of `results/evidence/phantoms/intervals.csv`."""
+    folder = root / "results" / "evidence" / "phantoms"
+    table = pd.read_csv(folder / "intervals.csv", comment="#", dtype={"condition": str}).fillna({"condition": ""})
+    table = table[table.arm.isin(PHANTOM_ARMS) & table.metric.isin(["mauc", "dsc"]) & table.condition.isin(["", "finetune4x"])]
+    table = table.sort_values(["task", "condition", "arm"], key=lambda c: c.map(PHANTOM_ARMS.index) if c.name == "arm" else c)
+    rows = [
+        (r.task, r.metric, "4x" if r.condition else "1x", r.arm, r.seeds, r.scratch, r.value, f"{r.difference:+.3f}", _span(r.low, r.high))
+        for r in table.itertuples()
+    ]
+    columns = ["task", "metric", "fine-tuning", "arm", "seeds", "scratch", "arm's", "difference", "95 % interval"]
+    return _table(pd.DataFrame(rows, columns=columns)) + _details(folder / f"{name}.csv" for name in ("main", "sweeps", "controls"))
 
 
 def explorer_block(root: Path) -> str:
@@ -169,14 +146,10 @@ def explorer_block(root: Path) -> str:
 
 # file of the project -> name of a block in it -> what writes it
 BLOCKS: dict[str, dict[str, Callable[[Path], str]]] = {
-    "README.md": {"demo": demo_block, "paper": paper_block, "evidence": evidence_block, "explorer": explorer_block},
-    "docs/evidence.md": {
-        "evidence": evidence_block,
-        "controls": controls_block,
-        "sweeps": sweeps_block,
-        "gates": gates_block,
-        "repeat": repeat_block,
-    },
+    "README.md": {"demo": demo_block, "paper": paper_block, "real": first_block, "explorer": explorer_block},
+    "docs/evidence.md": {**{f"main-{name}": partial(main_block, name=name) for name in STUDIES}, "missing": missing_block},
+    "docs/recipe.md": {f"{table}-{name}": partial(chosen_block, name=name, table=table) for name in STUDIES for table in ("room", "recipe", "tune")},
+    "docs/phantoms.md": {"phantoms": phantoms_block},
 }
 
 

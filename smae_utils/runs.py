@@ -29,7 +29,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from smae_utils.errors import UserError
-from smae_utils.settings import read_yaml
+from smae_utils.settings import read_yaml, write_yaml
 from smae_utils.tasks.lists import is_list
 from smae_utils.weights import WEIGHTS
 
@@ -205,14 +205,14 @@ class Run:
         run = cls.check(path, config, resume, defaults)
         if not run.exists:
             run.path.mkdir(parents=True, exist_ok=True)
-            write_text(run.path / "config.yaml", yaml.safe_dump({"schema": SCHEMA, **config}, sort_keys=False))
+            write_text(run.path / "config.yaml", write_yaml({"schema": SCHEMA, **config}))
             return run
         old = run.config
         places_now = {k: config.get(k) for k in PLACES}
         free = {k: v for k, v in config["settings"].items() if k in FREE_SETTINGS}
         going_on = {**old, "schema": SCHEMA, **places_now, "settings": {**defaults, **old["settings"], **free}}
         going_on = {k: v for k, v in going_on.items() if k not in PLACES or v is not None}
-        write_text(run.path / "config.yaml", yaml.safe_dump(going_on, sort_keys=False))
+        write_text(run.path / "config.yaml", write_yaml(going_on))
         return run
 
     @classmethod
@@ -271,7 +271,7 @@ class Run:
 
     def note(self, **entries: Any) -> None:
         """Add entries to config.yaml (device, precision, ...)."""
-        write_text(self.path / "config.yaml", yaml.safe_dump({**self.config, **entries}, sort_keys=False))
+        write_text(self.path / "config.yaml", write_yaml({**self.config, **entries}))
 
     def log(self, **entry: Any) -> None:
         """Append one line to log.jsonl."""

@@ -33,7 +33,17 @@ class _Loader(yaml.SafeLoader):
     """YAML with the numbers that everybody writes."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
+class _Dumper(yaml.SafeDumper):
+    """Writes in quotes what `_Loader` would not read as text: a case called 018 stays one."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
+
+
+def write_yaml(values: Any) -> str:
+    """Plain values as YAML that `read_yaml` reads as the same values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
 def read_yaml(text: str) -> Any:
@@ -149,7 +159,9 @@ STAGE_SETTINGS: dict[str, type[Settings]] = {"pretrain": PretrainSettings, "fine
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """A preset by name, or by the path of a YAML file."""
+    """A preset by name, or by the path of a YAML file; "" says nothing, so that the defaults stand."""
+    if not name:
+        return {}
     path = Path(name) if name.endswith((".yaml", ".yml")) else shipped("presets") / f"{name}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in shipped("presets").glob("*.yaml"))

@@ -35,6 +35,7 @@ from smae_utils.foreign import (
     read_header,
     read_timm,
 )
+from smae_utils.settings import read_yaml
 
 WEIGHTS = "model.safetensors"
 # Channel names that say nothing: "channel 1", "1", "image_2".
@@ -144,7 +145,7 @@ def seen_cases(source: str | Path) -> set[str]:
 
 def _training_cases(config: Path) -> list[str]:
     try:
-        return [str(name) for name in yaml.safe_load(config.read_text(encoding="utf-8"))["cases"]["train"]]
+        return [str(name) for name in read_yaml(config.read_text(encoding="utf-8"))["cases"]["train"]]
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):  # a config.yaml that is no run's
         return []
 

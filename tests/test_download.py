@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import tarfile
 import threading
 from functools import partial
@@ -13,7 +14,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from medmnist.info import INFO
 from monai.apps import DecathlonDataset
+from PIL import Image
 
 from smae_utils import download as module
 from smae_utils.cli import main
@@ -92,10 +95,62 @@ def test_too_little_space_and_no_network_are_said_before_anything_is_fetched(ser
     monkeypatch.setitem(DecathlonDataset.resource, NAME, "http://127.0.0.1:1/x.tar")
     with pytest.raises(UserError, match="does not answer"):
         module.download("hippocampus", tmp_path / "data", report=[].append)
-    with pytest.raises(UserError, match="expected hippocampus or brats"):
+    with pytest.raises(UserError, match="expected hippocampus, brats or chestmnist"):
         module.download("livers", Path("x"))
 
 
 def test_monai_still_knows_the_addresses_and_checksums():
     for folder in module.DECATHLON.values():
         assert DecathlonDataset.resource[folder].endswith(f"{folder}.tar") and len(DecathlonDataset.md5[folder]) == 32
+
+
+@pytest.fixture
+def chest(tmp_path, monkeypatch):
+    """A loopback server with a ChestMNIST of twelve images."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, n in (("train", 6), ("val", 2), ("test", 4)):
+        arrays |= {f"{part}_images": rng.integers(0, 256, (n, 64, 64), np.uint8), f"{part}_labels": rng.integers(0, 2, (n, 14), np.uint8)}
+    source = tmp_path / "server"
+    source.mkdir()
+    np.savez(source / "chestmnist_64.npz", **arrays)
+    http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(source)))
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    monkeypatch.setitem(INFO["chestmnist"], "url_64", f"http://127.0.0.1:{http.server_port}/chestmnist_64.npz?download=1")
+    monkeypatch.setitem(INFO["chestmnist"], "MD5_64", hashlib.md5((source / "chestmnist_64.npz").read_bytes()).hexdigest())
+    yield arrays
+    http.shutdown()
+    http.server_close()
+
+
+def test_chestmnist_becomes_a_list_with_its_official_split(chest, tmp_path, capsys):
+    out = tmp_path / "data"
+    assert main(["download", "chestmnist", "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    task = get_task(str(out / "chestmnist_64" / "list.json"))
+    assert f"check {out / 'chestmnist_64' / 'list.json'}" in told and len(task.classes) == 14 and task.kind == "classification"
+    splits = task.read_splits(Path(""), 0, 0)
+    assert {part: len(cases) for part, cases in splits.items()} == {"train": 6, "val": 2, "test": 4}
+    for part, cases in splits.items():
+        for case, image, label in zip(cases, chest[f"{part}_images"], chest[f"{part}_labels"]):
+            assert np.array_equal(np.asarray(Image.open(case["image"])), image) and np.array_equal(case["label"], label)
+    assert [p.name for p in out.iterdir()] == ["chestmnist_64"]
+    assert main(["download", "chestmnist", "--out", str(out)]) == 0 and "already there" in capsys.readouterr().out
+    assert main(["check", str(out / "chestmnist_64" / "list.json")]) == 0
+
+
+def test_chestmnist_of_another_size_or_broken_is_one_line(chest, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="64, 128 or 224"):
+        module.download("chestmnist", tmp_path / "data", size=28)
+    monkeypatch.setitem(INFO["chestmnist"], "MD5_64", "0" * 32)
+    with pytest.raises(UserError, match="not whole"):
+        module.download("chestmnist", tmp_path / "data", report=[].append)
+    assert list((tmp_path / "data").iterdir()) == []
+    monkeypatch.setitem(sys.modules, "medmnist.info", None)
+    with pytest.raises(UserError, match="pip install"):
+        module.download("chestmnist", tmp_path / "data", report=[].append)
+
+
+def test_medmnist_still_knows_the_addresses_and_checksums():
+    for size in (64, 128, 224):
+        assert f"chestmnist_{size}.npz" in INFO["chestmnist"][f"url_{size}"] and len(INFO["chestmnist"][f"MD5_{size}"]) == 32

@@ -72,7 +72,7 @@ def test_paper_learning_rates_are_the_released_effective_ones():
             assert s.base_lr * s.batch_size / 256 == pytest.approx(rate, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/evidence.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/evidence.md", "docs/recipe.md", "docs/phantoms.md"])
 def test_figures_of_the_documents_are_what_their_command_writes(name):
     from smae_utils.readme import render
 
@@ -80,7 +80,9 @@ def test_figures_of_the_documents_are_what_their_command_writes(name):
     assert render(text, ROOT, name) == text
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/evidence.md", "docs/protocol.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/evidence.md", "docs/protocol.md", "docs/recipe.md", "docs/phantoms.md", "docs/phantoms_protocol.md"]
+)
 def test_no_document_has_an_empty_block_or_a_placeholder(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert not re.search(r"<!-- (\w+):start -->\s*<!-- \1:end -->", text)

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from smae_utils.build import build_model, build_optimizer
 from smae_utils.errors import UserError
-from smae_utils.settings import FinetuneSettings
+from smae_utils.mae import MaskedAutoencoder
+from smae_utils.patches import patchify
+from smae_utils.settings import FinetuneSettings, PretrainSettings, make_settings
 from smae_utils.tasks import get_task
-from smae_utils.training import few_labelled, finetune
+from smae_utils.training import drawn_ratio, few_labelled, finetune, pretrain
+from smae_utils.transforms import augment_pretrain
 from smae_utils.unetr import UNETR
+from smae_utils.weights import load_weights
 
 SMALL = {"img_size": (16, 16, 16), "patch_size": 4, "in_chans": 1, "embed_dim": 24, "depth": 3, "num_heads": 2}
 SETTINGS = replace(FinetuneSettings(), crop_size=(16, 16, 16), patch_size=8, embed_dim=24, depth=3, num_heads=2, feature_size=2)
@@ -55,3 +62,67 @@ def test_without_the_image_skip_all_that_the_decoder_knows_went_through_the_enco
             same = torch.equal(model(image), model(image * 2 + 1))
         assert same == (not use_image)
         assert any(name.startswith("image_skip") for name in model.state_dict()) == use_image
+
+
+def test_pre_training_mirrors_as_fine_tuning_does():
+    image = torch.arange(8 * 8 * 8, dtype=torch.float32).reshape(1, 8, 8, 8) + 1
+    flat = Image.fromarray(np.tile(np.arange(16, dtype=np.uint8), (16, 1)))
+    task = get_task("hippocampus")
+    for sided, mirror in ((True, False), (True, True), (False, False)):
+        keeps = sided and not mirror
+        settings = replace(PretrainSettings(), crop_size=(8, 8, 8), flip_prob=1.0, mirror=mirror)
+        crop = augment_pretrain(replace(task, sided=sided), settings)({"image": image})[0]["image"]
+        assert torch.equal(torch.as_tensor(crop), image.flip(3) if keeps else image.flip((1, 2, 3)))
+        flat_task = replace(get_task("cxr14"), sided=sided)
+        crops = augment_pretrain(flat_task, replace(settings, crop_size=(16, 16), crop_area=(1.0, 1.0)))({"image": flat, "mean": 0.0, "std": 1.0})
+        row = crops[0]["image"][0, 8]
+        assert bool(row[0] < row[-1]) == keeps
+
+
+def test_learned_positions_learn_while_pre_training_and_fixed_ones_do_not(brats, tiny, bare, tmp_path):
+    tables = {}
+    for positions in ("sincos", "learned"):
+        run = pretrain("brats", brats, tmp_path / positions, bare, {**tiny["brats", "pretrain"], "positions": positions}, report=[].append)
+        tables[positions] = load_file(run.path / "model.safetensors")["encoder.pos_embed"]
+    model = build_model(get_task("brats"), make_settings(FinetuneSettings, tiny["brats", "finetune"], "test"))
+    assert torch.equal(tables["sincos"], model.encoder.pos_embed.detach()) and not torch.equal(tables["learned"], tables["sincos"])
+    load_weights(model, tmp_path / "learned")
+    assert torch.equal(model.encoder.pos_embed.detach(), tables["learned"])
+    with pytest.raises(UserError, match="positions must be"):
+        pretrain("brats", brats, tmp_path / "no", bare, {**tiny["brats", "pretrain"], "positions": "rotary"}, report=[].append)
+
+
+def test_the_mask_ratio_is_drawn_for_each_step_and_again_after_a_resume(brats, tiny, bare, tmp_path):
+    settings = make_settings(PretrainSettings, {"mask_ratio_range": [0.3, 0.9]}, "test")
+    drawn = [drawn_ratio(settings, seed) for seed in range(200)]
+    assert 0.3 <= min(drawn) < 0.35 and 0.85 < max(drawn) <= 0.9 and drawn_ratio(settings, 5) == drawn[5]
+    assert drawn_ratio(PretrainSettings(), 5) is None
+    values = {**tiny["brats", "pretrain"], "mask_ratio_range": [0.3, 0.9], "save_every": 2}
+    whole = pretrain("brats", brats, tmp_path / "whole", bare, values, report=[].append)
+
+    def stop(line: str) -> None:
+        if line.startswith("step      3"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain("brats", brats, tmp_path / "cut", bare, values, report=stop)
+    pretrain("brats", brats, tmp_path / "cut", bare, values, resume=True, report=[].append)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert whole.finished and all(torch.equal(one[key], two[key]) for key in one)
+    with pytest.raises(UserError, match="two numbers"):
+        make_settings(PretrainSettings, {"mask_ratio_range": [0.9, 0.3]}, "test")
+
+
+def test_patches_of_air_do_not_count_when_asked():
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(**SMALL, decoder_embed_dim=24, decoder_depth=1, decoder_num_heads=2, norm_pix_loss=False)
+    image = torch.randn(2, 1, 16, 16, 16)
+    image[:, :, :8] = 0.0  # half of it is air
+    noise = torch.rand(2, 64)
+    with torch.no_grad():
+        out = model(image, noise)
+        body = (patchify(image, 4) != 0).any(-1) & out.mask.bool()
+        expected = (out.pred - patchify(image, 4)).square().mean(-1)[body].mean()
+        model.air_loss = False
+        assert model(image, noise).loss == pytest.approx(float(expected), rel=1e-5) and out.loss != pytest.approx(float(expected), rel=1e-3)
+        assert float(model(torch.zeros_like(image), noise).loss) == 0

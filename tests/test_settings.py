@@ -16,8 +16,10 @@ from smae_utils.settings import (
     load_preset,
     make_settings,
     parse_overrides,
+    read_yaml,
     resolve,
     total_steps,
+    write_yaml,
 )
 from smae_utils.tasks import get_task
 
@@ -217,3 +219,9 @@ def test_settings_survive_yaml():
     made = FinetuneSettings(crop_size=(32, 32), spacing_mm=(1.5, 1.5), base_lr=1e-5, betas=(0.9, 0.999))
     again = make_settings(FinetuneSettings, yaml.safe_load(yaml.safe_dump(as_dict(made))), where="config.yaml")
     assert again == made
+
+
+@pytest.mark.parametrize("name", ["018", "1e-4", "12", "yes", "0x1F", "2024-01-02", "null", "1.5e3", "01_000", "~", "", "1:30", "é"])
+def test_what_a_run_writes_down_is_read_again_as_the_same(name):
+    values = {"cases": [name], name: 1, "numbers": [18, 1e-4, 1.0, True, None]}
+    assert read_yaml(write_yaml(values)) == values

@@ -53,7 +53,9 @@ def figure_of(main: pd.DataFrame, study: Study) -> Figure:
         found = table[(table.arm == arm) & (table.metric == study.metric)]
         if len(found):
             at = [rows.index(row) + shift for row in found.labelled]
-            gains.errorbar(at, found.difference, [found.difference - found.low, found.high - found.difference], fmt=marker, color=colour, capsize=3, markersize=5)
+            gains.errorbar(
+                at, found.difference, [found.difference - found.low, found.high - found.difference], fmt=marker, color=colour, capsize=3, markersize=5
+            )
     gains.axhline(0, color="#777777", linewidth=1)
     _name(scores, rows, NAMES[study.metric])
     _name(gains, rows, f"{NAMES[study.metric]}, difference to scratch")

@@ -102,18 +102,20 @@ def read_study(name: str) -> Study:
         raise UserError(f"unknown study {name!r}: expected one of {', '.join(known)}, or the path of a YAML file")
     try:
         content = read_yaml(path.read_text(encoding="utf-8"))
-        arms = {key: Arm(**{k: tuple(v) if isinstance(v, list) else v for k, v in (value or {}).items()}) for key, value in content.pop("arms").items()}
+        arms = {
+            key: Arm(**{k: tuple(v) if isinstance(v, list) else v for k, v in (value or {}).items()}) for key, value in content.pop("arms").items()
+        }
         plain = {key: tuple(value) if key in ("seeds", "labelled", "design_rows") else value for key, value in content.items()}
         study = Study(name=path.stem, arms=arms, **plain)
     except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is no study: {error}; compare it with one of presets/study") from None
+        raise UserError(f"{path} is no study: {' '.join(str(error).split())}; compare it with one of presets/study") from None
     _check(study, path)
     return study
 
 
 def _check(study: Study, path: Path) -> None:
     if len({len(grid) for grid in study.grids.values()}) > 1:
-        raise UserError(f"{path}: grids must be of one size, got {({k: len(g) for k, g in study.grids.items()})}")
+        raise UserError(f"{path}: grids must be of one size, got { ({k: len(g) for k, g in study.grids.items()}) }")
     for name, arm in study.arms.items():
         known = {"scratch", "scaled", *study.pretrainings}
         if arm.init not in known or (arm.init == "scaled" and arm.like not in study.pretrainings):

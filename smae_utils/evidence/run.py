@@ -84,7 +84,11 @@ def _jobs(part: str, study: Study, place: Place, tables: Results, seeds: tuple[i
         ]  # fmt: skip
     if part == "tune":
         return spread(
-            ({"arm": name, "setting": said(setting)}, run_one, (study, place, dev, 0, f"tune{number}-{name}", study.arms[name], study.tune_row, setting))
+            (
+                {"arm": name, "setting": said(setting)},
+                run_one,
+                (study, place, dev, 0, f"tune{number}-{name}", study.arms[name], study.tune_row, setting),
+            )
             for name, grid in study.grids.items()
             for number, setting in enumerate(grid)
         )

@@ -64,7 +64,9 @@ class Results:
         fresh = pd.DataFrame(rows).astype({key: str for key in ("labelled", "case", "patient") if key in rows[0]})
         table = pd.concat([self.read(name), fresh], ignore_index=True).drop_duplicates(keys, keep="last").sort_values(keys, kind="stable")
         where = f"{made.machine}, commit {made.commit}, torch {made.torch}, {made.device}, {made.precision}"
-        write_text(file, "".join(f"# {line}\n" for line in _places(head, self.command, where, made.date)) + table.to_csv(index=False, float_format="%.5g"))
+        write_text(
+            file, "".join(f"# {line}\n" for line in _places(head, self.command, where, made.date)) + table.to_csv(index=False, float_format="%.5g")
+        )
 
     def tuned(self, study: Study) -> dict[str, dict[str, Any]]:
         """arm -> the setting of its grid with the best score on the development seed.

@@ -24,7 +24,7 @@ from smae_utils.tasks import get_task
 from smae_utils.training import finetune, pretrain
 from smae_utils.weights import WEIGHTS
 
-PRESET = "demo"  # what a study's file does not say is taken from there
+PRESET = ""  # what a study's file does not say are the defaults of settings.py
 
 
 class Made(NamedTuple):
