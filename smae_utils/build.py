@@ -54,13 +54,11 @@ def build_model(task: Task, settings: FinetuneSettings) -> nn.Module:
         raise UserError(f"task {task.name} has images and no labels: it can be pre-trained, not fine-tuned")
     if settings.network == "cnn":
         return build_cnn(task)
-    if settings.network != "vit" or settings.encoder not in ("trained", "frozen", "zeroed"):
-        raise UserError(f"expected network vit or cnn and encoder trained, frozen or zeroed, got {settings.network!r} and {settings.encoder!r}")
+    if settings.network != "vit" or settings.encoder not in ("trained", "frozen"):
+        raise UserError(f"expected network vit or cnn and encoder trained or frozen, got {settings.network!r} and {settings.encoder!r}")
     model = _build_vit(task, settings)
     if settings.encoder == "frozen":
         model.encoder.requires_grad_(False)
-    if settings.encoder == "zeroed":
-        model.encoder.register_forward_hook(lambda module, args, out: (out[0] * 0, [t * 0 for t in out[1]]))
     return model
 
 

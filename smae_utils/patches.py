@@ -58,13 +58,6 @@ def unpatchify(patches: Tensor, patch_size: int | Sequence[int], grid: Sequence[
     return split.permute(axes).reshape(batch, -1, *(g * p for g, p in zip(grid, patch)))
 
 
-def shuffle_patches(image: Tensor, patch_size: int | Sequence[int], seeds: Sequence[int]) -> Tensor:
-    """(B, C, *spatial) with the patches of each image in an order drawn from its own seed."""
-    patches = patchify(image, patch_size)
-    order = torch.stack([torch.randperm(patches.shape[1], generator=torch.Generator().manual_seed(int(s) % 2**63)) for s in seeds])
-    return unpatchify(gather_tokens(patches, order.to(image.device)), patch_size, grid_size(image.shape[2:], patch_size))
-
-
 def patch_statistics(patches: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """Mean and std (biased variance + eps) of each patch over its pixels and channels: (B, L, N) -> two (B, L, 1).
 

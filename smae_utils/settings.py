@@ -112,7 +112,6 @@ class PretrainSettings(Settings):
     decoder_embed_dim: int = 384
     decoder_depth: int = 8
     decoder_num_heads: int = 12
-    shuffle_patches: bool = False  # a control: the patches of each image in random order, so that nothing visible tells of the hidden
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ class FinetuneSettings(Settings):
     """Fine-tuning of the whole network, from scratch or from a pre-trained encoder."""
 
     network: str = "vit"  # vit: UNETR or the ViT classifier; cnn: a small U-Net or DenseNet of MONAI, for comparison
-    encoder: str = "trained"  # trained, or for controls frozen (stays as it started) or zeroed (its output is nothing)
+    encoder: str = "trained"  # trained, or frozen: it stays as it started and the decoder or head learns alone
     feature_size: int = 16  # UNETR's channels at full resolution
     pool: str = "cls"  # what the classifier reads: cls or mean
     drop_path: float = 0.1

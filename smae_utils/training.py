@@ -23,7 +23,7 @@ from smae_utils.data import Crops, Scans, derive_seed, join, read_splits, traini
 from smae_utils.errors import UserError
 from smae_utils.foreign import TIMM
 from smae_utils.inference import score_cases
-from smae_utils.patches import mask_noise, shuffle_patches
+from smae_utils.patches import mask_noise
 from smae_utils.runs import Run, absolute, commit, now, only_process, places, provenance
 from smae_utils.settings import FinetuneSettings, PretrainSettings, Settings, as_dict, resolve, total_steps
 from smae_utils.tasks import Case, Task, get_task
@@ -119,8 +119,6 @@ def pretrain(
     fixed: list[dict] = []
 
     def loss_of(net: nn.Module, batch: dict) -> Tensor:
-        if settings.shuffle_patches:
-            batch = {**batch, "image": shuffle_patches(batch["image"], model.patch_size, batch["noise_seed"])}
         noise = mask_noise(batch["noise_seed"], length).to(batch["image"].device)
         return net(batch["image"], noise, drawn_ratio(settings, batch["noise_seed"][0]) if net.training else None).loss
 

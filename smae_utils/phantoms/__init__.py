@@ -37,12 +37,3 @@ def write_phantoms(task: str, out: str | Path, n: int, seed: int = 0, size: str 
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out, so that no data is mixed or overwritten")
     return importlib.import_module(f"{__name__}.{MODULES[task]}").write(out, n, seed, size, context, clean)
-
-
-def patient_latents(task: str, seed: int, patient: int) -> np.ndarray:
-    """(12,) the numbers in -1..1 from which a patient of `write_phantoms(task, ..., seed)` was drawn, at context 1.
-
-    Args:
-        patient: the number in the case's name; for radiographs the patient's id.
-    """
-    return np.asarray(importlib.import_module(f"{__name__}.{MODULES[task]}").patient_latents(seed, patient))
