@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-import numpy as np
-
 from smae_utils.errors import UserError
 
 MODULES = {"btcv": "ct", "cxr14": "xray", "brats": "mri"}
