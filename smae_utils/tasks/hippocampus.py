@@ -36,7 +36,6 @@ TASK = Task(
     classes=("anterior", "posterior"),
     read_splits=read_splits,
     spacing_mm=(1.0, 1.0, 1.0),
-    real_train=200,
     sided=True,  # cases are of one side each; which is not said
     source="Medical Segmentation Decathlon, Task04_Hippocampus (Antonelli et al., arXiv 2106.05735; CC BY-SA 4.0)",
 )
