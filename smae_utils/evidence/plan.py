@@ -60,7 +60,7 @@ class Study:
         arms: name -> `Arm`.
         grids: arm -> settings to try; `lr` is the learning rate itself. All of one size.
         designs: name -> settings to try with scratch alone, to find a set-up with room.
-        recipes: name -> settings of pre-training (key `pretrain`) to try one at a time.
+        recipes: name -> settings of pre-training (key `pretrain`) to try one at a time, with `recipe_arm`.
     """
 
     name: str
@@ -84,6 +84,7 @@ class Study:
     designs: dict[str, dict[str, Any]] = field(default_factory=dict)
     design_rows: tuple[Row, ...] = ()
     recipes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    recipe_arm: str = "self_all"
 
     def units(self, seeds: tuple[int, ...] = ()) -> list[tuple[int, int]]:
         """(seed, fold) of every unit of the main table, seed by seed."""

@@ -76,7 +76,7 @@ def _jobs(part: str, study: Study, place: Place, tables: Results, seeds: tuple[i
             for row in study.design_rows
         ]
     if part == "recipe":
-        main = next(name for name, arm in study.arms.items() if arm.init in study.pretrainings)
+        main = study.recipe_arm
         first = study.grids[study.arms[main].tuned_as or main][0]
         return [
             ({"recipe": name, "labelled": study.tune_row}, run_one, (study, place, dev, 0, main, study.arms[main], study.tune_row, first, more, f"recipe-{name}"))
@@ -87,10 +87,10 @@ def _jobs(part: str, study: Study, place: Place, tables: Results, seeds: tuple[i
             (
                 {"arm": name, "setting": said(setting)},
                 run_one,
-                (study, place, dev, 0, f"tune{number}-{name}", study.arms[name], study.tune_row, setting),
+                (study, place, dev, 0, f"tune-{name}-{said(setting).replace(' ', '-')}", study.arms[name], study.tune_row, setting),
             )
             for name, grid in study.grids.items()
-            for number, setting in enumerate(grid)
+            for setting in grid
         )
     tuned = tables.tuned(study)
     chosen: list[tuple[str, Arm]] = [(name, arm) for name, arm in study.arms.items() if not arms or name in arms]
