@@ -29,13 +29,15 @@ class MAEOutput:
 
     Attributes:
         loss: scalar, mean squared error over the hidden patches.
-        pred: (B, L, p^d * C), in the units of the target (normalised when `norm_pix_loss`). In training mode the rows
-            of visible patches are zero (they do not go through the head); in eval mode every row is predicted.
+        pred: (B, H, p^d * C), the hidden patches as predicted, in the units of the target (normalised when `norm_pix_loss`)
+            and in the order of `hidden`; of `predict_all` all patches (B, L, p^d * C) in their places.
+        hidden: (B, H) indices of the hidden patches.
         mask: (B, L), 1 = hidden.
     """
 
     loss: Tensor
     pred: Tensor
+    hidden: Tensor
     mask: Tensor
 
 
@@ -86,61 +88,77 @@ class MaskedAutoencoder(nn.Module):
             part.apply(init_transformer)
 
     def forward(self, image: Tensor, noise: Tensor | None = None, mask_ratio: float | None = None) -> MAEOutput:
-        """Args:
-        image: (B, C, *img_size).
-        noise: (B, L); the `int(L * (1 - mask_ratio))` patches with the smallest stay visible. Drawn when absent.
-        mask_ratio: of this call, when it is not the model's own.
-        """
-        length = self.encoder.pos_embed.shape[1]
-        if noise is None:
-            noise = torch.rand(len(image), length, device=image.device)
-        if noise.shape != (len(image), length):
-            raise UserError(f"noise must be (images, patches) {(len(image), length)}, got {tuple(noise.shape)}")
-        visible, hidden, mask = split_by_noise(noise, mask_ratio or self.mask_ratio)
-        latent = self.forward_encoder(image, visible)
-        pred = self.forward_decoder(latent, visible, hidden)
-        return MAEOutput(self.forward_loss(image, pred, mask), pred, mask)
+        """One step of pre-training: hide, encode what is visible, predict what is hidden, compare.
 
-    def forward_encoder(self, image: Tensor, visible: Tensor) -> Tensor:
-        """(B, C, *img_size), (B, V) -> normed tokens of the visible patches (B, prefix_tokens + V, D)."""
-        tokens = self.encoder.add_class_token(gather_tokens(self.encoder.embed(image), visible))
+        Args:
+            image: (B, C, *img_size).
+            noise: (B, L); the `int(L * (1 - mask_ratio))` patches with the smallest stay visible. Drawn when absent.
+            mask_ratio: of this call, when it is not the model's own.
+        """
+        patches = self.encoder.cut(image)  # (B, L, p^d * C)
+        visible, hidden, mask = self.split(patches, noise, mask_ratio)
+        latent = self.encode(patches, visible)  # the encoder never sees a hidden patch
+        tokens = self.decode(latent, visible, hidden)
+        pred = self.predict(gather_tokens(tokens, hidden))
+        loss = self.loss(pred, gather_tokens(patches, hidden))
+        return MAEOutput(loss, pred, hidden, mask)
+
+    @torch.no_grad()
+    def predict_all(self, image: Tensor, noise: Tensor | None = None, mask_ratio: float | None = None) -> MAEOutput:
+        """As `forward`, but with every patch predicted, the visible ones too: for pictures."""
+        patches = self.encoder.cut(image)
+        visible, hidden, mask = self.split(patches, noise, mask_ratio)
+        pred = self.predict(self.decode(self.encode(patches, visible), visible, hidden))
+        loss = self.loss(gather_tokens(pred, hidden), gather_tokens(patches, hidden))
+        return MAEOutput(loss, pred, hidden, mask)
+
+    def split(self, patches: Tensor, noise: Tensor | None = None, mask_ratio: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Which patches stay visible and which are hidden, see `split_by_noise`."""
+        shape = patches.shape[:2]
+        if noise is None:
+            noise = torch.rand(shape, device=patches.device)
+        if noise.shape != shape:
+            raise UserError(f"noise must be (images, patches) {tuple(shape)}, got {tuple(noise.shape)}")
+        return split_by_noise(noise, mask_ratio or self.mask_ratio)
+
+    def encode(self, patches: Tensor, visible: Tensor) -> Tensor:
+        """Patches (B, L, p^d * C) and indices (B, V) -> normed tokens of the visible ones (B, prefix_tokens + V, D)."""
+        tokens = self.encoder.embed(gather_tokens(patches, visible), visible)
         for block in self.encoder.blocks:
             tokens = block(tokens)
         return self.encoder.norm(tokens)
 
-    def forward_decoder(self, latent: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
-        """(B, prefix_tokens + V, D) -> predicted patches (B, L, p^d * C)."""
+    def decode(self, latent: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
+        """Tokens of the visible patches (B, prefix_tokens + V, D) -> decoder tokens of all patches (B, L, D_decoder), in their places."""
         prefix = self.encoder.prefix_tokens
         tokens = self.decoder_embed(latent)
-        patches = torch.cat([tokens[:, prefix:], self.mask_token.expand(*hidden.shape, -1).to(tokens.dtype)], 1)
-        restore = torch.cat([visible, hidden], 1).argsort(1)
-        patches = gather_tokens(patches, restore) + self.decoder_pos_embed
+        # A learned token stands for each hidden patch; then all go back to where they came from and learn where that is.
+        patches = unshuffle(tokens[:, prefix:], self.mask_token, visible, hidden) + self.decoder_pos_embed
         # The class token goes along, without a position, as in facebookresearch/mae and the authors' code.
         tokens = torch.cat([tokens[:, :prefix], patches], 1)
         for block in self.decoder_blocks:
             tokens = block(tokens)
-        tokens = tokens[:, -restore.shape[1] :]
-        if not self.training:
-            return self.decoder_pred(self.decoder_norm(tokens))
-        rows = self.decoder_pred(self.decoder_norm(gather_tokens(tokens, hidden)))
-        index = hidden.unsqueeze(-1).expand(-1, -1, rows.shape[-1])
-        return rows.new_zeros(*restore.shape, rows.shape[-1]).scatter(1, index, rows)
+        return tokens[:, prefix:]
 
-    def target(self, image: Tensor) -> Tensor:
-        """What the loss compares with: (B, C, *img_size) -> (B, L, p^d * C)."""
-        patches = patchify(image, self.patch_size)
+    def predict(self, tokens: Tensor) -> Tensor:
+        """Decoder tokens (B, K, D_decoder) -> patches (B, K, p^d * C), in the units of the target."""
+        return self.decoder_pred(self.decoder_norm(tokens))
+
+    def target(self, patches: Tensor) -> Tensor:
+        """What the prediction is compared with: patches (B, K, p^d * C) as they are, or each with its own mean and spread taken out."""
         if not self.norm_pix_loss:
             return patches
         mean, std = patch_statistics(patches)
         return (patches - mean) / std
 
-    def forward_loss(self, image: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """Mean squared error over hidden patches, in fp32 whatever the precision of the network."""
-        error = (pred.float() - self.target(image.float())).square().mean(-1)
-        if not self.air_loss:
-            patches = patchify(image, self.patch_size)
-            mask = mask * (patches.amax(-1) > patches.amin(-1))
-        return (error * mask).sum() / mask.sum().clamp(min=1)
+    def loss(self, pred: Tensor, patches: Tensor) -> Tensor:
+        """Mean squared error of hidden patches (B, H, p^d * C), in fp32 whatever the precision of the network."""
+        patches = patches.float()
+        error = (pred.float() - self.target(patches)).square().mean(-1)
+        if self.air_loss:
+            return error.mean()
+        body = patches.amax(-1) > patches.amin(-1)  # a patch of one single value holds nothing
+        return (error * body).sum() / body.sum().clamp(min=1)
 
     def to_image(self, image: Tensor, pred: Tensor) -> Tensor:
         """Predicted patches as an image (B, C, *img_size) in the image's intensities.
@@ -153,6 +171,13 @@ class MaskedAutoencoder(nn.Module):
             mean, std = patch_statistics(patches)
             pred = pred * std + mean
         return unpatchify(pred, self.patch_size, self.grid)
+
+
+def unshuffle(tokens: Tensor, mask_token: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
+    """Tokens of the visible patches (B, V, D) in their places and the mask token (1, 1, D) in all others: (B, L, D)."""
+    together = torch.cat([tokens, mask_token.expand(*hidden.shape, -1).to(tokens.dtype)], 1)
+    places = torch.cat([visible, hidden], 1).argsort(1)
+    return gather_tokens(together, places)
 
 
 def paste_visible(image: Tensor, reconstruction: Tensor, mask: Tensor, patch_size: int | Sequence[int]) -> Tensor:

@@ -147,7 +147,7 @@ def show_reconstruction(model: MaskedAutoencoder, image: torch.Tensor, seed: int
     model = model.eval()
     batch = image[None].to(next(model.parameters()).device)
     noise = mask_noise([seed], model.encoder.pos_embed.shape[1]).to(batch.device)
-    out = model(batch, noise)
+    out = model.predict_all(batch, noise)
     full = model.to_image(batch, out.pred).cpu()
     batch, mask = batch.cpu(), out.mask.cpu()
     pasted = paste_visible(batch, full, mask, model.patch_size)
@@ -167,7 +167,7 @@ def show_reconstruction(model: MaskedAutoencoder, image: torch.Tensor, seed: int
 
 def show_target(model: MaskedAutoencoder, image: torch.Tensor) -> Figure:
     """The image (C, *spatial) beside what the loss compares with: each patch with its own mean and contrast taken out."""
-    target = unpatchify(model.target(image[None]), model.patch_size, model.grid)[0, 0].numpy()
+    target = unpatchify(model.target(model.encoder.cut(image[None])), model.patch_size, model.grid)[0, 0].numpy()
     original = image[0].numpy()
     low, high = _scale(original)
     # Both on one scale: the target's -2 .. 2 is stretched over the image's range.

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from smae_utils.errors import UserError
 from smae_utils.mae import MaskedAutoencoder, paste_visible, pixel_mask, sanity_band
-from smae_utils.patches import mask_noise, split_by_noise, unpatchify
+from smae_utils.patches import mask_noise, unpatchify
 from smae_utils.plots import PALETTE, PLANES, plane
 
 ROWS = ("original", "visible", "reconstruction", "visible + predicted", "error")
@@ -74,14 +74,13 @@ def make_scene(model: MaskedAutoencoder | None, image: torch.Tensor, noise: torc
     model = model.eval()
     device = next(model.parameters()).device
     batch = image[None].float().to(device)
-    visible, hidden, mask = split_by_noise(noise.to(device), ratio)
-    pred = model.forward_decoder(model.forward_encoder(batch, visible), visible, hidden)
-    loss = float(model.forward_loss(batch, pred, mask))
+    out = model.predict_all(batch, noise.to(device), ratio)
+    pred, mask, loss = out.pred, out.mask, float(out.loss)
     band = sanity_band(batch, mask, model.patch_size, model.norm_pix_loss)
     shown = model.to_image(batch, pred)
     pairs = {"rows": (batch, shown)}
     if model.norm_pix_loss:
-        pairs["normalised"] = tuple(unpatchify(p, model.patch_size, model.grid) for p in (model.target(batch), pred))
+        pairs["normalised"] = tuple(unpatchify(p, model.patch_size, model.grid) for p in (model.target(model.encoder.cut(batch)), pred))
     made: dict[str, dict[str, np.ndarray]] = {"rows": {}, "normalised": {}}
     for name, (original, predicted) in pairs.items():
         pasted = paste_visible(original, predicted, mask, model.patch_size)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smae_utils.errors import UserError
-from smae_utils.patches import as_tuple, grid_size, patchify, sincos_positions
+from smae_utils.patches import as_tuple, gather_tokens, grid_size, patchify, sincos_positions
 from smae_utils.timm_glue import Block, CpuAttention
 
 
@@ -33,7 +33,7 @@ def init_transformer(module: nn.Module) -> None:
 
 
 class PatchEmbed(nn.Module):
-    """Image (B, C, *spatial) -> one token a patch (B, L, D).
+    """Patches (B, K, p^d * C) -> one token each (B, K, D).
 
     The weights are those of a convolution whose stride is its kernel, as everywhere; computed as the linear map of patches that it is,
     which in 3D and bf16 is many times faster than torch's convolution.
@@ -45,9 +45,9 @@ class PatchEmbed(nn.Module):
         self.proj = conv(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
         nn.init.xavier_uniform_(self.proj.weight.view(embed_dim, -1))
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, patches: Tensor) -> Tensor:
         kernel = self.proj.weight.movedim(1, -1).flatten(1)  # pixels in the order of `patchify`: channel last
-        return F.linear(patchify(image, self.proj.kernel_size), kernel, self.proj.bias)
+        return F.linear(patches, kernel, self.proj.bias)
 
 
 class ViTEncoder(nn.Module):
@@ -95,22 +95,32 @@ class ViTEncoder(nn.Module):
         """Tokens that stand before the patches' tokens: 1 with a class token, else 0."""
         return 0 if self.cls_token is None else 1
 
-    def embed(self, image: Tensor) -> Tensor:
-        """(B, C, *img_size) -> patch tokens with positions (B, L, D)."""
+    def cut(self, image: Tensor) -> Tensor:
+        """(B, C, *img_size) -> patches (B, L, p^d * C), see `patchify`.
+
+        Raises:
+            UserError: for an image of another size or number of channels.
+        """
         expected = (self.in_chans, *self.img_size)
         if tuple(image.shape[1:]) != expected:
             raise UserError(f"the model expects images of (channels, *size) {expected}, got {tuple(image.shape[1:])}: crop, pad or rebuild the model")
-        return self.patch_embed(image) + self.pos_embed
+        return patchify(image, self.patch_size)
 
-    def add_class_token(self, tokens: Tensor) -> Tensor:
-        """(B, K, D) -> (B, prefix_tokens + K, D)."""
+    def embed(self, patches: Tensor, places: Tensor | None = None) -> Tensor:
+        """Patches (B, K, p^d * C) -> tokens with positions, behind the class token (B, prefix_tokens + K, D).
+
+        Args:
+            places: (B, K) which patches these are; None: all of them, in order.
+        """
+        positions = self.pos_embed if places is None else gather_tokens(self.pos_embed.expand(len(patches), -1, -1), places)
+        tokens = self.patch_embed(patches) + positions
         if self.cls_token is None:
             return tokens
         return torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1)
 
     def forward(self, image: Tensor, take: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
         """(B, C, *img_size) -> normed tokens (B, prefix_tokens + L, D), and the un-normed ones after each block index in `take`."""
-        tokens = self.add_class_token(self.embed(image))
+        tokens = self.embed(self.cut(image))
         taken = []
         for i, block in enumerate(self.blocks):
             tokens = block(tokens)

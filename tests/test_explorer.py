@@ -105,7 +105,7 @@ def test_rows_hold_what_the_model_says_and_the_loss_is_its_own():
     noise = mask_noise([3], 12)
     scene = make_scene(net, image, noise, 0.75)
     with torch.inference_mode():
-        out = net(image[None], noise)
+        out = net.predict_all(image[None], noise)
     assert scene.loss == pytest.approx(float(out.loss), rel=1e-5)
     assert scene.hidden.mean() == pytest.approx(9 / 12)
     hidden = scene.hidden

@@ -120,7 +120,7 @@ def test_patches_of_air_do_not_count_when_asked():
     image[:, :, :8] = 0.0  # half of it is air
     noise = torch.rand(2, 64)
     with torch.no_grad():
-        out = model(image, noise)
+        out = model.predict_all(image, noise)
         body = (patchify(image, 4) != 0).any(-1) & out.mask.bool()
         expected = (out.pred - patchify(image, 4)).square().mean(-1)[body].mean()
         model.air_loss = False

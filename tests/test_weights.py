@@ -338,7 +338,7 @@ def test_the_same_channels_in_another_order_are_put_in_order_and_said_so(size, t
     again = mae(size, chans=3).eval()
     load_weights(again, tmp_path, require="", expect=expect)
     noise = torch.rand(2, source.encoder.pos_embed.shape[1])
-    one, two = (model.to_image(x, model(x, noise).pred) for model, x in ((source, image), (again, there)))
+    one, two = (model.to_image(x, model.predict_all(x, noise).pred) for model, x in ((source, image), (again, there)))
     torch.testing.assert_close(two, one[:, [2, 0, 1]], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(again(there, noise).loss, source(image, noise).loss, atol=1e-5, rtol=1e-4)
 
