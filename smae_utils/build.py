@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from smae_utils.errors import UserError
 from smae_utils.mae import MaskedAutoencoder
-from smae_utils.settings import FinetuneSettings, PretrainSettings, Settings
+from smae_utils.settings import FinetuneSettings, PretrainSettings, Settings, learning_rate
 from smae_utils.tasks import IGNORE, Task
 from smae_utils.unetr import UNETR
 from smae_utils.vit import ViTClassifier
@@ -164,5 +164,4 @@ def build_optimizer(model: nn.Module, settings: Settings, layer_decay: float = 1
         scale = layer_decay ** (depth + 1 - layer) * (encoder_lr if slow else 1)
         group = groups.setdefault((layer, plain, slow), {"params": [], "weight_decay": 0.0 if plain else settings.weight_decay, "lr_scale": scale})
         group["params"].append(parameter)
-    lr = settings.base_lr * settings.batch_size / 256
-    return torch.optim.AdamW(list(groups.values()), lr=lr, betas=settings.betas, fused=True)
+    return torch.optim.AdamW(list(groups.values()), lr=learning_rate(settings), betas=settings.betas, fused=True)

@@ -239,7 +239,7 @@ def compare(scratch: str | Path, self_pretrained: str | Path) -> pd.DataFrame:
         UserError: if the runs differ in task, test cases or settings other than what the arms may have of their own.
     """
     runs = [Run.open(p, "finetune").config for p in (scratch, self_pretrained)]
-    free = ("base_lr", "layer_decay", "encoder_lr")
+    free = ("lr", "base_lr", "layer_decay", "encoder_lr")
     for what in ("task", "cases"):
         one, other = ((said_of_list(config) or config["task"]) if what == "task" else config[what] for config in runs)
         if one != other:  # of a list what it says counts, not where it lay

@@ -18,7 +18,7 @@ from smae_utils.evidence.tables import KEYS, Results, intervals, patient_interva
 from smae_utils.lesson import load_crop
 from smae_utils.plots import show_reconstruction
 from smae_utils.runs import Run, find_data
-from smae_utils.settings import PretrainSettings, make_settings
+from smae_utils.settings import STAGES, PretrainSettings, describe, make_settings
 from smae_utils.tasks import get_task
 from smae_utils.weights import load_weights
 
@@ -138,6 +138,12 @@ def phantoms_block(root: Path) -> str:
     return _table(pd.DataFrame(rows, columns=columns)) + _details(folder / f"{name}.csv" for name in ("main", "sweeps", "controls"))
 
 
+def settings_block(root: Path) -> str:
+    """All settings, from their fields in `settings.py`."""
+    parts = [pd.DataFrame(describe()).query("stage == @stage") for stage in ("both", *STAGES)]
+    return "\n\n".join(f"### {part.stage.iloc[0]}\n\n{_table(part.drop(columns='stage'))}" for part in parts)
+
+
 def explorer_block(root: Path) -> str:
     """Table of `results/benchmark/explorer.csv`."""
     file = root / "results" / "benchmark" / "explorer.csv"
@@ -150,6 +156,7 @@ BLOCKS: dict[str, dict[str, Callable[[Path], str]]] = {
     "docs/evidence.md": {**{f"main-{name}": partial(main_block, name=name) for name in STUDIES}, "missing": missing_block},
     "docs/recipe.md": {f"{table}-{name}": partial(chosen_block, name=name, table=table) for name in STUDIES for table in ("room", "recipe", "tune")},
     "docs/phantoms.md": {"phantoms": phantoms_block},
+    "docs/settings.md": {"settings": settings_block},
 }
 
 

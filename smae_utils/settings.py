@@ -13,7 +13,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,101 +58,94 @@ def read_yaml(text: str) -> Any:
         raise yaml.YAMLError(str(error)) from None
 
 
+def option(default: Any, text: str, unit: str = "", least: float = -math.inf, most: float = math.inf) -> Any:
+    """A setting: its default, what it does in one line, its unit, and the smallest and largest number that make sense (of each, in a list)."""
+    return field(default=default, metadata={"help": text, "unit": unit, "least": least, "most": most})
+
+
 @dataclass(frozen=True)
 class Settings:
     """What pre-training and fine-tuning have in common. A batch counts **scans**; each gives `crops_per_scan` crops."""
 
     # The encoder: the same in both stages, or the weights do not fit.
-    crop_size: tuple[int, ...] = (96, 96, 96)  # input of the model in voxels (pixels)
-    patch_size: int = 16
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    class_token: bool = True
-    positions: str = "sincos"  # sincos: a fixed table while pre-training, learned from there on; learned: learned in both stages
-    norm_eps: float = 1e-6  # of the layer norms; MONAI has 1e-5
+    crop_size: tuple[int, ...] = option((96, 96, 96), "input of the network", "voxels or pixels", 1)
+    patch_size: int = option(16, "edge of a patch; UNETR needs 4, 8, 16, ...", "voxels or pixels", 1)
+    embed_dim: int = option(768, "width of the encoder", least=1)
+    depth: int = option(12, "blocks of the encoder", least=1)
+    num_heads: int = option(12, "attention heads of the encoder", least=1)
+    class_token: bool = option(True, "a token that stands for the whole image")
+    positions: str = option("sincos", "sincos: a fixed table while pre-training, learned from there on; learned: learned in both stages")
+    norm_eps: float = option(1e-6, "epsilon of the layer norms; MONAI has 1e-5")
     # The data.
-    spacing_mm: tuple[float, ...] = ()  # voxel size to resample to; empty: the task's own
-    split_seed: int = 0  # which cases are held out; apart from `seed`, so that seeds share their test cases
-    fold: int = 0  # which fold is the test part, where a task has folds; of a list with folds the validation part
-    test_share: float = 0.0  # share of the labelled patients held out as test cases, where a list has no labelled ones
-    train_on_val: bool = False  # give the validation cases back for training; nothing can be selected then
-    cache_rate: float = 1.0  # share of the training scans kept in memory after resampling
-    num_workers: int = 0
-    flip_prob: float = 0.2  # per axis
-    mirror: bool = False  # also mirror left-right where labels have sides; elsewhere that is always done
-    crop_area: tuple[float, ...] = (0.08, 1.0)  # share of a radiograph that a random crop covers
-    # The optimiser: lr = base_lr * batch_size / 256.
-    seed: int = 0
-    steps: int = 0  # 0: take `epochs`
-    epochs: int = 0
-    warmup_steps: int = 0
-    warmup_epochs: int = 0
-    batch_size: int = 6  # scans a step, over all processes
-    crops_per_scan: int = 1
-    base_lr: float = 6.4e-3
-    weight_decay: float = 0.05
-    betas: tuple[float, ...] = (0.9, 0.95)
-    clip_grad: float = 1.0  # largest gradient norm; 0: no clipping
-    precision: str = "auto"  # auto, fp32 or bf16
-    log_every: int = 50
-    save_every: int = 500
-    val_every: int = 0  # 0: never
-    keep_every: int = 0  # also keep the weights of every N-th step, to watch a network learn; 0: only the last
+    spacing_mm: tuple[float, ...] = option((), "voxel size to resample to; empty: the task's own", "mm", 1e-3)
+    split_seed: int = option(0, "draws the held-out cases; apart from seed, so that seeds share their test cases", least=0)
+    fold: int = option(0, "which fold is the test part, where a task has folds; of a list with folds the validation part", least=0)
+    test_share: float = option(0.0, "share of the labelled patients held out as test cases, where a list has no labelled ones", "", 0, 0.9)
+    train_on_val: bool = option(False, "give the validation cases back for training; nothing can be selected then")
+    cache_rate: float = option(1.0, "share of the training scans kept in memory after resampling", "", 0, 1)
+    num_workers: int = option(0, "processes that load data; 0: the training process itself", least=0)
+    flip_prob: float = option(0.2, "probability of a flip, for each axis", "", 0, 1)
+    mirror: bool = option(False, "also mirror left-right where labels have sides; elsewhere that is always done")
+    crop_area: tuple[float, ...] = option((0.08, 1.0), "share of a 2D image that a random crop covers, from and to", "", 1e-3, 1)
+    # The optimiser.
+    seed: int = option(0, "of weights, order, augmentation and masks", least=0)
+    steps: int = option(0, "updates; 0: take epochs", least=0)
+    epochs: int = option(0, "passes over the training scans; 0: take steps", least=0)
+    warmup_steps: int = option(0, "steps of linear warm-up", least=0)
+    warmup_epochs: int = option(0, "the same in epochs", least=0)
+    batch_size: int = option(6, "scans of a step, over all processes", "scans", 1)
+    crops_per_scan: int = option(1, "crops of each scan", least=1)
+    lr: float = option(1.5e-4, "learning rate after the warm-up; it falls as a cosine", "", 0)
+    base_lr: float = option(0.0, "the other way to say it, as in the MAE papers: lr = base_lr * batch_size / 256; 0: take lr", "", 0)
+    weight_decay: float = option(0.05, "of AdamW, not on norms, biases, tokens and positions", "", 0)
+    betas: tuple[float, ...] = option((0.9, 0.95), "of AdamW", "", 0, 0.999999)
+    clip_grad: float = option(1.0, "largest gradient norm; 0: no clipping", "", 0)
+    precision: str = option("auto", "auto, fp32 or bf16")
+    log_every: int = option(50, "a line of progress", "steps", 1)
+    save_every: int = option(500, "a state to go on from", "steps", 1)
+    val_every: int = option(0, "validation; 0: never", "steps", 0)
+    keep_every: int = option(0, "also keep these weights, to watch a network learn; 0: only the last", "steps", 0)
 
 
 @dataclass(frozen=True)
 class PretrainSettings(Settings):
     """Masked-autoencoder pre-training."""
 
-    mask_ratio: float = 0.75
-    mask_ratio_range: tuple[float, ...] = ()  # draw the ratio of each step between these two instead; validation keeps mask_ratio
-    norm_pix_loss: bool = True
-    air_loss: bool = True  # False: hidden patches of one single value, as air around a body, do not count
-    decoder_embed_dim: int = 384
-    decoder_depth: int = 8
-    decoder_num_heads: int = 12
+    mask_ratio: float = option(0.75, "share of the patches that are hidden", "", 0, 1)
+    mask_ratio_range: tuple[float, ...] = option((), "draw the ratio of each step between these two; validation keeps mask_ratio", "", 1e-3, 0.99)
+    norm_pix_loss: bool = option(True, "predict each patch with its own mean and spread taken out; false: intensities as they are")
+    air_loss: bool = option(True, "false: hidden patches of one single value, as air around a body, do not count")
+    decoder_embed_dim: int = option(384, "width of the decoder", least=1)
+    decoder_depth: int = option(8, "blocks of the decoder", least=1)
+    decoder_num_heads: int = option(12, "attention heads of the decoder", least=1)
 
 
 @dataclass(frozen=True)
 class FinetuneSettings(Settings):
     """Fine-tuning of the whole network, from scratch or from a pre-trained encoder."""
 
-    network: str = "vit"  # vit: UNETR or the ViT classifier; cnn: a small U-Net or DenseNet of MONAI, for comparison
-    encoder: str = "trained"  # trained, or frozen: it stays as it started and the decoder or head learns alone
-    feature_size: int = 16  # UNETR's channels at full resolution
-    pool: str = "cls"  # what the classifier reads: cls or mean
-    drop_path: float = 0.1
-    encoder_lr: float = 1.0  # factor on the learning rate of the encoder alone; the decoder or head learns at the full rate
-    labelled: int = 0  # fine-tune on so many of the labelled training cases, drawn by `seed`; 0: all
-    image_skip: bool = True  # UNETR's connection from the image to the last stage, past the encoder
-    layer_decay: float = 1.0  # lr of a block is multiplied by this for each block above it; 1: the same lr everywhere
-    ce_weight_power: float = 0.0  # cross-entropy weighs a class by frequency ** -power, counted once over the training labels; 0: all alike
-    select: str = "last"  # last, or best on the validation cases
-    rotate_prob: float = 0.2  # quarter turns in the axial plane, where crops are square there
-    intensity_prob: float = 0.1
-    intensity_scale: float = 0.1
-    intensity_shift: float = 0.1
-    rand_augment: str = ""  # timm policy for radiographs, as "rand-m9-mstd0.5-inc1"; empty: none
-    overlap: float = 0.5  # of the sliding window
+    network: str = option("vit", "vit: UNETR or the ViT classifier; cnn: a small U-Net or DenseNet of MONAI, for comparison")
+    encoder: str = option("trained", "trained, or frozen: it stays as it started and the decoder or head learns alone")
+    labelled: int = option(0, "fine-tune on so many of the labelled training cases, drawn by seed; 0: all", "cases", 0)
+    feature_size: int = option(16, "UNETR's channels at full resolution", least=1)
+    image_skip: bool = option(True, "UNETR's connection from the image to the last stage, past the encoder")
+    pool: str = option("cls", "what the classifier reads: cls or mean")
+    drop_path: float = option(0.1, "stochastic depth of the last block; less below", "", 0, 0.99)
+    encoder_lr: float = option(1.0, "factor on the learning rate of the encoder alone", "", 0, 1)
+    layer_decay: float = option(1.0, "factor on the learning rate for each block further down; 1: the same everywhere", "", 0, 1)
+    ce_weight_power: float = option(0.0, "cross-entropy weighs a class by frequency ** -power; 0: all alike", "", 0)
+    select: str = option("last", "which weights are kept: last, or best on the validation cases")
+    rotate_prob: float = option(0.2, "probability of quarter turns in the axial plane, where crops are square there", "", 0, 1)
+    intensity_prob: float = option(0.1, "probability of scaled, and of shifted, intensities", "", 0, 1)
+    intensity_scale: float = option(0.1, "by how much they are scaled at most", "", 0)
+    intensity_shift: float = option(0.1, "by how much they are shifted at most")
+    rand_augment: str = option("", "timm policy for 2D images, as rand-m9-mstd0.5-inc1; empty: none")
+    overlap: float = option(0.5, "of the windows in prediction", "", 0, 0.99)
 
 
-# The smallest value of a number (of each, in a list) that makes sense, and the largest; what is not named here may be any.
-AT_LEAST: dict[str, float] = {
-    **dict.fromkeys(("crop_size", "patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads"), 1),
-    **dict.fromkeys(("feature_size", "batch_size", "crops_per_scan", "log_every", "save_every"), 1),
-    **dict.fromkeys(("seed", "split_seed", "fold", "num_workers", "steps", "epochs", "warmup_steps", "warmup_epochs", "val_every", "keep_every"), 0),
-    **dict.fromkeys(("base_lr", "weight_decay", "clip_grad", "betas", "layer_decay", "encoder_lr", "labelled", "ce_weight_power"), 0.0),
-    **dict.fromkeys(("test_share", "cache_rate", "flip_prob", "rotate_prob", "intensity_prob", "intensity_scale", "drop_path", "overlap"), 0.0),
-    **dict.fromkeys(("spacing_mm", "crop_area", "mask_ratio_range"), 1e-3),
-}
-AT_MOST: dict[str, float] = {
-    **dict.fromkeys(("cache_rate", "flip_prob", "rotate_prob", "intensity_prob", "layer_decay", "encoder_lr", "crop_area"), 1.0),
-    **dict.fromkeys(("drop_path", "overlap"), 0.99),
-    "test_share": 0.9,
-    "mask_ratio_range": 0.99,
-    **dict.fromkeys(("betas",), 0.999999),
-}
+# Two ways to say one thing: whichever is said last counts.
+PAIRS = (("epochs", "steps"), ("warmup_steps", "warmup_epochs"), ("lr", "base_lr"))
+EITHER = (*PAIRS, *((b, a) for a, b in PAIRS))
 
 STAGE_SETTINGS: dict[str, type[Settings]] = {"pretrain": PretrainSettings, "finetune": FinetuneSettings}
 
@@ -211,17 +204,14 @@ def resolve(task: Task, stage: str, preset: str, arm: str = "scratch", overrides
         layers += [(where, section), (where, section.get(stage) or {})]
         if stage == "finetune":
             layers.append((where, (section.get(stage) or {}).get(arm) or {}))
+    layers.append(("--set", overrides or {}))
     for where, layer in layers:
-        found = {k: v for k, v in layer.items() if k not in (*STAGES, *ARMS)}
+        found = {k: v for k, v in layer.items() if k not in (*STAGES, *ARMS) or where == "--set"}
+        for name, other in EITHER:
+            if name in found and other not in found:  # what is said last counts, also where an earlier section says the other
+                values[other], origin[other] = 0, where
         values.update(found)
         origin.update(dict.fromkeys(found, where))
-    given = dict(overrides or {})
-    for name, other in (("epochs", "steps"), ("steps", "epochs"), ("warmup_steps", "warmup_epochs"), ("warmup_epochs", "warmup_steps")):
-        if name in given and other not in given:  # the one that was asked for counts, also where the preset says the other
-            values[other] = 0
-            origin[other] = "--set"
-    values.update(given)
-    origin.update(dict.fromkeys(given, "--set"))
     return make_settings(cls, values, where=origin)
 
 
@@ -242,7 +232,7 @@ def make_settings(cls: type[Settings], values: dict[str, Any], where: str | dict
         if made.get(name) and (len(made[name]) != 2 or list(made[name]) != sorted(made[name])):
             raise UserError(f"{said[name]} must be two numbers, the smaller first, got {list(made[name])}")
     for name, value in made.items():
-        low, high = AT_LEAST.get(name, -math.inf), AT_MOST.get(name, math.inf)
+        low, high = (cls.__dataclass_fields__[name].metadata[bound] for bound in ("least", "most"))
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, (int, float)) and not low <= number <= high:
                 raise UserError(f"{said[name]} must be {_range(low, high)}, got {list(value) if isinstance(value, tuple) else value}")
@@ -317,6 +307,25 @@ def _holds(kind: type, value: Any) -> bool:
 def as_dict(settings: Settings) -> dict[str, Any]:
     """Plain values for YAML."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
+
+
+def learning_rate(settings: Settings) -> float:
+    """The rate after the warm-up: as given, or from `base_lr` by the rule of the MAE papers."""
+    return settings.base_lr * settings.batch_size / 256 if settings.base_lr else settings.lr
+
+
+def describe(stages: Iterable[str] = STAGES) -> list[dict[str, str]]:
+    """A row a setting: stage ("both" for what stages share), name, default, unit, bounds and what it does."""
+    shared, rows = {f.name for f in dataclasses.fields(Settings)}, []
+    for stage in ("both", *stages):
+        for f in dataclasses.fields(STAGE_SETTINGS.get(stage, Settings)):
+            if stage == "both" or f.name not in shared:
+                least, most = f.metadata["least"], f.metadata["most"]
+                bounds = "" if (least, most) == (-math.inf, math.inf) else _range(least, most)
+                default = list(f.default) if isinstance(f.default, tuple) else f.default
+                rows.append({"stage": stage, "setting": f.name, "default": str(default).lower() if isinstance(default, bool) else str(default)})
+                rows[-1] |= {"unit": f.metadata["unit"], "bounds": bounds, "what it does": f.metadata["help"]}
+    return rows
 
 
 def total_steps(settings: Settings, n_train: int) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from smae_utils.foreign import TIMM
 from smae_utils.inference import score_cases
 from smae_utils.patches import mask_noise
 from smae_utils.runs import Run, absolute, commit, now, only_process, places, provenance
-from smae_utils.settings import FinetuneSettings, PretrainSettings, Settings, as_dict, resolve, total_steps
+from smae_utils.settings import FinetuneSettings, PretrainSettings, Settings, as_dict, learning_rate, resolve, total_steps
 from smae_utils.tasks import Case, Task, get_task
 from smae_utils.tasks.lists import is_list, record_of
 from smae_utils.timm_glue import CosineLRScheduler
@@ -494,7 +494,7 @@ class Loop:
         kept = "The run folder holds an earlier state" if Run(self.out).state() else "Nothing was saved before that"
         return (
             f"the {what} is {value} at step {step} with cases {', '.join(sorted(set(batch['case'])))}: look at these scans, "
-            f"or lower base_lr (now {self.settings.base_lr}). {kept}"
+            f"or lower lr (now {learning_rate(self.settings):g}). {kept}"
         )
 
     def _validate(self, accelerator, model: nn.Module, validate: Callable[[nn.Module], dict[str, float]]) -> dict[str, float]:

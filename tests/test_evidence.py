@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from smae_utils.build import build_model
+from smae_utils.build import build_model, build_optimizer
 from smae_utils.cli import main
 from smae_utils.data import derive_seed
 from smae_utils.errors import UserError
@@ -124,7 +124,10 @@ def test_the_rate_that_a_grid_says_is_the_rate_of_training(dots, tmp_path):
     unit = Unit(read_study(str(dots[0])), Place(str(dots[1]), tmp_path), 101)
     values = unit.values("finetune", "50%", {"lr": 0.01})
     settings = make_settings(FinetuneSettings, values, "test")
-    assert settings.base_lr * settings.batch_size / 256 == pytest.approx(0.01) and settings.batch_size * settings.crops_per_scan == 4
+    assert (
+        build_optimizer(torch.nn.Linear(1, 1), settings).param_groups[0]["lr"] == pytest.approx(0.01)
+        and settings.batch_size * settings.crops_per_scan == 4
+    )
 
 
 def test_intervals_are_those_of_a_paired_t_test():

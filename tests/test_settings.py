@@ -7,12 +7,16 @@ import dataclasses
 import pytest
 import yaml
 
+from smae_utils.cli import main
 from smae_utils.environment import shipped
 from smae_utils.errors import UserError
 from smae_utils.settings import (
+    STAGE_SETTINGS,
     FinetuneSettings,
     PretrainSettings,
     as_dict,
+    describe,
+    learning_rate,
     load_preset,
     make_settings,
     parse_overrides,
@@ -225,3 +229,25 @@ def test_settings_survive_yaml():
 def test_what_a_run_writes_down_is_read_again_as_the_same(name):
     values = {"cases": [name], name: 1, "numbers": [18, 1e-4, 1.0, True, None]}
     assert read_yaml(write_yaml(values)) == values
+
+
+def test_what_is_said_last_counts_also_in_the_other_of_two_ways_to_say_it(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text("all: {base_lr: 6.4e-3, batch_size: 4, epochs: 10}\nbtcv: {pretrain: {lr: 2.0e-3, steps: 7}}")
+    made = resolve(BTCV, "pretrain", str(path))
+    assert learning_rate(made) == 2e-3 and (made.steps, made.epochs) == (7, 0)
+    assert learning_rate(resolve(BTCV, "finetune", str(path))) == pytest.approx(1e-4)
+    assert learning_rate(resolve(BTCV, "pretrain", str(path), overrides={"base_lr": 0.64})) == pytest.approx(0.01)
+    assert learning_rate(resolve(BTCV, "finetune", str(path), overrides={"lr": 0.5})) == 0.5
+
+
+def test_every_setting_is_described_with_a_default_within_its_bounds(capsys):
+    rows = describe()
+    for cls in STAGE_SETTINGS.values():
+        assert {f.name for f in dataclasses.fields(cls)} <= {row["setting"] for row in rows}
+        for f in dataclasses.fields(cls):
+            numbers = f.default if isinstance(f.default, tuple) else (f.default,)
+            assert all(f.metadata["least"] <= n <= f.metadata["most"] for n in numbers if not isinstance(n, str)) and len(f.metadata["help"]) > 5
+    assert main(["settings", "pretrain"]) == 0
+    told = capsys.readouterr().out
+    assert "mask_ratio " in told and "share of the patches that are hidden" in told and "feature_size" not in told

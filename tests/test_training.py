@@ -142,7 +142,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_cases(btcv, tiny, bare, t
     overrides = {**tiny["btcv", "pretrain"], "base_lr": 1e30, "steps": 20}
     with pytest.raises(UserError, match=r"at step \d+ with cases img00") as error:
         pretrain("btcv", btcv, tmp_path / "run", bare, overrides, report=quiet)
-    assert "base_lr" in str(error.value) and "\n" not in str(error.value)
+    assert "lower lr" in str(error.value) and "\n" not in str(error.value)
     assert not Run(tmp_path / "run").finished
     assert all(math.isfinite(line["loss"]) for line in curve(tmp_path / "run"))
 
@@ -297,11 +297,26 @@ def test_a_kill_between_two_renames_of_the_state_loses_nothing(left, brats, tiny
 
 
 def test_a_setting_newer_than_the_run_does_not_stop_its_resuming(brats, tiny, bare, tmp_path):
-    run = pretrain("brats", brats, tmp_path / "run", bare, tiny["brats", "pretrain"], report=quiet)
-    config = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
-    del config["settings"]["keep_every"]
-    (run.path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    pretrain("brats", brats, tmp_path / "run", bare, tiny["brats", "pretrain"], resume=True, report=quiet)
+    overrides = {**tiny["brats", "pretrain"], "steps": 4, "save_every": 1}
+
+    def stop(line: str) -> None:
+        if line.startswith("step      2/"):
+            raise KeyboardInterrupt
+
+    whole = pretrain("brats", brats, tmp_path / "whole", bare, overrides, report=quiet)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain("brats", brats, tmp_path / "run", bare, overrides, report=stop)
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
+    del config["settings"]["keep_every"], config["settings"]["mask_ratio"]  # one that may change between sittings, one that may not
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    lines = []
+    run = pretrain("brats", brats, tmp_path / "run", bare, overrides, resume=True, report=lines.append)
+    assert any("going on after step" in line for line in lines) and run.finished
+    assert_same_run(whole, run)
+    # What an older run does not say counts as the default, and another value is refused.
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    with pytest.raises(UserError, match="mask_ratio"):
+        pretrain("brats", brats, tmp_path / "run", bare, {**overrides, "mask_ratio": 0.5}, resume=True, report=quiet)
 
 
 def test_a_finished_run_is_not_trained_again(brats, tiny, bare, tmp_path, monkeypatch):

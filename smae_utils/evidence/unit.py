@@ -70,7 +70,7 @@ class Unit:
         return str(write_list(self.folder / f"labelled-{str(row).replace('%', 'percent')}.json", self.about, labelled, self.test))
 
     def values(self, stage: str, row: Row | None, own: dict[str, Any], arm: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Settings of a run. A step has the study's `crops`, of as many scans as there are; `lr` becomes the `base_lr` of that batch."""
+        """Settings of a run. A step has the study's `crops`, of as many scans as there are."""
         design = {k: v for k, v in self.design.items() if k not in ("pretrain", "finetune")} | self.design.get(stage, {})
         out = {"seed": self.seed, "train_on_val": True, "val_every": 0, "save_every": 10**6, "log_every": 50}
         out |= self.study.all | getattr(self.study, stage) | design | own | (arm or {})
@@ -78,7 +78,6 @@ class Unit:
         scans = len(self.training if row is None else draw_labelled(self.training, row, self.seed))
         out["batch_size"] = max(n for n in range(1, crops + 1) if crops % n == 0 and n <= scans)
         out["crops_per_scan"] = 1 if self.spatial_dims == 2 else crops // out["batch_size"]  # a 2D image gives one
-        out["base_lr"] = out.pop("lr") * 256 / out["batch_size"]
         return out
 
     def pretrained(self, name: str, row: Row) -> Path:
