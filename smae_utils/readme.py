@@ -67,8 +67,15 @@ def _order(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values(["labelled", "arm"], key=lambda c: c.map((rows if c.name == "labelled" else arms).index))
 
 
-def main_block(root: Path, name: str, arms: Iterable[str] = ()) -> str:
-    """Each arm beside scratch, by labelled cases, from the study's `main.csv`."""
+def _figure(root: Path, name: str, up: str) -> str:
+    """The study's figure as a document shows it that lies `up` from the root, where it was drawn."""
+    file = Path("results") / "evidence" / "real" / name / "main.png"
+    words = f"{read_study(name).title}: score against labelled training cases, and difference to scratch"
+    return f"![{words}]({up}{file.as_posix()})\n\n" if (root / file).is_file() else ""
+
+
+def main_block(root: Path, name: str, arms: Iterable[str] = (), up: str = "../") -> str:
+    """The figure, and each arm beside scratch, by labelled cases, from the study's `main.csv`."""
     study, main = read_study(name), _study(root, name, "main")
     if main.empty:
         return "Not run yet."
@@ -83,12 +90,14 @@ def main_block(root: Path, name: str, arms: Iterable[str] = ()) -> str:
             line["by patients"] = _span(*patient_interval(cases, row.labelled, row.arm)[1:])
         rows.append(line)
     folder = root / "results" / "evidence" / "real" / name
-    return _table(pd.DataFrame(rows)) + _details([folder / "main.csv"])
+    return _figure(root, name, up) + _table(pd.DataFrame(rows)) + _details([folder / "main.csv"])
 
 
 def first_block(root: Path) -> str:
     """The README's table: pre-training on all training images against scratch and against a convolutional network."""
-    parts = [f"{read_study(name).title}\n\n{main_block(root, name, ('self_all', 'cnn'))}" for name in STUDIES if not _study(root, name, "main").empty]
+    parts = [
+        f"{read_study(name).title}\n\n{main_block(root, name, ('self_all', 'cnn'), '')}" for name in STUDIES if not _study(root, name, "main").empty
+    ]
     return "\n\n".join(parts) or "Not run yet."
 
 
@@ -152,7 +161,10 @@ def explorer_block(root: Path) -> str:
 
 # file of the project -> name of a block in it -> what writes it
 BLOCKS: dict[str, dict[str, Callable[[Path], str]]] = {
-    "README.md": {"demo": demo_block, "paper": paper_block, "real": first_block, "explorer": explorer_block},
+    "README.md": {"real": first_block},
+    "docs/demo.md": {"demo": demo_block},
+    "docs/real_data.md": {"paper": paper_block},
+    "docs/explorer.md": {"explorer": explorer_block},
     "docs/evidence.md": {**{f"main-{name}": partial(main_block, name=name) for name in STUDIES}, "missing": missing_block},
     "docs/recipe.md": {f"{table}-{name}": partial(chosen_block, name=name, table=table) for name in STUDIES for table in ("room", "recipe", "tune")},
     "docs/phantoms.md": {"phantoms": phantoms_block},
