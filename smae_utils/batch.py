@@ -8,18 +8,11 @@ import typing
 from pathlib import Path
 from typing import Any
 
-import nbformat
-import papermill
-from nbclient.exceptions import DeadKernelError
-from nbconvert import HTMLExporter
-from nbformat.reader import NotJSONError
-from nbformat.validator import ValidationError
-from papermill.exceptions import PapermillExecutionError
-from traitlets.config import Config
-
-from smae_utils.environment import shipped
+from smae_utils.environment import need_notebook_packages, shipped
 from smae_utils.errors import UserError
 from smae_utils.settings import coerce, parse_value
+
+# papermill and its like stand inside the functions: they come with the extra `notebooks`, and the other commands work without it.
 
 # Words that the type of a parameter may be written with.
 TYPES = {
@@ -46,8 +39,13 @@ def check_parameters(notebook: Path, given: dict[str, Any]) -> dict[str, Any]:
     """Values in the types that the notebook's `parameters` cell declares. papermill itself only warns of an unknown name.
 
     Raises:
-        UserError: for an unknown parameter or a wrong type, listing the right ones.
+        UserError: for an unknown parameter or a wrong type, listing the right ones; or without the packages of the notebooks.
     """
+    need_notebook_packages("papermill", "nbconvert", "ipykernel")
+    import papermill
+    from nbformat.reader import NotJSONError
+    from nbformat.validator import ValidationError
+
     try:
         known = papermill.inspect_notebook(str(notebook))
     except (NotJSONError, ValidationError, ValueError, NotImplementedError, AttributeError) as error:
@@ -98,10 +96,15 @@ def run_notebook(notebook: str | Path, out_dir: str | Path, parameters: dict[str
         The executed notebook.
 
     Raises:
-        UserError: with the last error of the notebook, if a cell failed.
+        UserError: with the last error of the notebook, if a cell failed; or without the packages of the notebooks.
     """
     source = notebook_path(notebook)
     values = check_parameters(source, parameters)
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
+
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     target = out / f"{name or source.stem}.ipynb"
@@ -135,6 +138,8 @@ def _drop_widget_state(notebook: Path) -> None:
 
     Where a widget brought a picture along, as the explorer does, the picture stays.
     """
+    import nbformat
+
     content = nbformat.read(notebook, as_version=4)
     content.metadata.pop("widgets", None)
     for output in (o for cell in content.cells for o in cell.get("outputs", ())):
@@ -145,6 +150,9 @@ def _drop_widget_state(notebook: Path) -> None:
 
 def write_html(notebook: Path) -> Path:
     """The notebook as one HTML file that loads nothing from outside."""
+    import nbformat
+    from nbconvert import HTMLExporter
+
     exporter = HTMLExporter(embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True)
     # Without these, the page asks other hosts for scripts when it is opened.
     exporter.mathjax_url = exporter.require_js_url = exporter.jquery_url = exporter.mermaid_js_url = ""

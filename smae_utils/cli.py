@@ -190,9 +190,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--jobs", type=int, default=1, help="processes at a time; they share the cores")
     command.add_argument("--quick", type=int, default=1, help="divide steps by this: for tests, such figures mean nothing")
 
+    command = add("settings", _settings, "every setting: default, unit, bounds, what it does")
+    command.add_argument("stage", nargs="?", choices=["pretrain", "finetune"], help="pretrain or finetune; both when left out")
+
     command = add("readme", _readme, "write the figures of README.md and docs/ anew from results/")
     command.add_argument("--picture", type=Path, metavar="RUN", help="draw docs/reconstruction.png anew from this pre-training run")
-    add("env", _env, "make the environment .venv (nothing needs to be installed for it)")
+    command = add("env", _env, "make the environment .venv (nothing needs to be installed for it)")
+    command.add_argument("--browser", action="store_true", help="and a Chromium, for the test of the explorer in JupyterLab")
     for name, function, text in (("test", _test, "run the tests (arguments go to pytest)"), ("lab", _lab, "open JupyterLab on the notebooks")):
         add(name, function, text)
     return parser
@@ -212,9 +216,11 @@ def _readme(args) -> None:
 
 
 def _env(args) -> None:
-    from smae_utils.environment import make_environment
+    from smae_utils.environment import make_browser, make_environment
 
     make_environment()
+    if args.browser:
+        print(f"the browser for the tests is {make_browser()}")
 
 
 def _test(args) -> int:
@@ -311,6 +317,17 @@ def _demo(args) -> None:
 def _row(text: str) -> int | str:
     """A number of labelled cases, or a share as "10%"."""
     return int(text) if text.isdigit() else text
+
+
+def _settings(args) -> None:
+    import pandas as pd
+
+    from smae_utils.settings import STAGES, describe
+
+    table = pd.DataFrame(describe([args.stage] if args.stage else STAGES))
+    with pd.option_context("display.max_colwidth", None):
+        for stage, part in table.groupby("stage", sort=False):
+            print(f"{stage}\n{part.drop(columns='stage').to_string(index=False, justify='left')}\n")
 
 
 def _evidence(args) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from smae_utils.batch import run_notebook
+from smae_utils.environment import need_notebook_packages
 from smae_utils.errors import UserError
 from smae_utils.evaluation import compare
 from smae_utils.phantoms import DEFAULT_N, write_phantoms
@@ -50,6 +51,7 @@ def demo(
             raise UserError(f"the demo has no phantoms of task {task!r}: expected one of {', '.join(TASKS)}, or --data with a download")
         for stage in STAGES:  # a mistyped preset is said before an earlier demo is deleted
             resolve(get_task(task), stage, preset)
+    need_notebook_packages("papermill", "nbconvert", "ipykernel")
     begin = time.monotonic()
     rows, tables, pages, times = [], {}, [], {}
     for task in tasks:

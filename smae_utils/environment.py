@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import venv
+from importlib.util import find_spec
 from pathlib import Path
 
 from smae_utils.errors import UserError
@@ -43,6 +44,17 @@ def clone(what: str) -> Path:
     return ROOT
 
 
+def need_notebook_packages(*names: str) -> None:
+    """Look for packages of the extra `notebooks` before they are used; the rest of the package does without them.
+
+    Raises:
+        UserError: where one of `names` is not installed, with the command that installs it.
+    """
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise UserError(f"this needs {' and '.join(missing)}, not installed here: pip install 'smae-utils[notebooks]'")
+
+
 def venv_python() -> Path:
     """The environment's interpreter."""
     return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -71,7 +83,7 @@ def make_environment() -> None:
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = next(line.strip() for line in constraints if line.startswith("torch=="))
     _pip(pinned)
-    _pip("--constraint", str(ROOT / "constraints.txt"), "--editable", f"{ROOT}[examples,dicom,itk,medmnist,test,browser]")
+    _pip("--constraint", str(ROOT / "constraints.txt"), "--editable", f"{ROOT}[examples,dicom,itk,medmnist,notebooks,test,browser]")
     stamp.write_text(digest, encoding="utf-8")
 
 
@@ -79,6 +91,50 @@ def _pip(*args: str) -> None:
     command = [str(venv_python()), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *args]
     if subprocess.run(command, cwd=ROOT).returncode:
         raise UserError(f"pip install {' '.join(args)} failed, see above: check the network, then run the command again")
+
+
+def find_browser() -> str | None:
+    """A Chromium that starts: the machine's own, else the one that playwright fetched; None where there is neither."""
+
+    def starts(program: str | None) -> bool:
+        # Asked for its version because one that lacks a system library is there and cannot start.
+        return bool(program) and Path(program).is_file() and subprocess.run([program, "--version"], capture_output=True).returncode == 0
+
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if starts(found := shutil.which(name)):
+            return found
+    python = venv_python() if venv_python().exists() else sys.executable
+    ask = "from playwright.sync_api import sync_playwright\nwith sync_playwright() as p: print(p.chromium.executable_path)"
+    fetched = subprocess.run([str(python), "-c", ask], capture_output=True, text=True).stdout.strip()
+    return fetched if starts(fetched) else None
+
+
+def make_browser() -> str:
+    """Install a Chromium for the test that opens the explorer in JupyterLab, unless there is one; returns its path.
+
+    The system's own packages are touched only by root.
+
+    Raises:
+        UserError: where that failed, with what to run instead.
+    """
+    if found := find_browser():
+        return found
+    root = hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("apt-get")
+    playwright = [str(venv_python()), "-m", "playwright"]
+    fetched = subprocess.run([*playwright, "install", "chromium"]).returncode == 0
+    if root and not find_browser():
+        if fetched:  # it is there and lacks libraries of the system
+            subprocess.run([*playwright, "install-deps", "chromium"])
+        else:  # a network that lets through the packages of the system only
+            quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+            subprocess.run(["apt-get", "update", "-qq"], env=quiet)
+            subprocess.run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"], env=quiet)
+    if found := find_browser():
+        return found
+    raise UserError(
+        "no Chromium could be installed, see above: let an administrator run "
+        f"{venv_python()} -m playwright install-deps chromium (or apt-get install chromium), then run make env-browser again"
+    )
 
 
 def run_tests(args: list[str]) -> int:
@@ -94,7 +150,12 @@ def run_tests(args: list[str]) -> int:
 
 
 def open_lab(args: list[str]) -> int:
-    """JupyterLab on the notebooks, see `notebooks_to_open`; returns its exit code."""
+    """JupyterLab on the notebooks, see `notebooks_to_open`; returns its exit code.
+
+    Raises:
+        UserError: without the packages of the notebooks.
+    """
+    need_notebook_packages("jupyterlab")
     folder = notebooks_to_open()
     command = [sys.executable, "-m", "jupyter", "lab", "--notebook-dir", str(folder), *args]
     return subprocess.run(command, cwd=folder.parent).returncode

@@ -14,16 +14,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ipywidgets as widgets
 import numpy as np
 import torch
 
+from smae_utils.environment import need_notebook_packages
 from smae_utils.errors import UserError
 from smae_utils.mae import MaskedAutoencoder
 from smae_utils.plots import PLANES
 from smae_utils.runs import Run
 from smae_utils.scene import PALETTE, Look, Scene, encode, hide_box, hide_random, make_scene, sheet, strip
 from smae_utils.sources import Source, open_source
+
+need_notebook_packages("ipywidgets")  # one clear line, where the import would give a traceback
+import ipywidgets as widgets  # noqa: E402
 
 NOTES = {
     False: "Intensities: the network predicts normalised patches; the <b>true</b> mean and contrast of each patch, also of hidden ones, are put back in.",

@@ -702,6 +702,7 @@ def test_what_is_no_mistake_works(case, shared, tmp_path):
         assert said["mean"]["mauc"] == said["classes"]["mass"]["auc"]
 
 
+@pytest.mark.slow
 def test_the_line_is_the_only_one_also_in_a_process_of_its_own(shared, tmp_path):
     place = Place(tmp_path, shared)
     file = place.scans()

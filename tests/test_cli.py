@@ -49,6 +49,7 @@ def refused(answer: tuple[int, str, str], *words: str) -> None:
         assert word in err, err
 
 
+@pytest.mark.slow
 def test_the_chain_of_the_readme_from_phantoms_to_the_table(smae, tmp_path):
     data, runs = tmp_path / "data", tmp_path / "runs"
     assert smae("phantom", "--task", "brats", "--out", data, "--n", 8, "--seed", 3)[0] == 0

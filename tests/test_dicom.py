@@ -98,6 +98,7 @@ def test_files_that_are_no_dicom_are_named(content, tmp_path):
         read_image(str(tmp_path / "x.dcm"))
 
 
+@pytest.mark.slow
 def test_a_dicom_folder_is_predicted_in_its_own_space(btcv, tiny, bare, tmp_path):
     from smae_utils.predict import predict
     from smae_utils.training import finetune

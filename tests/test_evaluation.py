@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from monai.inferers import sliding_window_inference
-from scipy.spatial.distance import cdist
+from scipy.spatial import cKDTree
 from sklearn.metrics import f1_score, roc_auc_score
 
 from smae_utils import evaluation, inference, large
@@ -42,8 +42,8 @@ def runs(data, tiny, bare, tmp_path_factory) -> dict:
     return out
 
 
-def brute_hd95(pred: np.ndarray, label: np.ndarray, spacing) -> float:
-    """All pairs of surface voxels; a surface voxel has a face neighbour outside."""
+def nearest_hd95(pred: np.ndarray, label: np.ndarray, spacing) -> float:
+    """From each surface voxel to the nearest of the other mask; a surface voxel has a face neighbour outside."""
 
     def surface(mask):
         padded = np.pad(mask, 1)
@@ -52,13 +52,26 @@ def brute_hd95(pred: np.ndarray, label: np.ndarray, spacing) -> float:
             inner &= np.roll(padded, 1, axis) & np.roll(padded, -1, axis)
         return (np.argwhere(padded & ~inner) - 1) * np.asarray(spacing)
 
-    distances = cdist(surface(pred), surface(label))
-    return max(np.percentile(distances.min(1), 95), np.percentile(distances.min(0), 95))
+    a, b = surface(pred), surface(label)
+    return max(np.percentile(cKDTree(there).query(here)[0], 95) for here, there in ((a, b), (b, a)))
 
 
+def blocks(model, image, task, *_) -> torch.Tensor:
+    """Probabilities in blocks of 4 voxels, drawn anew for each scan of another size: masks with something of every class everywhere."""
+    rng = np.random.default_rng(image.shape[1])
+    coarse = torch.from_numpy(rng.random((task.out_chans, *(-(-n // 4) for n in image.shape[1:]))).astype(np.float32))
+    for axis in (1, 2, 3):
+        coarse = coarse.repeat_interleave(4, axis)
+    return coarse[(slice(None), *(slice(n) for n in image.shape[1:]))]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["btcv", "brats"])
-def test_written_masks_lie_on_the_scans_own_grid_and_give_the_reported_figures(task, runs, data):
-    run, table = runs[task]
+def test_written_masks_lie_on_the_scans_own_grid_and_give_the_reported_figures(task, runs, data, monkeypatch):
+    # A tiny network may find nothing at all, and then there would be nothing to compare.
+    run = runs[task][0]
+    monkeypatch.setattr(inference, "probabilities", blocks)
+    table = evaluate(run.path, report=quiet)
     record = get_task(task)
     cases = {c["case"]: c for c in read_splits(record, data[task], FinetuneSettings())["test"]}
     assert set(table.case) == set(cases) and len(table) == len(cases) * len(record.classes)
@@ -77,10 +90,9 @@ def test_written_masks_lie_on_the_scans_own_grid_and_give_the_reported_figures(t
             assert (row.predicted, row.labelled) == (pred.any(), label.any())
             if label.any() and pred.any():
                 assert row.dsc == pytest.approx(f1_score(label.ravel(), pred.ravel()))
-                if pred.sum() < 2000:
-                    assert row.hd95_mm == pytest.approx(brute_hd95(pred, label, spacing), rel=1e-4)
-                    checked += 1
-    assert checked > 3 or (task == "brats" and any(table.predicted))
+                assert row.hd95_mm == pytest.approx(nearest_hd95(pred, label, spacing), rel=1e-4)
+                checked += 1
+    assert checked >= len(table) / 2  # a class may be absent in some scans
 
 
 @pytest.mark.parametrize("task", ["btcv", "brats"])
@@ -191,6 +203,7 @@ def test_tumour_regions_become_labels_and_come_back():
     assert region_labels(conflicting, task).tolist() == [0, 1, 3]  # outside the whole tumour nothing is tumour
 
 
+@pytest.mark.slow
 def test_compare_subtracts_and_refuses_what_cannot_be_compared(btcv, brats, runs, tiny, bare, tmp_path):
     overrides = {**tiny["brats", "finetune"], "steps": 8}
     scratch = runs["brats"][0]

@@ -181,6 +181,7 @@ def test_scaled_weights_have_the_learned_spread_and_scratch_s_positions(dots, tm
     assert correlation[0, 1] > 0.999 and correlation[0, 2] == pytest.approx(correlation[1, 2], abs=1e-3)  # only size and spread are the learned ones
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_zero_steps_equals_scratch_bit_by_bit(brats, tiny, bare, tmp_path):
     overrides = tiny["brats", "finetune"]
     settings = make_settings(FinetuneSettings, overrides, where="test")
@@ -193,6 +194,7 @@ def test_a_checkpoint_of_zero_steps_equals_scratch_bit_by_bit(brats, tiny, bare,
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_one_command_runs_goes_on_and_changes_nothing_when_run_again(dots, tmp_path, capsys):
     study, data = dots
     assert smae(study, data, tmp_path, "--quick", "10") == 2

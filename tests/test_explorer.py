@@ -176,6 +176,7 @@ def test_the_static_twin_is_a_picture_with_a_text():
     assert {"image/png", "text/plain", "application/vnd.jupyter.widget-view+json"} <= set(live)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["brats", "cxr14"])
 def test_runs_are_shown_with_label_prediction_and_the_states_they_kept(task, data, tiny, bare, tmp_path):
     quiet = [].append

@@ -484,6 +484,7 @@ def test_an_exported_classifier_gives_the_same_logits_in_monai(cxr14, tiny, bare
     assert_close(theirs(image)[0], ours(image), **EQUAL)
 
 
+@pytest.mark.slow
 def test_an_exported_unetr_gives_the_same_logits_in_monai(brats, tiny, bare, tmp_path):
     fits = {"patch_size": 16, "depth": 12, "class_token": False, "norm_eps": 1e-5, "crop_size": [32, 32, 32], "steps": 1}
     run = finetune("brats", brats, tmp_path / "run", preset=bare, overrides={**tiny["brats", "finetune"], **fits}, report=quiet)

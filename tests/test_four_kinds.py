@@ -15,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 from smae_utils.cli import main
 from smae_utils.tasks import get_task
 
+pytestmark = pytest.mark.slow  # each kind of task is checked, trained twice, evaluated and predicted
 AFFINE = np.diag([3.0, 3.0, 4.0, 1.0])
 NET = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "precision": "fp32", "steps": 3, "batch_size": 2, "log_every": 1, "base_lr": 0.1}
 SETTINGS = {
@@ -124,9 +125,16 @@ def test_a_prediction_lies_on_the_images_own_grid_in_the_values_of_its_masks(mad
 def test_the_explorer_opens_each_kind(made):
     from smae_utils.explorer import explore
 
-    _, kind, folder = made
-    explore(folder / "pre", finetuned=[folder / "run"])
-    explore(folder / "run")
+    dims, kind, folder = made
+    for widget, masked in ((explore(folder / "pre", finetuned=[folder / "run"]), True), (explore(folder / "run"), False)):
+        assert len(widget.images) == (3 if dims == 3 else 1)
+        drawn = [bytes(view.value) for view in widget.images.values()]
+        assert all(jpeg.startswith(b"\xff\xd8") and len(jpeg) > 500 for jpeg in drawn)
+        assert ("hidden" in widget.text()) == masked
+        if kind == "segmentation":
+            assert "label" in widget.outlines.options and "liver" in widget.legend.value
+        else:
+            assert any(f"labelled: {name}" in widget.text() for name in ("sick", "well"))
 
 
 def test_pixel_size_in_the_list_makes_millimetres(made, bare, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +14,9 @@ from urllib.request import urlopen
 import nbformat
 import pytest
 
+from smae_utils.environment import find_browser
+
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "build" / "jupyterlab"
 FLAGS = [
@@ -38,22 +40,15 @@ explore(MaskedAutoencoder((32, 32, 32), 8, 1, 24, 2, 2, 24, 1, 2), x, spacing_mm
 """
 
 
+@pytest.fixture(scope="module")
 def chromium() -> str:
-    """Path of Chromium; installs Debian's when this is root on Debian, else skips with the reason."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found:
-        return found
-    if not shutil.which("apt-get") or os.geteuid() != 0:
-        pytest.skip("no Chromium on this machine, and this user may not install it (apt-get install chromium)")
-    for command in (["apt-get", "update", "-qq"], ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"]):
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
-    if done.returncode:
-        pytest.skip(f"Chromium could not be installed: {done.stderr.strip()[-200:]}")
-    return shutil.which("chromium")
+    """Path of a browser; without one the test is skipped and says how to get it. A test changes nothing on the machine."""
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make env installs it")
+    return find_browser() or pytest.skip("no Chromium on this machine: make env-browser installs one")
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
+def lab(chromium, tmp_path_factory):
     """A JupyterLab without security, on loopback only, with one notebook: its address."""
     folder = tmp_path_factory.mktemp("lab")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL.strip())])
@@ -88,13 +83,13 @@ def lab(tmp_path_factory):
     log.close()
 
 
-def test_a_scan_can_be_looked_through_in_a_browser(lab, tmp_path):
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    program = chromium()
+def test_a_scan_can_be_looked_through_in_a_browser(lab, chromium):
+    from playwright import sync_api
+
     PICTURES.mkdir(parents=True, exist_ok=True)
     errors, outside, failed = [], [], []
     with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=program, args=FLAGS)
+        browser = play.chromium.launch(executable_path=chromium, args=FLAGS)
         page = browser.new_page(viewport={"width": 1500, "height": 1500})
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))

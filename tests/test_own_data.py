@@ -100,6 +100,7 @@ def trained(small, bare, tmp_path_factory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_a_json_list_trains_evaluates_and_predicts_with_its_own_settings(smae, small, bare, tmp_path):
     file, runs = write_list(tmp_path / "data", settings=small), tmp_path / "runs"
     content = json.loads(file.read_text())
@@ -237,6 +238,7 @@ def test_a_tenth_of_the_patients_is_held_out_where_the_list_has_no_validation(tm
     assert len(made["val"]) == 4 and len(made["train"]) == 36
 
 
+@pytest.mark.slow
 def test_a_csv_list_of_radiographs_trains_evaluates_and_predicts(smae, tiny, bare, cxr14, tmp_path):
     found = sorted(cxr14.rglob("*.png"))[:20]
     for file in found:
@@ -300,6 +302,7 @@ def volumes_fit(table: pd.DataFrame, case: str, mask: Path, names=("liver", "tum
         assert row[f"{name} (ml)"] == pytest.approx((np.asarray(stored.dataobj) == value).sum() * voxel, abs=6e-4)
 
 
+@pytest.mark.slow
 def test_masks_lie_on_the_scans_own_grid_for_all_48_orientations(perfect, tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "_picture", lambda *_: None)  # 48 pictures would take most of the time
     image, label = phantom()
@@ -531,6 +534,7 @@ def test_check_looks_at_the_headers_of_masks_and_of_each_channel_and_survives_a_
     assert "b.nii.gz: voxel sizes 1x1x1" in told and "mask.nii.gz: its qform is no rotation" in told and "a.nii.gz: " not in told
 
 
+@pytest.mark.slow
 def test_check_estimates_the_memory_of_scans_that_are_kept_by_their_own_size(smae, small, tmp_path):
     file = write_list(tmp_path, 4, 0, settings={**small, "spacing_mm": [3, 3, 3]})
     write(tmp_path / "images" / "p0.nii.gz", phantom(0)[0])

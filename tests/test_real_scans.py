@@ -19,6 +19,7 @@ import pytest
 
 from smae_utils.cli import main
 
+pytestmark = pytest.mark.slow  # each chain pre-trains, fine-tunes, scores and predicts real scans
 ROOT = Path(__file__).parents[1]
 NET = ["patch_size=8", "embed_dim=48", "depth=3", "num_heads=4", "batch_size=2", "warmup_steps=0", "log_every=5", "precision=fp32"]
 

@@ -71,6 +71,7 @@ def rewrite(run: Path, **entries) -> None:
     (run / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_what_changes_nothing_of_the_result_may_change(interrupted, brats, tiny, bare, tmp_path):
     new = {"num_workers": 1, "log_every": 2, "save_every": 3, "cache_rate": 0.0, "keep_every": 5}
     assert set(new) == set(FREE_SETTINGS)
@@ -154,6 +155,7 @@ def test_inference_computes_in_the_precision_it_is_told_and_records_no_gradient(
     assert layer(x).requires_grad
 
 
+@pytest.mark.slow
 def test_of_two_processes_that_go_on_with_one_run_one_is_refused_and_the_run_stays_whole(interrupted, brats, bare, tiny, tmp_path):
     values = [f"{k}={v}" for k, v in {**tiny["brats", "pretrain"], "steps": 6, "save_every": 2}.items()]
     words = ["pretrain", "--task", "brats", "--data", brats, "--preset", bare, "--out", tmp_path / "run", "--resume", "--set", *values]
@@ -168,6 +170,7 @@ def test_of_two_processes_that_go_on_with_one_run_one_is_refused_and_the_run_sta
     assert steps(interrupted()) == [1, 2, 3, 4, 5, 6] and not (tmp_path / "run" / LOCK).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
 def test_the_lock_of_a_killed_process_does_not_stop_the_next(tmp_path):
     code = "import sys, time; from smae_utils.runs import only_process\nwith only_process(sys.argv[1]): print('in', flush=True); time.sleep(60)"

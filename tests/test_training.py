@@ -60,6 +60,7 @@ def as_set(overrides: dict) -> list[str]:
     return [f"{k}={v}" for k, v in overrides.items()]
 
 
+@pytest.mark.slow
 def test_a_killed_pretraining_goes_on_as_if_nothing_had_happened(btcv, tiny, bare, tmp_path):
     overrides = {**tiny["btcv", "pretrain"], "steps": 120, "save_every": 7, "val_every": 10, "warmup_steps": 20}
     whole = pretrain("btcv", btcv, tmp_path / "whole", bare, overrides, report=quiet)
@@ -86,6 +87,7 @@ def test_a_killed_pretraining_goes_on_as_if_nothing_had_happened(btcv, tiny, bar
     assert_same_run(whole, killed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["brats", "cxr14"])
 def test_an_interrupted_finetuning_with_drop_path_goes_on_as_if_nothing_had_happened(task, data, tiny, bare, tmp_path):
     overrides = {**tiny[task, "finetune"], "steps": 9, "drop_path": 0.5, "log_every": 2, "val_every": 4, "intensity_prob": 0.5}
@@ -102,6 +104,7 @@ def test_an_interrupted_finetuning_with_drop_path_goes_on_as_if_nothing_had_happ
     assert_same_run(whole, tmp_path / "stopped")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["update", "validation"])
 def test_ctrl_c_in_the_middle_of_a_step_leaves_an_exact_state(where, brats, tiny, bare, tmp_path, monkeypatch):
     overrides = {**tiny["brats", "finetune"], "steps": 6, "val_every": 2}

@@ -22,6 +22,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 COUNT = {"btcv": 8, "cxr14": 48, "brats": 8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["btcv", "cxr14", "brats"])
 def test_demo_runs_every_notebook_and_leaves_pages_and_a_summary(task, tmp_path):
     demo(tmp_path, [task], preset=TINY, n=COUNT[task])
@@ -38,6 +39,7 @@ def test_demo_runs_every_notebook_and_leaves_pages_and_a_summary(task, tmp_path)
     assert set(summary.metric) == ({"mauc"} if task == "cxr14" else {"dsc", "hd95_mm"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["example4d", "mni152"])
 @pytest.mark.parametrize("name", ["01_masking", "02_self_pretraining"])
 def test_masking_and_pretraining_run_on_real_scans_that_come_inside_packages(task, name, tmp_path):
@@ -47,6 +49,7 @@ def test_masking_and_pretraining_run_on_real_scans_that_come_inside_packages(tas
     assert (tmp_path / f"{name}.html").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["mni152", "btcv", "cxr14"])
 def test_own_data_goes_from_a_list_to_a_prediction(task, tmp_path):
     data = tmp_path / "data"
@@ -59,6 +62,7 @@ def test_own_data_goes_from_a_list_to_a_prediction(task, tmp_path):
     assert list((tmp_path / "runs" / "new").glob("probabilities.csv" if task == "cxr14" else "*.nii.gz"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dims", "kind", "third"), [(2, "segmentation", "04_segmentation"), (3, "classification", "03_classification")])
 def test_notebooks_take_lists_of_masks_of_2d_images_and_of_classes_of_3d_scans(dims, kind, third, tmp_path):
     task = write_list(tmp_path / "data", dims, kind)
@@ -67,6 +71,7 @@ def test_notebooks_take_lists_of_masks_of_2d_images_and_of_classes_of_3d_scans(d
     assert (tmp_path / "runs" / "self" / "metrics.json").is_file()
 
 
+@pytest.mark.slow
 def test_notebooks_run_without_any_network(tmp_path):
     isolate = ["unshare", "-rn", "sh", "-c", 'ip link set lo up 2>/dev/null || true; exec "$@"', "sh"]
     if not shutil.which("unshare") or subprocess.run([*isolate, "true"], capture_output=True).returncode:
@@ -87,6 +92,7 @@ def test_an_unknown_parameter_or_a_wrong_type_is_an_error_that_lists_the_right_o
     assert check_parameters(path, {"seed": "3", "task": "brats"}) == {"seed": 3, "task": "brats"}
 
 
+@pytest.mark.slow
 def test_a_failing_notebook_keeps_its_executed_copy_and_names_the_error(tmp_path):
     with pytest.raises(UserError, match="data folder .*nowhere does not exist"):
         run_notebook("00_data", tmp_path, {"data_dir": "/nowhere", "preset": TINY})
