@@ -24,10 +24,8 @@ MARKER = "delete-me-freely.txt"
 METRICS = {"segmentation": ("dsc", "hd95_mm"), "classification": ("mauc",)}
 
 
-def notebooks_for(task: str) -> list[str]:
-    """The numbered notebooks of a task, in order."""
-    middle = "03_classification" if get_task(task).kind == "classification" else "04_segmentation"
-    return ["00_data", "01_masking", "02_self_pretraining", middle, "05_evaluation"]
+# The notebooks of a task, in their order.
+NOTEBOOKS = ("00_data", "01_masking", "02_self_pretraining", "03_fine_tuning", "04_evaluation")
 
 
 def demo(
@@ -61,7 +59,7 @@ def demo(
         data, runs = Path(data_dir).resolve() if data_dir else folder / "data", folder / "runs"
         if not data_dir:
             write_phantoms(task, data, n or DEFAULT_N[task], seed)
-        for notebook in notebooks_for(task):
+        for notebook in NOTEBOOKS:
             print(f"[{time.monotonic() - begin:5.0f} s] {task}: {notebook}", flush=True)
             values = {"task": task, "data_dir": str(data), "run_dir": str(runs), "preset": preset, "seed": seed}
             done = run_notebook(notebook, folder, values)

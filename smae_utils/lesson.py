@@ -10,17 +10,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from smae_utils.data import read_case
 from smae_utils.environment import work_root
-from smae_utils.errors import UserError
+from smae_utils.patches import patchify
 from smae_utils.phantoms import DEFAULT_N, write_phantoms
 from smae_utils.settings import Settings
-from smae_utils.tasks import Task
-from smae_utils.tasks import get_task as find_task
+from smae_utils.tasks import IGNORE, Task, get_task
 from smae_utils.tasks.lists import is_list
 from smae_utils.tasks.mni152 import write_list as write_mni152_list
-from smae_utils.transforms import ResizeRadiograph, middle, prepare
+from smae_utils.transforms import ResizeRadiograph, middle, prepare, resize
 
 
 def data_folder(task: str, data_dir: str = "", seed: int = 0) -> Path:
@@ -29,7 +32,7 @@ def data_folder(task: str, data_dir: str = "", seed: int = 0) -> Path:
         return Path(data_dir)
     if is_list(task):
         return Path(task).absolute().parent  # a link into a store of data counts as lying here
-    if packaged := find_task(task).packaged:
+    if packaged := get_task(task).packaged:
         return packaged()
     folder = work_root() / "data" / f"phantom-{task}-seed{seed}"
     if not folder.exists():
@@ -51,7 +54,7 @@ def own_list(task: str, data_dir: str, folder: Path) -> Path:
         return path
     if task == "mni152":
         return write_mni152_list(folder)
-    record = find_task(task)
+    record = get_task(task)
     splits = record.read_splits(data_folder(task, data_dir), 0, 0)
     few = {
         "training": (splits["train"] + splits["val"])[: 60 if record.spatial_dims == 2 else 6],
@@ -84,17 +87,38 @@ def run_folder(task: str, run_dir: str = "", preset: str = "demo", seed: int = 0
     return Path(run_dir) if run_dir else work_root() / "runs" / f"{Path(task).stem}-{Path(preset).stem}-seed{seed}"
 
 
-def get_task(task: str, kind: str = "") -> Task:
-    """The record of a task, of one kind where a notebook is for that kind only.
+def probe(task: Task, settings: Settings, encoder: torch.nn.Module, cases: list[dict], most: int = 60) -> float:
+    """How well a linear model reads labels off an encoder's tokens: AUC on the last third of at most so many cases, fitted on the others.
 
-    Raises:
-        UserError: naming the notebook of the other kind.
+    Masks: does a patch hold more structure than background, from its token. Classes: the first class with both outcomes, from the mean of an image's tokens.
+
+    Returns:
+        NaN where there are too few cases, or no class with both outcomes in both parts.
     """
-    record = find_task(task)
-    if kind and record.kind != kind:
-        other = {"classification": "03_classification", "segmentation": "04_segmentation"}[record.kind]
-        raise UserError(f"task {task} is a {record.kind} task: use notebook {other}")
-    return record
+    cases = cases[: most if task.kind == "classification" else most // 5]
+    fitted = len(cases) - max(1, len(cases) // 3)
+    with torch.inference_mode():
+        rows = [_tokens_and_labels(task, settings, encoder.eval(), case) for case in cases]
+    parts = [[np.concatenate([row[i] for row in part]) for i in (0, 1)] for part in (rows[:fitted], rows[fitted:]) if part]
+    if len(parts) < 2:
+        return float("nan")
+    (x, y), (new_x, new_y) = parts
+    for column in range(y.shape[1]):
+        if len(np.unique(y[:, column])) == 2 == len(np.unique(new_y[:, column])):
+            model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300, C=0.1)).fit(x, y[:, column])
+            return float(roc_auc_score(new_y[:, column], model.decision_function(new_x)))
+    return float("nan")
+
+
+def _tokens_and_labels(task: Task, settings: Settings, encoder: torch.nn.Module, case: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of tokens (N, D) and of labels (N, columns) of one case."""
+    tokens = encoder(load_crop(task, settings, case)[None])[0][0, encoder.prefix_tokens :].numpy()
+    if task.kind == "classification":
+        return tokens.mean(0, keepdims=True), np.nan_to_num(np.asarray(case["label"], float))[None] > 0.5
+    label = read_case(prepare(task, settings, with_label=True), case)["label"]
+    label = resize(label, settings.crop_size, True) if task.whole else middle(label.as_tensor(), settings.crop_size)
+    structure = ((label > 0) & (label != IGNORE)).float()[None]
+    return tokens, patchify(structure, encoder.patch_size)[0].mean(-1, keepdim=True).numpy() > 0.5
 
 
 def versions() -> str:

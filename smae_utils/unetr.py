@@ -67,15 +67,15 @@ class UNETR(nn.Module):
         )
         self.out = UnetOutBlock(spatial_dims=ndim, in_channels=feature_size, out_channels=out_chans)
 
-    def _to_map(self, tokens: Tensor) -> Tensor:
+    def to_map(self, tokens: Tensor) -> Tensor:
         """(B, prefix_tokens + L, D) -> (B, D, *grid)."""
         return tokens[:, self.encoder.prefix_tokens :].transpose(1, 2).unflatten(2, self.encoder.grid)
 
     def forward(self, image: Tensor) -> Tensor:
         tokens, taken = self.encoder(image, take=self.skip_blocks)
         shown = self.image_skip(image) if self.image_skip else image.new_zeros(len(image), self.feature_size, *image.shape[2:])
-        skips = [shown] + [block(self._to_map(t)) for block, t in zip(self.skips, taken)]
-        x = self._to_map(tokens)
+        skips = [shown] + [block(self.to_map(t)) for block, t in zip(self.skips, taken)]
+        x = self.to_map(tokens)
         for up, skip in zip(self.ups, reversed(skips)):
             x = up(x, skip)
         return self.out(x)

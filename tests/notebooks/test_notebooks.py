@@ -12,7 +12,8 @@ import pytest
 from test_four_kinds import write_list
 
 from smae_utils.batch import check_parameters, notebook_path, run_notebook
-from smae_utils.demo import demo, notebooks_for
+from smae_utils.demo import NOTEBOOKS as CHAIN
+from smae_utils.demo import demo
 from smae_utils.errors import UserError
 from smae_utils.phantoms import write_phantoms
 
@@ -26,7 +27,7 @@ COUNT = {"btcv": 8, "cxr14": 48, "brats": 8}
 @pytest.mark.parametrize("task", ["btcv", "cxr14", "brats"])
 def test_demo_runs_every_notebook_and_leaves_pages_and_a_summary(task, tmp_path):
     demo(tmp_path, [task], preset=TINY, n=COUNT[task])
-    for name in notebooks_for(task):
+    for name in CHAIN:
         executed = nbformat.read(tmp_path / task / f"{name}.ipynb", as_version=4)
         assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
         assert "widgets" not in executed.metadata
@@ -58,15 +59,15 @@ def test_own_data_goes_from_a_list_to_a_prediction(task, tmp_path):
     else:
         write_phantoms(task, data, COUNT[task])
     values = {"task": task, "preset": TINY, "run_dir": str(tmp_path / "runs"), "data_dir": "" if task == "mni152" else str(data)}
-    run_notebook("06_your_own_data", tmp_path, values)
+    run_notebook("05_your_own_data", tmp_path, values)
     assert list((tmp_path / "runs" / "new").glob("probabilities.csv" if task == "cxr14" else "*.nii.gz"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dims", "kind", "third"), [(2, "segmentation", "04_segmentation"), (3, "classification", "03_classification")])
-def test_notebooks_take_lists_of_masks_of_2d_images_and_of_classes_of_3d_scans(dims, kind, third, tmp_path):
+@pytest.mark.parametrize(("dims", "kind"), [(2, "segmentation"), (3, "classification")])
+def test_notebooks_take_lists_of_masks_of_2d_images_and_of_classes_of_3d_scans(dims, kind, tmp_path):
     task = write_list(tmp_path / "data", dims, kind)
-    for name in ("00_data", "02_self_pretraining", third, "05_evaluation"):
+    for name in ("00_data", "02_self_pretraining", "03_fine_tuning", "04_evaluation"):
         run_notebook(name, tmp_path / "out", {"task": str(task), "preset": TINY, "run_dir": str(tmp_path / "runs")})
     assert (tmp_path / "runs" / "self" / "metrics.json").is_file()
 
