@@ -90,7 +90,7 @@ def run_folder(task: str, run_dir: str = "", preset: str = "demo", seed: int = 0
 def probe(task: Task, settings: Settings, encoder: torch.nn.Module, cases: list[dict], most: int = 60) -> float:
     """How well a linear model reads labels off an encoder's tokens: AUC on the last third of at most so many cases, fitted on the others.
 
-    Masks: does a patch hold more structure than background, from its token. Classes: the first class with both outcomes, from the mean of an image's tokens.
+    Masks: is more than a tenth of a patch structure, from its token. Classes: the first class with both outcomes, from the mean of an image's tokens.
 
     Returns:
         NaN where there are too few cases, or no class with both outcomes in both parts.
@@ -118,7 +118,7 @@ def _tokens_and_labels(task: Task, settings: Settings, encoder: torch.nn.Module,
     label = read_case(prepare(task, settings, with_label=True), case)["label"]
     label = resize(label, settings.crop_size, True) if task.whole else middle(label.as_tensor(), settings.crop_size)
     structure = ((label > 0) & (label != IGNORE)).float()[None]
-    return tokens, patchify(structure, encoder.patch_size)[0].mean(-1, keepdim=True).numpy() > 0.5
+    return tokens, patchify(structure, encoder.patch_size)[0].mean(-1, keepdim=True).numpy() > 0.1
 
 
 def versions() -> str:

@@ -40,6 +40,6 @@ def test_the_probe_reads_what_tokens_hold(task, data, tiny, monkeypatch):
 
         monkeypatch.setattr(lesson, "load_crop", masks)
     torch.manual_seed(0)
-    assert lesson.probe(record, settings, Tokens(8, knows=True), cases) == 1.0
-    assert 0.2 < lesson.probe(record, settings, Tokens(8, knows=False), cases) < 0.8
-    assert math.isnan(lesson.probe(record, settings, Tokens(8, knows=True), cases[:1]))
+    assert lesson.probe(record, settings, Tokens(4, knows=True), cases) > 0.99
+    assert lesson.probe(record, settings, Tokens(4, knows=False), cases) < 0.9  # few cases: chance is wide
+    assert math.isnan(lesson.probe(record, settings, Tokens(4, knows=True), cases[:1]))
