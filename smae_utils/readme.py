@@ -173,14 +173,15 @@ BLOCKS: dict[str, dict[str, Callable[[Path], str]]] = {
 
 
 def draw_reconstruction(run_dir: str | Path, target: Path) -> None:
-    """The README's picture: the first validation image of a pre-training run."""
+    """The README's picture: the first held-out image of a pre-training run."""
     run = Run.open(run_dir, "pretrain")
     name, data = find_data(run)
     task = get_task(name)
     settings = make_settings(PretrainSettings, run.config["settings"], str(run.path))
     model = build_mae(task, settings).eval()
     load_weights(model, run.path, require="")
-    case = read_splits(task, data, settings)["val"][0]
+    splits = read_splits(task, data, settings)
+    case = (splits["val"] or splits["test"])[0]  # never one it was trained on
     figure = show_reconstruction(model, load_crop(task, settings, case), seed=0)
     target.parent.mkdir(exist_ok=True)
     figure.savefig(target, dpi=80, pil_kwargs={"optimize": True})
