@@ -17,14 +17,14 @@ from smae_utils import accel
 from smae_utils.build import build_model
 from smae_utils.data import read_splits
 from smae_utils.errors import UserError
-from smae_utils.inference import Teller, classify, ignoring, segment
+from smae_utils.inference import classify, ignoring, segment
 from smae_utils.metrics import dsc, hd95_mm, mean_auc
+from smae_utils.progress import Say, Teller, say
 from smae_utils.reading import Volume, read_label
 from smae_utils.runs import FREE_SETTINGS, Run, find_data, said_of_list, write_text
 from smae_utils.settings import FinetuneSettings, make_settings
 from smae_utils.tasks import Case, Task, task_of
 from smae_utils.tasks.lists import is_list
-from smae_utils.training import Say, say
 from smae_utils.weights import load_weights
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -22,9 +21,6 @@ from smae_utils.reading import CheckCase, ReadScan
 from smae_utils.settings import FinetuneSettings
 from smae_utils.tasks import IGNORE, Case, Task
 from smae_utils.transforms import ResizeRadiograph, prepare
-
-# Seconds between two lines of progress within one scan.
-TELL_EVERY = 15.0
 
 Progress = Callable[[int, int], None]  # windows done, windows in all
 
@@ -216,18 +212,6 @@ def region_labels(masks: list[np.ndarray], task: Task) -> np.ndarray:
         inside = inside & mask
         out[inside] = next(v for v in values if v not in inner)
     return out
-
-
-class Teller:
-    """Says how far a long scan is, at most each `TELL_EVERY` seconds."""
-
-    def __init__(self, name: str, report: Callable[[str], None]):
-        self.name, self.report, self.last = name, report, time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        if time.monotonic() - self.last >= TELL_EVERY:
-            self.last = time.monotonic()
-            self.report(f"  {self.name}: {done} of {total} windows")
 
 
 def classify(model: nn.Module, cases: list[Case], task: Task, settings: FinetuneSettings, device: torch.device, batch_size: int = 64) -> np.ndarray:

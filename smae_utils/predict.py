@@ -20,15 +20,15 @@ from smae_utils import accel, large
 from smae_utils.data import read_case
 from smae_utils.errors import UserError
 from smae_utils.evaluation import load_finetuned, save_nifti, write_mask
-from smae_utils.inference import Teller, check_scan, classify, segment
+from smae_utils.inference import check_scan, classify, segment
 from smae_utils.paths import NIBABEL_ENDINGS, case_name, has_ending, split_series
 from smae_utils.pictures import read_image
 from smae_utils.plots import show_flat_overlay, show_overlay
+from smae_utils.progress import Say, Teller, say
 from smae_utils.reading import Volume, first_file, read_volume, units_of
 from smae_utils.runs import Run, write_text
 from smae_utils.tasks import Case, Task, get_task
 from smae_utils.tasks.lists import images_of, is_list
-from smae_utils.training import Say, say
 from smae_utils.transforms import ResizeRadiograph, prepare
 
 

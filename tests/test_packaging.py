@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import smae_utils
 from smae_utils.readme import BLOCKS, render
 from smae_utils.settings import STAGES, load_preset, resolve
 from smae_utils.tasks import get_task, task_names
@@ -472,3 +473,15 @@ def test_code_passes_ruff():
     for command in (["check"], ["format", "--check"]):
         done = subprocess.run([sys.executable, "-m", "ruff", *command], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_package_names_what_most_people_need_and_loads_it_when_it_is_used():
+    code = (
+        "import sys, smae_utils; assert 'torch' not in sys.modules and set(smae_utils.__all__) <= set(dir(smae_utils)); print(smae_utils.__version__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.strip() == PROJECT["version"], done.stderr
+    for name in smae_utils.__all__:
+        assert getattr(smae_utils, name) is not None
+    with pytest.raises(AttributeError, match="MaskedAutoencoda"):
+        smae_utils.MaskedAutoencoda  # noqa: B018

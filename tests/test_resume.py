@@ -16,11 +16,12 @@ import torch
 import yaml
 from PIL import Image
 
-from smae_utils import accel, runs, training
+from smae_utils import accel, loop, runs
 from smae_utils.accel import inference_context, pick_precision, usable_precision
 from smae_utils.errors import UserError
+from smae_utils.loop import Loop
 from smae_utils.runs import FREE_SETTINGS, LOCK, SCHEMA, Run, absolute, find_data, only_process
-from smae_utils.training import Loop, finetune, pretrain
+from smae_utils.training import finetune, pretrain
 
 ROOT = Path(__file__).parents[1]
 
@@ -120,7 +121,7 @@ def test_a_run_of_a_newer_version_is_refused_by_name(interrupted, schema, tmp_pa
 def test_the_precision_of_the_first_sitting_is_kept_where_the_device_has_it(interrupted, tmp_path, monkeypatch):
     asked = []
     make = accel.make_accelerator
-    monkeypatch.setattr(training.accel, "make_accelerator", lambda p: asked.append(p) or make("fp32"))
+    monkeypatch.setattr(loop.accel, "make_accelerator", lambda p: asked.append(p) or make("fp32"))
     rewrite(tmp_path / "run", precision="bf16")
     monkeypatch.setattr(accel, "computes_bf16", lambda device: True)
     said = []
@@ -194,7 +195,7 @@ def test_a_lock_that_a_kill_left_does_not_make_a_folder_count_as_used(brats, tin
 
 def test_a_finished_run_is_found_again_where_nothing_can_be_written(brats, tiny, bare, tmp_path, monkeypatch):
     run = pretrain("brats", brats, tmp_path / "run", bare, tiny["brats", "pretrain"], report=quiet)
-    monkeypatch.setattr(training, "only_process", lambda path: pytest.fail("wrote into a finished run"))
+    monkeypatch.setattr(loop, "only_process", lambda path: pytest.fail("wrote into a finished run"))
     assert pretrain("brats", brats, run.path, bare, tiny["brats", "pretrain"], resume=True, report=quiet).finished
 
 

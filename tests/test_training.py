@@ -19,14 +19,15 @@ import pytest
 import torch
 import yaml
 
-from smae_utils import training
+from smae_utils import loop, training
 from smae_utils.build import build_model, build_optimizer
 from smae_utils.data import read_splits
 from smae_utils.errors import UserError
+from smae_utils.loop import Loop
 from smae_utils.runs import Run
 from smae_utils.settings import FinetuneSettings, PretrainSettings, make_settings
 from smae_utils.tasks import get_task
-from smae_utils.training import Loop, finetune, pretrain
+from smae_utils.training import finetune, pretrain
 
 ROOT = Path(__file__).parents[1]
 
@@ -423,8 +424,8 @@ def test_notes_of_a_task_are_told_at_the_start_of_both_stages(brats, tiny, bare,
 
 
 def test_a_batch_that_the_processes_cannot_share_equally_is_refused_before_any_folder_is_made(brats, tiny, bare, tmp_path, monkeypatch):
-    loader = training.training_loader
-    monkeypatch.setattr(training, "training_loader", lambda *a: loader(*a[:-1], 2))
+    loader = loop.training_loader
+    monkeypatch.setattr(loop, "training_loader", lambda *a: loader(*a[:-1], 2))
     with pytest.raises(UserError, match=r"batch_size 3 .*2 processes"):
         pretrain("brats", brats, tmp_path / "run", bare, {**tiny["brats", "pretrain"], "batch_size": 3}, report=quiet)
     assert not (tmp_path / "run").exists()
