@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from smae_utils.errors import UserError
 from smae_utils.mae import MaskedAutoencoder
+from smae_utils.patches import visible_count
 from smae_utils.settings import FinetuneSettings, PretrainSettings, Settings, learning_rate
 from smae_utils.tasks import IGNORE, Task
 from smae_utils.unetr import UNETR
@@ -37,7 +38,7 @@ def _encoder_args(task: Task, settings: Settings) -> dict:
 
 def build_mae(task: Task, settings: PretrainSettings) -> MaskedAutoencoder:
     """The masked autoencoder of a task."""
-    return MaskedAutoencoder(
+    model = MaskedAutoencoder(
         **_encoder_args(task, settings),
         decoder_embed_dim=settings.decoder_embed_dim,
         decoder_depth=settings.decoder_depth,
@@ -46,6 +47,9 @@ def build_mae(task: Task, settings: PretrainSettings) -> MaskedAutoencoder:
         norm_pix_loss=settings.norm_pix_loss,
         air_loss=settings.air_loss,
     )
+    for ratio in settings.mask_ratio_range:  # said now, not at the step that happens to draw it
+        visible_count(model.encoder.pos_embed.shape[1], ratio)
+    return model
 
 
 def build_model(task: Task, settings: FinetuneSettings) -> nn.Module:

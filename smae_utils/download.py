@@ -47,6 +47,7 @@ def download(name: str, out: str | Path, report: Callable[[str], None] = print, 
     if there := next((place for place in (out / folder, out) if (place / "dataset.json").is_file()), None):
         report(f"{there} is already there")
         return out
+    _free_place(out / folder)
     with _fetched(f"{name} ({folder})", DecathlonDataset.resource[folder], DecathlonDataset.md5[folder], out, f"{folder}.tar", report) as archive:
         from monai.apps import extractall
 
@@ -72,6 +73,7 @@ def _chestmnist(out: Path, size: int, report: Callable[[str], None]) -> Path:
     if target.is_file():
         report(f"{folder} is already there")
         return target
+    _free_place(folder)
     info = INFO[CHEST]
     with _fetched(f"{CHEST} at {size} pixels", info[f"url_{size}"], info[f"MD5_{size}"], out, f"{CHEST}_{size}.npz", report) as file:
         content = {"title": f"ChestMNIST, {size} pixels", "classes": [info["label"][str(i)] for i in range(len(info["label"]))], "sided": True}
@@ -85,6 +87,16 @@ def _chestmnist(out: Path, size: int, report: Callable[[str], None]) -> Path:
         made.rename(folder)
     report(f"unpacked to {folder}")
     return target
+
+
+def _free_place(folder: Path) -> None:
+    """Told before anything is fetched.
+
+    Raises:
+        UserError: where something lies that is not the whole data set.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} is there and is not a whole data set: move it away, or choose another --out")
 
 
 def _pictures(images: np.ndarray, labels: np.ndarray, folder: Path, part: str) -> Iterator[dict]:

@@ -77,7 +77,8 @@ def _figure(root: Path, name: str, up: str) -> str:
 def main_block(root: Path, name: str, arms: Iterable[str] = (), up: str = "../") -> str:
     """The figure, and each arm beside scratch, by labelled cases, from the study's `main.csv`."""
     study, main = read_study(name), _study(root, name, "main")
-    if main.empty:
+    main = main if main.empty else main[main.seed.isin(study.seeds)]
+    if main.empty or intervals(main).empty:
         return "Not run yet."
     table, cases = intervals(main[main.metric == STUDIES[name]]), _study(root, name, "cases")
     rows = []

@@ -336,6 +336,9 @@ def said_of_list(config: dict[str, Any]) -> dict[str, Any] | None:
 def _deciding(config: dict[str, Any], defaults: dict[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """Of a configuration what decides the result. A list is told by what it says, not by where it lies."""
     settings = {**defaults, **config["settings"]}
+    # The two ways to say a learning rate are one.
+    base = settings.pop("base_lr", 0)
+    settings["lr"] = base * settings["batch_size"] / 256 if base else settings.get("lr")
     return {
         "stage": config["stage"],
         "task": "a list" if is_list(config["task"]) else config["task"],

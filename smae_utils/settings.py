@@ -208,7 +208,8 @@ def resolve(task: Task, stage: str, preset: str, arm: str = "scratch", overrides
     for where, layer in layers:
         found = {k: v for k, v in layer.items() if k not in (*STAGES, *ARMS) or where == "--set"}
         for name, other in EITHER:
-            if name in found and other not in found:  # what is said last counts, also where an earlier section says the other
+            means_other = name in ("steps", "epochs", "base_lr") and not found.get(name)  # 0 there means: take the other
+            if name in found and other not in found and not means_other:  # what is said last counts, also over an earlier section
                 values[other], origin[other] = 0, where
         values.update(found)
         origin.update(dict.fromkeys(found, where))

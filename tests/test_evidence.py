@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -53,6 +54,7 @@ grids:
   self_all: [{lr: 1.0e-3, encoder_lr: 1.0}, {lr: 1.0e-2, encoder_lr: 0.1}]
 design_rows: ["50%"]
 designs: {chosen: {}, deeper: {depth: 3}}
+recipe_rows: ["50%"]
 recipes: {base: {pretrain: {steps: 10}}, learned: {pretrain: {steps: 10, positions: learned}}}
 """
 
@@ -269,3 +271,30 @@ def test_wrong_words_and_wrong_data_are_one_line(dots, tmp_path, capsys):
     assert smae(study, tmp_path, tmp_path) == 2 and "labels.csv" in capsys.readouterr().err
     (tmp_path / "labels.csv").write_text("a,b\n1,2\n")
     assert smae(study, tmp_path, tmp_path) == 2 and "no column" in capsys.readouterr().err
+
+
+def test_rows_of_another_set_up_are_not_taken_for_this_one_s(dots, tmp_path, capsys):
+    study, data = dots
+    few = ["--quick", "10", "--seeds", "101", "--labelled", "50%", "--arm", "scratch"]
+    assert smae(study, data, tmp_path, *few, "--part", "tune", "main") == 0
+    (tmp_path / "study.yaml").write_text(study.read_text().replace("steps: 20", "steps: 40"))
+    capsys.readouterr()
+    assert smae(tmp_path / "study.yaml", data, tmp_path, *few) == 2
+    assert "run --part tune first" in capsys.readouterr().err
+    assert smae(study, data, tmp_path, "--quick", "10", "--seeds", "77") == 2 and "development seed" in capsys.readouterr().err
+
+
+def test_a_list_that_is_there_and_says_something_else_is_refused(dots, tmp_path):
+    study = read_study(str(dots[0]))
+    Unit(study, Place(str(dots[1]), tmp_path), 101).list_of("50%")
+    other = Unit(dataclasses.replace(study, split_seed=1), Place(str(dots[1]), tmp_path), 101)
+    with pytest.raises(UserError, match="choose another --out"):
+        other.list_of("50%")
+
+
+def test_arms_that_share_no_unit_yet_give_no_interval():
+    rows = [("10%", "scratch", 1, 0, "mauc", 0.5), ("10%", "self", 1, 1, "mauc", 0.6)]
+    assert tables.intervals(pd.DataFrame(rows, columns=["labelled", "arm", "seed", "fold", "metric", "value"])).empty
+    base = {"labelled": "10%", "seed": 1, "patient": "p", "case": "c", "class": "x", "target": 1, "score": 0.5}
+    cases = pd.DataFrame([{**base, "arm": "scratch", "fold": 0}, {**base, "arm": "self", "fold": 1}])
+    assert np.isnan(tables.patient_interval(cases, "10%", "self")).all()

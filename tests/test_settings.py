@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import yaml
 
+from smae_utils.build import build_mae
 from smae_utils.cli import main
 from smae_utils.environment import shipped
 from smae_utils.errors import UserError
@@ -251,3 +252,12 @@ def test_every_setting_is_described_with_a_default_within_its_bounds(capsys):
     assert main(["settings", "pretrain"]) == 0
     told = capsys.readouterr().out
     assert "mask_ratio " in told and "share of the patches that are hidden" in told and "feature_size" not in told
+
+
+def test_a_zero_that_means_the_other_way_leaves_the_other_alone(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text("all: {lr: 2.0e-3, epochs: 10}")
+    made = resolve(BTCV, "pretrain", str(path), overrides={"base_lr": 0, "steps": 0})
+    assert learning_rate(made) == 2e-3 and made.epochs == 10
+    with pytest.raises(UserError, match="mask_ratio"):
+        build_mae(BTCV, resolve(BTCV, "pretrain", str(path), overrides={"mask_ratio_range": [0.5, 0.99], "crop_size": [32, 32, 32]}))

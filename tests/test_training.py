@@ -351,7 +351,7 @@ def test_resuming_with_other_settings_is_refused_by_name(brats, tiny, bare, tmp_
 
 
 def test_validation_uses_the_same_crops_and_masks_each_time(btcv, tiny, bare, tmp_path):
-    overrides = {**tiny["btcv", "pretrain"], "base_lr": 0.0, "val_every": 2, "steps": 6}  # weights stay as they are
+    overrides = {**tiny["btcv", "pretrain"], "lr": 0.0, "base_lr": 0.0, "val_every": 2, "steps": 6}  # weights stay as they are
     log = pretrain("btcv", btcv, tmp_path / "run", bare, overrides, report=quiet).read_log()
     scores = [line["val_loss"] for line in log if "val_loss" in line]
     assert len(scores) == 3 and len(set(scores)) == 1 and scores[0] > 0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 
 from smae_utils.data import derive_seed
 from smae_utils.errors import UserError
@@ -77,18 +78,29 @@ def draw_labelled(cases: list[Case], row: Row, seed: int) -> list[Case]:
 
 
 def write_list(file: Path, about: dict, training: list[Case], test: list[Case], labels: bool = True) -> Path:
-    """A list file of these cases, written once; without `labels` the training images alone."""
-    if not file.exists():
-        keys = ("case", "patient", "image", *(["label"] if labels else []))
-        content = {**about, "training": [{k: _plain(c[k]) for k in keys} for c in training]}
-        content["test"] = [{k: _plain(c[k]) for k in ("case", "patient", "image", "label")} for c in test]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(content, indent=0))
+    """A list file of these cases, written once; without `labels` the training images alone.
+
+    Raises:
+        UserError: when the file is there and lists others.
+    """
+    content = {**about, "training": [_entry(case, labels) for case in training], "test": [_entry(case, True) for case in test]}
+    text = json.dumps(content, indent=0)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{file}.lock"):  # two processes of the study may come at once
+        if not file.exists():
+            write_text(file, text)
+        elif file.read_text(encoding="utf-8") != text:
+            raise UserError(f"{file} lists other cases than this study with these data: choose another --out")
     return file
 
 
-def _plain(value):
-    """Paths absolute; vectors of findings as lists."""
-    if isinstance(value, (str, Path)):
-        return str(Path(value).resolve()) if Path(value).exists() else str(value)
-    return [_plain(v) for v in value] if isinstance(value, list) and value and isinstance(value[0], str) else [int(v) for v in value]
+def _entry(case: Case, label: bool) -> dict:
+    """A case as a list says it: paths absolute, findings as numbers."""
+    out = {"case": case["case"], "patient": case["patient"], "image": _absolute(case["image"])}
+    if label:
+        out["label"] = _absolute(case["label"]) if isinstance(case["label"], (str, Path)) else [int(v) for v in case["label"]]
+    return out
+
+
+def _absolute(files: str | Path | list) -> str | list[str]:
+    return [str(Path(f).resolve()) for f in files] if isinstance(files, list) else str(Path(files).resolve())

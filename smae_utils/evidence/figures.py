@@ -27,7 +27,8 @@ NAMES = {"dsc": "mean DSC", "mauc": "mAUC", "hd95_mm": "HD95 in mm"}
 def draw(folder: Path, study: Study) -> None:
     """`intervals.csv` and `main.png` from `main.csv`, when it is there."""
     main = Results(folder).read("main")
-    if main.empty:
+    main = main if main.empty else main[main.seed.isin(study.seeds)]
+    if main.empty or intervals(main).empty:
         return
     text = intervals(main).to_csv(index=False, float_format="%.4g")
     write_text(folder / "intervals.csv", f"# paired by seed and fold, 95 % t intervals, from main.csv\n{text}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +62,7 @@ class Study:
         arms: name -> `Arm`.
         grids: arm -> settings to try; `lr` is the learning rate itself. All of one size.
         designs: name -> settings to try with scratch alone, to find a set-up with room.
-        recipes: name -> settings of pre-training (key `pretrain`) to try one at a time, with `recipe_arm`.
+        recipes: name -> settings of pre-training (key `pretrain`) to try one at a time, with `recipe_arm` at `recipe_rows`.
     """
 
     name: str
@@ -85,6 +87,13 @@ class Study:
     design_rows: tuple[Row, ...] = ()
     recipes: dict[str, dict[str, Any]] = field(default_factory=dict)
     recipe_arm: str = "self_all"
+    recipe_rows: tuple[Row, ...] = ()
+
+    def setup(self, arm: str, setting: dict[str, Any], more: dict[str, Any] | None = None) -> str:
+        """Eight letters that change with anything that decides a figure of this arm: rows of another set-up are not taken for this one's."""
+        said = [self.task, self.all, self.pretrain, self.finetune, self.pretrainings, self.crops, self.split_seed, self.dev_share, self.folds]
+        said += [dataclasses.asdict(self.arms[arm]), setting, more or {}]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
 
     def units(self, seeds: tuple[int, ...] = ()) -> list[tuple[int, int]]:
         """(seed, fold) of every unit of the main table, seed by seed."""
@@ -106,7 +115,7 @@ def read_study(name: str) -> Study:
         arms = {
             key: Arm(**{k: tuple(v) if isinstance(v, list) else v for k, v in (value or {}).items()}) for key, value in content.pop("arms").items()
         }
-        plain = {key: tuple(value) if key in ("seeds", "labelled", "design_rows") else value for key, value in content.items()}
+        plain = {key: tuple(value) if key in ("seeds", "labelled", "design_rows", "recipe_rows") else value for key, value in content.items()}
         study = Study(name=path.stem, arms=arms, **plain)
     except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is no study: {' '.join(str(error).split())}; compare it with one of presets/study") from None
@@ -135,6 +144,9 @@ def shortened(study: Study, times: int) -> Study:
     def cut(settings: dict[str, Any]) -> dict[str, Any]:
         return {k: max(2, math.ceil(v / times)) if k == "steps" else 1 if k == "warmup_steps" else v for k, v in settings.items()}
 
-    recipes = {name: {**r, **({"pretrain": cut(r["pretrain"])} if "pretrain" in r else {})} for name, r in study.recipes.items()}
+    def cut_both(more: dict[str, Any]) -> dict[str, Any]:
+        return {k: cut(v) if k in ("pretrain", "finetune") else v for k, v in more.items()}
+
+    tried = {part: {name: cut_both(more) for name, more in getattr(study, part).items()} for part in ("designs", "recipes")}
     shorter = {part: cut(getattr(study, part)) for part in ("pretrain", "finetune")}
-    return dataclasses.replace(study, **shorter, recipes=recipes, pretrainings={k: cut(v) for k, v in study.pretrainings.items()})
+    return dataclasses.replace(study, **shorter, **tried, pretrainings={k: cut(v) for k, v in study.pretrainings.items()})

@@ -71,7 +71,11 @@ def _jobs(part: str, study: Study, place: Place, tables: Results, seeds: tuple[i
     if part == "room":
         first = study.grids["scratch"][0]
         return [
-            ({"design": name, "labelled": row}, run_one, (study, place, dev, 0, "scratch", scratch, row, first, design, f"design-{name}"))
+            (
+                {"design": name, "labelled": row, "setup": study.setup("scratch", first, design)},
+                run_one,
+                (study, place, dev, 0, "scratch", scratch, row, first, design, f"design-{name}"),
+            )
             for name, design in study.designs.items()
             for row in study.design_rows
         ]
@@ -79,26 +83,30 @@ def _jobs(part: str, study: Study, place: Place, tables: Results, seeds: tuple[i
         main = study.recipe_arm
         first = study.grids[study.arms[main].tuned_as or main][0]
         return [
-            ({"recipe": name, "labelled": study.tune_row}, run_one, (study, place, dev, 0, main, study.arms[main], study.tune_row, first, more, f"recipe-{name}"))
+            ({"recipe": name, "labelled": row, "setup": study.setup(main, first, more)}, run_one,
+             (study, place, dev, 0, main, study.arms[main], row, first, more, f"recipe-{name}"))
             for name, more in study.recipes.items()
+            for row in study.recipe_rows
         ]  # fmt: skip
     if part == "tune":
         return spread(
             (
-                {"arm": name, "setting": said(setting)},
+                {"arm": name, "setting": said(setting), "setup": study.setup(name, setting)},
                 run_one,
                 (study, place, dev, 0, f"tune-{name}-{said(setting).replace(' ', '-')}", study.arms[name], study.tune_row, setting),
             )
             for name, grid in study.grids.items()
             for setting in grid
         )
-    tuned = tables.tuned(study)
+    if dev in seeds:
+        raise UserError(f"seed {dev} is the development seed, on which rates were chosen: it has no place in the main table")
+    tuned = tables.tuned(study, {arm.tuned_as or name for name, arm in study.arms.items() if not arms or name in arms})
     chosen: list[tuple[str, Arm]] = [(name, arm) for name, arm in study.arms.items() if not arms or name in arms]
     jobs = []
     for seed, fold in study.units(seeds):
         jobs += spread(
             (
-                {"labelled": row, "arm": name, "seed": seed, "fold": fold},
+                {"labelled": row, "arm": name, "seed": seed, "fold": fold, "setup": study.setup(name, tuned[arm.tuned_as or name])},
                 run_one,
                 (study, place, seed, fold, name, arm, row, tuned[arm.tuned_as or name]),
             )

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from smae_utils.environment import work_root
 from smae_utils.errors import UserError
 from smae_utils.evidence.plan import Study
 from smae_utils.runs import write_text
@@ -46,7 +47,7 @@ class Results:
     def has(self, part: str, key: dict[str, Any]) -> bool:
         """Whether a run's figures are there."""
         table = self.read(part)
-        return not table.empty and bool((table[list(key)].astype(str) == [str(v) for v in key.values()]).all(axis=1).any())
+        return not table.empty and bool((table.reindex(columns=list(key)).astype(str) == [str(v) for v in key.values()]).all(axis=1).any())
 
     def add(self, part: str, key: dict[str, Any], answer: tuple) -> None:
         """Figures of one run, and of the main table those of its scored cases."""
@@ -68,18 +69,25 @@ class Results:
             file, "".join(f"# {line}\n" for line in _places(head, self.command, where, made.date)) + table.to_csv(index=False, float_format="%.5g")
         )
 
-    def tuned(self, study: Study) -> dict[str, dict[str, Any]]:
-        """arm -> the setting of its grid with the best score on the development seed.
+    def tuned(self, study: Study, arms: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+        """arm -> the setting of its grid with the best score on the development seed, from this folder or else from the project's own results.
 
         Raises:
             UserError: when a grid was not run to its end.
         """
         table, out = self.read("tune"), {}
+        if table.empty and self.quick == 1:
+            table = Results(work_root() / "results" / "evidence" / "real" / study.name).read("tune")
         for arm, grid in study.grids.items():
+            if arms and arm not in arms:
+                continue
             if len(grid) == 1:
                 out[arm] = grid[0]
                 continue
-            scores = table[(table.arm == arm) & (table.metric == study.metric)].set_index("setting").value if len(table) else pd.Series(dtype=float)
+            own = table[(table.arm == arm) & (table.metric == study.metric)] if len(table) else table
+            setups = {said(setting): study.setup(arm, setting) for setting in grid}
+            own = own[own["setup"] == own["setting"].map(setups)] if "setup" in own else own.iloc[:0]
+            scores = own.set_index("setting").value if len(own) else pd.Series(dtype=float)
             if missing := [said(setting) for setting in grid if said(setting) not in scores]:
                 raise UserError(f"{self.folder / 'tune.csv'} has no score of {arm} with {missing[0]}: run --part tune first")
             out[arm] = max(grid, key=lambda setting: scores[said(setting)])
@@ -113,6 +121,8 @@ def intervals(main: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
         wide = part.pivot(index=["seed", "fold"], columns="arm", values="value")
         for arm in (a for a in wide.columns if a != "scratch" and "scratch" in wide):
             both = wide[["scratch", arm]].dropna()
+            if both.empty:  # not run on one and the same unit yet
+                continue
             change, n = both[arm] - both["scratch"], len(both)
             half = stats.t.ppf(0.5 + level / 2, n - 1) * change.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
             means = both["scratch"].mean(), both[arm].mean(), change.mean()
@@ -127,6 +137,8 @@ def patient_interval(cases: pd.DataFrame, labelled: str, arm: str, draws: int = 
     """
     part = cases[(cases.labelled == labelled) & cases.arm.isin(["scratch", arm])]
     both = part.groupby(["seed", "fold"]).arm.nunique()
+    if not (both == 2).any():
+        return float("nan"), float("nan"), float("nan")
     part = part.set_index(["seed", "fold"]).loc[both[both == 2].index].reset_index()
     patients = {name: i for i, name in enumerate(sorted(part.patient.unique()))}
     seeds = sorted(part.seed.unique())
