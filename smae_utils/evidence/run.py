@@ -54,6 +54,7 @@ def evidence(
     words = {"--part": parts, "--seeds": seeds, "--labelled": labelled, "--arm": arms, "--jobs": [jobs] if jobs > 1 else []}
     command = " ".join([f"python -m smae_utils evidence {study.name} --data DATA", *(" ".join([k, *map(str, v)]) for k, v in words.items() if v)])
     tables = Results(Path(results) / study.name, command, quick)
+    tables.check()
     if quick > 1:
         study = shortened(study, quick)
     place = Place(str(Path(data).resolve()), Path(out), max(1, (os.cpu_count() or 1) // jobs))

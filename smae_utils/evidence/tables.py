@@ -38,6 +38,17 @@ class Results:
         self.folder, self.quick = Path(folder), quick
         self.command = command + (f" --quick {quick} ({QUICK})" if quick > 1 else "")
 
+    def check(self) -> None:
+        """Figures of a quick run and of a full one never share a folder.
+
+        Raises:
+            UserError: naming a table of the other kind.
+        """
+        for file in sorted(self.folder.glob("*.csv")):
+            head = file.read_text(encoding="utf-8").split("\n", 1)[0]
+            if head.startswith("# python") and (QUICK in head) != (self.quick > 1):
+                raise UserError(f"{file} holds figures of {'a full' if self.quick > 1 else 'a quick'} run: choose another --results")
+
     def read(self, name: str) -> pd.DataFrame:
         """A table without its `#` lines; empty when it is not there."""
         file = self.folder / f"{name}.csv"
@@ -60,8 +71,6 @@ class Results:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"{name}.csv"
         head = [line[2:] for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# ")] if file.is_file() else []
-        if head and any(QUICK in line for line in head) != (self.quick > 1):
-            raise UserError(f"{file} holds figures of {'a full' if self.quick > 1 else 'a quick'} run: choose another --results")
         fresh = pd.DataFrame(rows).astype({key: str for key in ("labelled", "case", "patient") if key in rows[0]})
         table = pd.concat([self.read(name), fresh], ignore_index=True).drop_duplicates(keys, keep="last").sort_values(keys, kind="stable")
         where = f"{made.machine}, commit {made.commit}, torch {made.torch}, {made.device}, {made.precision}"
