@@ -76,11 +76,11 @@ def _figure(root: Path, name: str, up: str) -> str:
 
 def main_block(root: Path, name: str, arms: Iterable[str] = (), up: str = "../") -> str:
     """The figure, and each arm beside scratch, by labelled cases, from the study's `main.csv`."""
-    study, main = read_study(name), _study(root, name, "main")
-    main = main if main.empty else main[main.seed.isin(study.seeds)]
-    if main.empty or intervals(main).empty:
+    study, folder = read_study(name), root / "results" / "evidence" / "real" / name
+    main = Results(folder).counted(study)
+    if main.empty or (table := intervals(main[main.metric == STUDIES[name]])).empty:
         return "Not run yet."
-    table, cases = intervals(main[main.metric == STUDIES[name]]), _study(root, name, "cases")
+    cases = Results(folder).read("cases")
     rows = []
     for row in _order(study, table).itertuples():
         if arms and row.arm not in arms:
@@ -90,7 +90,6 @@ def main_block(root: Path, name: str, arms: Iterable[str] = (), up: str = "../")
         if study.folds:
             line["by patients"] = _span(*patient_interval(cases, row.labelled, row.arm)[1:])
         rows.append(line)
-    folder = root / "results" / "evidence" / "real" / name
     return _figure(root, name, up) + _table(pd.DataFrame(rows)) + _details([folder / "main.csv"])
 
 

@@ -92,9 +92,14 @@ def is_foreground(image: torch.Tensor) -> torch.Tensor:
     return image != 0
 
 
+def keeps_sides(task: Task, settings: Settings) -> bool:
+    """Whether images are not mirrored left-right, in either stage."""
+    return task.sided and not settings.mirror
+
+
 def augment_pretrain(task: Task, settings: Settings) -> Compose:
     """Random crops around intensity foreground, and flips as in fine-tuning: positions learn one atlas. Images only."""
-    keep_sides = task.sided and not settings.mirror
+    keep_sides = keeps_sides(task, settings)
     if task.spatial_dims == 2:
         return Compose([RandomRadiograph(settings.crop_size, 0.0 if keep_sides else settings.flip_prob, settings.crop_area, "")])
     flips = _flips(["image"], settings.flip_prob, axes=(2,) if keep_sides else (0, 1, 2))
@@ -111,7 +116,7 @@ def augment_pretrain(task: Task, settings: Settings) -> Compose:
 
 def augment_finetune(task: Task, settings: FinetuneSettings) -> Compose:
     """Crops (balanced over the labels, or of the whole image resized), flips, quarter turns, intensity scale and shift."""
-    keep_sides = task.sided and not settings.mirror
+    keep_sides = keeps_sides(task, settings)
     if task.spatial_dims == 2 and task.kind == "classification":
         flip = 0.0 if keep_sides else settings.flip_prob
         return Compose([RandomRadiograph(settings.crop_size, flip, settings.crop_area, settings.rand_augment, task.in_chans)])

@@ -7,6 +7,8 @@ import json
 import sys
 import tarfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,6 +33,16 @@ class Quiet(SimpleHTTPRequestHandler):
         pass
 
 
+@contextmanager
+def served(file: Path) -> Iterator[str]:
+    """Address of a file on a loopback server that runs meanwhile."""
+    http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(file.parent)))
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{http.server_port}/{file.name}"
+    http.shutdown()
+    http.server_close()
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A loopback server with a small archive in the Decathlon's layout; MONAI's address and checksum point to it."""
@@ -47,13 +59,10 @@ def server(tmp_path, monkeypatch):
     archive = tmp_path / "server" / f"{NAME}.tar"
     with tarfile.open(archive, "w") as tar:
         tar.add(source, NAME)
-    http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(archive.parent)))
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    monkeypatch.setitem(DecathlonDataset.resource, NAME, f"http://127.0.0.1:{http.server_port}/{NAME}.tar")
-    monkeypatch.setitem(DecathlonDataset.md5, NAME, hashlib.md5(archive.read_bytes()).hexdigest())
-    yield archive
-    http.shutdown()
-    http.server_close()
+    with served(archive) as address:
+        monkeypatch.setitem(DecathlonDataset.resource, NAME, address)
+        monkeypatch.setitem(DecathlonDataset.md5, NAME, hashlib.md5(archive.read_bytes()).hexdigest())
+        yield archive
 
 
 def test_a_download_is_checked_unpacked_and_read_as_the_task_it_is(server, tmp_path, capsys):
@@ -114,13 +123,11 @@ def chest(tmp_path, monkeypatch):
     source = tmp_path / "server"
     source.mkdir()
     np.savez(source / "chestmnist_64.npz", **arrays)
-    http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(source)))
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    monkeypatch.setitem(INFO["chestmnist"], "url_64", f"http://127.0.0.1:{http.server_port}/chestmnist_64.npz?download=1")
-    monkeypatch.setitem(INFO["chestmnist"], "MD5_64", hashlib.md5((source / "chestmnist_64.npz").read_bytes()).hexdigest())
-    yield arrays
-    http.shutdown()
-    http.server_close()
+    file = source / "chestmnist_64.npz"
+    with served(file) as address:
+        monkeypatch.setitem(INFO["chestmnist"], "url_64", f"{address}?download=1")
+        monkeypatch.setitem(INFO["chestmnist"], "MD5_64", hashlib.md5(file.read_bytes()).hexdigest())
+        yield arrays
 
 
 def test_chestmnist_becomes_a_list_with_its_official_split(chest, tmp_path, capsys):

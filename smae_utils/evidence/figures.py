@@ -26,11 +26,10 @@ NAMES = {"dsc": "mean DSC", "mauc": "mAUC", "hd95_mm": "HD95 in mm"}
 
 def draw(folder: Path, study: Study) -> None:
     """`intervals.csv` and `main.png` from `main.csv`, when it is there."""
-    main = Results(folder).read("main")
-    main = main if main.empty else main[main.seed.isin(study.seeds)]
-    if main.empty or intervals(main).empty:
+    main = Results(folder).counted(study)
+    if main.empty or (table := intervals(main)).empty:
         return
-    text = intervals(main).to_csv(index=False, float_format="%.4g")
+    text = table.to_csv(index=False, float_format="%.4g")
     write_text(folder / "intervals.csv", f"# paired by seed and fold, 95 % t intervals, from main.csv\n{text}")
     figure = figure_of(main, study)
     figure.savefig(folder / "main.png", dpi=90)

@@ -29,7 +29,6 @@ class Arm:
         tuned_as: whose learning rates it takes; empty: its own.
         settings: settings of fine-tuning that it has of its own.
         equal_compute: the pre-training whose counted FLOPs it spends on more fine-tuning steps.
-        steps_times: multiplies the steps of fine-tuning.
         rows: only these rows; empty: all.
     """
 
@@ -38,7 +37,6 @@ class Arm:
     tuned_as: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     equal_compute: str = ""
-    steps_times: float = 1.0
     rows: tuple[Row, ...] = ()
 
 
@@ -55,7 +53,7 @@ class Study:
         folds: patient-wise folds, of which each is the test part once; 0: the task's own test cases.
         split_seed: draws folds and development patients.
         labelled: rows of the main table.
-        tune_row, tune_labelled: where rates are tuned: this many labelled cases.
+        tune_row: the row at which rates are tuned.
         crops: crops of a step, from as many scans as there are, at most this many.
         all, pretrain, finetune: settings.
         pretrainings: name -> settings, and `images`: "all" training images or those of the row's "labelled" cases.

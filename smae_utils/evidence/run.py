@@ -9,14 +9,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 from smae_utils.errors import UserError
 from smae_utils.evidence.figures import draw
 from smae_utils.evidence.plan import Arm, Row, Study, read_study, shortened
 from smae_utils.evidence.tables import Results, said
-from smae_utils.evidence.unit import Made, Place, Unit, scores_of
+from smae_utils.evidence.unit import Made, Place, Unit
 
 PARTS = ("room", "recipe", "tune", "main")
 Rows = list[dict[str, Any]]
@@ -129,8 +128,8 @@ def spread(jobs: Iterable[tuple]) -> list[tuple]:
 def run_one(study, place, seed, fold, name, arm, row, tuned, design=None, folder="") -> Answer:
     """One arm of one unit, in this process with its share of the cores."""
     torch.set_num_threads(place.threads)
-    table, made = Unit(study, place, seed, fold, design, folder).run_arm(name, arm, row, tuned)
-    rows = [{"metric": metric, "value": value} for metric, value in scores_of(table, study.metric).items()]
+    means, table, made = Unit(study, place, seed, fold, design, folder).run_arm(name, arm, row, tuned)
+    rows = [{"metric": metric, "value": value} for metric, value in means.items()]
     kept = ["patient", "case", "class", *(["target", "score"] if study.metric == "mauc" else ["dsc"])]
     return rows, table[kept].to_dict("records"), made
 
@@ -149,8 +148,3 @@ def run_jobs(jobs: int, todo: list[tuple], receive: Callable[[dict, Answer], Non
         except BaseException:  # said at once, not after hours of the others
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def results_of(folder: Path, name: str) -> pd.DataFrame:
-    """A table of a study, empty where it was not run."""
-    return Results(folder).read(name)

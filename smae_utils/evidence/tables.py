@@ -55,6 +55,11 @@ class Results:
         text = {"labelled": str, "case": str, "patient": str}
         return pd.read_csv(file, comment="#", dtype=text, keep_default_na=False, na_values=[""]) if file.is_file() else pd.DataFrame()
 
+    def counted(self, study: Study) -> pd.DataFrame:
+        """Rows of the main table of the study's own seeds."""
+        main = self.read("main")
+        return main if main.empty else main[main.seed.isin(study.seeds)]
+
     def has(self, part: str, key: dict[str, Any]) -> bool:
         """Whether a run's figures are there."""
         table = self.read(part)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from smae_utils.build import build_model
 from smae_utils.cost import crop_cost
 from smae_utils.data import derive_seed
-from smae_utils.evaluation import evaluate
+from smae_utils.evaluation import evaluate, read_metrics
 from smae_utils.evidence.cases import all_cases, draw_labelled, parts, write_list
 from smae_utils.evidence.plan import Arm, Row, Study
 from smae_utils.settings import FinetuneSettings, PretrainSettings, Settings, make_settings
@@ -110,7 +109,7 @@ class Unit:
     def arm_values(self, arm: Arm, row: Row, tuned: dict[str, Any]) -> dict[str, Any]:
         """Settings of fine-tuning of an arm, with its number of steps."""
         values = self.values("finetune", row, tuned, arm.settings)
-        steps = values["steps"] * arm.steps_times
+        steps = values["steps"]
         if arm.equal_compute:
             steps += values["steps"] * self.relative_cost(arm.equal_compute, row, tuned)
         return {**values, "steps": max(2, round(steps))}
@@ -126,8 +125,8 @@ class Unit:
             flops.append(crop_cost(task, settings).flops * settings.steps * settings.batch_size * settings.crops_per_scan)
         return flops[0] / flops[1]
 
-    def run_arm(self, name: str, arm: Arm, row: Row, tuned: dict[str, Any]) -> tuple[pd.DataFrame, Made]:
-        """Fine-tune and score an arm; a row a scored case and class, as `evaluate` gives them, with `patient`."""
+    def run_arm(self, name: str, arm: Arm, row: Row, tuned: dict[str, Any]) -> tuple[dict[str, float], pd.DataFrame, Made]:
+        """Fine-tune and score an arm: its mean figures, a row a scored case and class as `evaluate` gives them, with `patient`, and where it was made."""
         values = self.arm_values(arm, row, tuned)
         if arm.init == "scaled":
             init: str | Path = self.scaled(arm.like, row, make_settings(FinetuneSettings, values, "study"))
@@ -139,7 +138,8 @@ class Unit:
         source, config = run.config["provenance"], run.config
         made = Made(source["machine"], source["date"], source["commit"], source["packages"]["torch"], config["device"], config["precision"])
         patients = {case["case"]: case["patient"] for case in self.test}
-        return table.assign(patient=table["case"].map(patients)), made
+        means = {name: value for name, value in read_metrics(folder)["mean"].items() if name in ("mauc", "dsc", "hd95_mm") and value is not None}
+        return means, table.assign(patient=table["case"].map(patients)), made
 
     def _say(self, line: str) -> None:
         if not line.startswith(("  ", "note", "step")):
@@ -151,18 +151,3 @@ def resized(fresh: torch.Tensor, learned: torch.Tensor, noise: torch.Generator) 
     spread = fresh.std(unbiased=False) if fresh.numel() > 1 else fresh.new_zeros(())
     standard = (fresh - fresh.mean()) / spread if spread > 0 else torch.randn(fresh.shape, generator=noise)
     return standard * learned.std(unbiased=False) + learned.mean()
-
-
-def scores_of(table: pd.DataFrame, metric: str) -> dict[str, float]:
-    """Means of a unit: mAUC over classes, or DSC and HD95 over cases and classes."""
-    if metric == "mauc":
-        return {"mauc": mean_auc_of(table)}
-    return {name: float(table[name].mean()) for name in ("dsc", "hd95_mm") if name in table}
-
-
-def mean_auc_of(table: pd.DataFrame, classes: Iterable[str] = ()) -> float:
-    """Mean over classes of the area under the ROC curve, of rows with class, target and score."""
-    from sklearn.metrics import roc_auc_score
-
-    parts_ = [part for name, part in table.groupby("class") if part.target.nunique() == 2 and (not classes or name in classes)]
-    return float(pd.Series([roc_auc_score(part.target.astype(int), part.score) for part in parts_]).mean())
