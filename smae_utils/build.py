@@ -78,7 +78,8 @@ def _build_vit(task: Task, settings: FinetuneSettings) -> ViTClassifier | UNETR:
     common = {**_encoder_args(task, settings), "drop_path": settings.drop_path}
     if task.kind == "classification":
         return ViTClassifier(**common, num_classes=len(task.classes), pool=settings.pool)
-    return UNETR(**common, out_chans=task.out_chans, feature_size=settings.feature_size, use_image=settings.image_skip)
+    skips = {"use_image": settings.image_skip, "norm_skips": settings.norm_skips}
+    return UNETR(**common, out_chans=task.out_chans, feature_size=settings.feature_size, **skips)
 
 
 def region_targets(label: Tensor, task: Task) -> Tensor:

@@ -7,6 +7,7 @@ from math import log2
 
 from monai.networks.blocks import UnetOutBlock, UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
 from smae_utils.errors import UserError
 from smae_utils.vit import ViTEncoder
@@ -21,6 +22,8 @@ class UNETR(nn.Module):
     Args:
         feature_size: channels at full resolution; they double at each stage down.
         use_image: False leaves out the skip from the image itself, so that all the decoder knows went through the encoder.
+        norm_skips: True norms the hidden states of the blocks before the decoder reads them, as the last block's already are: a
+            pre-trained encoder's are several times larger than a random one's.
         encoder: further arguments of `ViTEncoder` (class_token, qkv_bias, mlp_ratio, norm_eps, drop_path).
     """
 
@@ -35,6 +38,7 @@ class UNETR(nn.Module):
         out_chans: int,
         feature_size: int = 16,
         use_image: bool = True,
+        norm_skips: bool = False,
         **encoder,
     ):
         super().__init__()
@@ -52,7 +56,7 @@ class UNETR(nn.Module):
             return feature_size * 2**level
 
         shared = {"spatial_dims": ndim, "kernel_size": 3, "norm_name": "instance", "res_block": True}
-        self.feature_size = feature_size
+        self.feature_size, self.norm_skips = feature_size, norm_skips
         self.image_skip = UnetrBasicBlock(in_channels=in_chans, out_channels=feature_size, stride=1, **shared) if use_image else None
         self.skips = nn.ModuleList(
             UnetrPrUpBlock(
@@ -73,6 +77,8 @@ class UNETR(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         tokens, taken = self.encoder(image, take=self.skip_blocks)
+        if self.norm_skips:
+            taken = [layer_norm(t, t.shape[-1:]) for t in taken]
         shown = self.image_skip(image) if self.image_skip else image.new_zeros(len(image), self.feature_size, *image.shape[2:])
         skips = [shown] + [block(self.to_map(t)) for block, t in zip(self.skips, taken)]
         x = self.to_map(tokens)

@@ -64,6 +64,17 @@ def test_without_the_image_skip_all_that_the_decoder_knows_went_through_the_enco
         assert any(name.startswith("image_skip") for name in model.state_dict()) == use_image
 
 
+def test_normed_skips_are_as_large_from_every_encoder():
+    torch.manual_seed(0)
+    image = torch.randn(1, 1, 16, 16, 16)
+    for normed in (True, False):
+        model = UNETR(**SMALL, out_chans=2, feature_size=2, use_image=False, norm_skips=normed).eval()
+        with torch.no_grad():
+            before = model(image)
+            model.encoder.register_forward_hook(lambda module, args, out: (out[0], [t * 6 for t in out[1]]))
+            assert torch.allclose(model(image), before, atol=1e-4) == normed
+
+
 def test_pre_training_mirrors_as_fine_tuning_does():
     image = torch.arange(8 * 8 * 8, dtype=torch.float32).reshape(1, 8, 8, 8) + 1
     flat = Image.fromarray(np.tile(np.arange(16, dtype=np.uint8), (16, 1)))
