@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -35,7 +34,7 @@ def evidence(
         results: folder of the CSV files, one more folder a study; rows that are there are not run again.
         parts: "room" (designs, scratch alone), "recipe" (kinds of pre-training), "tune" (rates), all on the development seed, and "main".
         seeds, labelled, arms: only these of the main table; all when empty.
-        jobs: processes at a time, which share the cores.
+        jobs: processes at a time, which share the threads that torch may take (`OMP_NUM_THREADS`).
         quick: divides steps; such figures mean nothing and are refused beside others.
 
     Raises:
@@ -56,7 +55,7 @@ def evidence(
     tables.check()
     if quick > 1:
         study = shortened(study, quick)
-    place = Place(str(Path(data).resolve()), Path(out), max(1, (os.cpu_count() or 1) // jobs))
+    place = Place(str(Path(data).resolve()), Path(out), max(1, torch.get_num_threads() // jobs))
     Unit(study, place, study.dev_seed)  # wrong data are told before processes start
     for part in PARTS:
         if part in parts:
