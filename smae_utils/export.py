@@ -155,7 +155,8 @@ def _monai_vit(tensors: dict[str, Tensor], task: Task, settings: Settings, stage
 def _monai_unetr(tensors: dict[str, Tensor], task: Task, settings: Settings, stage: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if stage != "finetune" or task.kind != "segmentation":
         raise UserError("monai-unetr holds a fine-tuned UNETR: give the run of a segmentation task, or use --to monai-vit for the encoder")
-    _need("monai-unetr", settings, {"patch_size": 16, "depth": 12, "class_token": False, "norm_eps": 1e-5, "network": "vit", "image_skip": True, "norm_skips": False})
+    wanted = {"patch_size": 16, "depth": 12, "class_token": False, "norm_eps": 1e-5, "network": "vit", "image_skip": True, "norm_skips": False}
+    _need("monai-unetr", settings, wanted)
     out = {f"vit.{k}": v for k, v in _monai_encoder(tensors).items()}
     for name, value in tensors.items():
         if name.startswith("image_skip."):

@@ -129,7 +129,7 @@ class FinetuneSettings(Settings):
     labelled: int = option(0, "fine-tune on so many of the labelled training cases, drawn by seed; 0: all", "cases", 0)
     feature_size: int = option(16, "UNETR's channels at full resolution", least=1)
     image_skip: bool = option(True, "UNETR's connection from the image to the last stage, past the encoder")
-    norm_skips: bool = option(False, "norm the hidden states that UNETR's decoder reads, so that a pre-trained encoder's are no larger than a random one's")
+    norm_skips: bool = option(False, "norm the hidden states that UNETR's decoder reads: a pre-trained encoder's are larger than a random one's")
     pool: str = option("cls", "what the classifier reads: cls or mean")
     drop_path: float = option(0.1, "stochastic depth of the last block; less below", "", 0, 0.99)
     encoder_lr: float = option(1.0, "factor on the learning rate of the encoder alone", "", 0, 1)
