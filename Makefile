@@ -1,4 +1,4 @@
-# Everything is done by `python -m smae_utils ...`; make only makes the environment first.
+# Everything is done by `python -m smae_utils ...` and `python -m tools ...`; make only makes the environment first.
 #   make demo                 all three tasks        make demo TASK=btcv     one
 #   make test                 all tests              make lab                JupyterLab on the notebooks
 #   make test-fast            those that take seconds: no notebooks, no long chains of trainings
@@ -6,20 +6,21 @@
 #   make real                 the notebooks on real scans (MSD hippocampus, 27 MB, downloaded into data/real or DATA=...)
 PYTHON ?= python3
 RUN = .venv/bin/python -m smae_utils
+TOOLS = .venv/bin/python -m tools
 
 .PHONY: env env-browser demo real test test-fast lab
 env:
-	@$(PYTHON) -m smae_utils env
+	@$(PYTHON) -m tools env
 env-browser: env
-	@$(RUN) env --browser
+	@$(TOOLS) env --browser
 demo: env
-	@$(RUN) demo $(if $(TASK),--task $(TASK))
+	@$(TOOLS) demo $(if $(TASK),--task $(TASK))
 real: env
 	@$(RUN) download hippocampus --out $(or $(DATA),data/real)
-	@$(RUN) demo --task hippocampus --data $(or $(DATA),data/real) --out build/real
+	@$(TOOLS) demo --task hippocampus --data $(or $(DATA),data/real) --out build/real
 test: env
-	@$(RUN) test $(TESTS)
+	@$(TOOLS) test $(TESTS)
 test-fast: env
-	@$(RUN) test -m "not slow" $(TESTS)
+	@$(TOOLS) test -m "not slow" $(TESTS)
 lab: env
 	@$(RUN) lab

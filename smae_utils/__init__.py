@@ -11,14 +11,14 @@ from typing import Any
 
 # Name -> the module that defines it. torch and the rest are loaded only when one is asked for.
 _DEFINED_IN = {
-    "MaskedAutoencoder": "mae",
-    "ViTClassifier": "vit",
-    "UNETR": "unetr",
-    "pretrain": "training",
-    "finetune": "training",
-    "evaluate": "evaluation",
-    "compare": "evaluation",
-    "explore": "explorer",
+    "MaskedAutoencoder": "method.mae",
+    "ViTClassifier": "method.vit",
+    "UNETR": "method.unetr",
+    "pretrain": "work.training",
+    "finetune": "work.training",
+    "evaluate": "work.evaluation",
+    "compare": "work.evaluation",
+    "explore": "show.explorer",
 }
 __all__ = [*_DEFINED_IN, "__version__"]
 

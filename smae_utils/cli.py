@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from smae_utils.errors import UserError
@@ -18,16 +19,30 @@ from smae_utils.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 a fault of this package, 2 a mistake of the user's, 130 interrupted."""
+    """Run one command of the package; returns the exit code, see `run_command`."""
+    return run_command(_parser(), argv)
+
+
+def run_command(parser: argparse.ArgumentParser, argv: list[str] | None = None, passing_on: Collection[str] = ("lab",)) -> int:
+    """Run the function of the command that was given.
+
+    Args:
+        parser: whose commands have a `function`; all take `--traceback`.
+        argv: words of the command line; those of this process when left out.
+        passing_on: commands of which all that follows is another program's, options too; they find it in `args.args`.
+
+    Returns:
+        The exit code: 0 done, 1 a fault of this package, 2 a mistake of the user's, 130 interrupted.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     passed_on: list[str] = []
     word = next((i for i, w in enumerate(argv) if not w.startswith("-")), len(argv))
-    if argv[word : word + 1] in (["test"], ["lab"]):  # what follows is for pytest or JupyterLab, options too
+    if argv[word : word + 1] and argv[word] in passing_on:
         argv, passed_on = argv[: word + 1], argv[word + 1 :]
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a letter that the terminal's encoding lacks is no reason to stop
             stream.reconfigure(errors="backslashreplace")
-    args = _parser().parse_args(argv)
+    args = parser.parse_args(argv)
     args.args = passed_on
     # A scheduler's SIGTERM means what Ctrl-C means: save and stop.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -89,18 +104,25 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m smae_utils", description="Self pre-training with masked autoencoders for medical images.")
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and stop")
+def command_line(prog: str, text: str) -> tuple[argparse.ArgumentParser, Callable[..., argparse.ArgumentParser]]:
+    """A parser, and how a command is added to it: `add(name, function, help)` gives the command's own parser."""
+    parser = argparse.ArgumentParser(prog=prog, description=text)
     how = {"action": "store_true", "help": "show where an error arose; so does the environment variable SMAE_TRACEBACK=1"}
     parser.add_argument("--traceback", **how)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, function, text: str) -> argparse.ArgumentParser:
+    def add(name: str, function: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(function=function)
         command.add_argument("--traceback", default=argparse.SUPPRESS, **how)
         return command
+
+    return parser, add
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser, add = command_line("python -m smae_utils", "Self pre-training with masked autoencoders for medical images.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and stop")
 
     command = add("phantom", _phantom, "write a drop-in for a real download")
     command.add_argument("--task", required=True)
@@ -166,73 +188,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     command.add_argument("--out", type=Path, default=Path("build/notebooks"), help="folder of the executed notebook and its HTML")
 
-    command = add("demo", _demo, "run the numbered notebooks for the tasks and compare")
-    command.add_argument("--task", nargs="*", default=[], help="btcv, cxr14, brats; all when left out")
-    command.add_argument("--data", type=Path, help="a download of the one task, instead of phantoms")
-    command.add_argument("--out", type=Path, default=Path("build/demo"))
-    command.add_argument("--preset", default="demo")
-    command.add_argument("--seed", type=int, default=0)
-
-    command = add("benchmark", _benchmark, "two steps of each paper preset at batch 1 on full-size phantoms; or the explorer's speed")
-    command.add_argument("--what", choices=["paper", "explorer"], default="paper")
-    command.add_argument("--task", nargs="*", default=[])
-    command.add_argument("--out", type=Path, default=Path("build/benchmark"))
-
-    command = add("evidence", _evidence, "does self pre-training help on real scans? the study of docs/protocol.md; goes on where it stopped")
-    command.add_argument("study", help="hippocampus, cxr14_64px, or a YAML file like those of presets/study")
-    command.add_argument("--data", required=True, help="folder of the scans")
-    command.add_argument("--part", nargs="*", default=[], help="room, recipe, tune, main; main when left out")
-    command.add_argument("--seeds", nargs="*", type=int, default=[], help="the protocol's when left out")
-    command.add_argument("--labelled", nargs="*", type=_row, default=[], help="only these rows of the main table, as 2 or 10%%")
-    command.add_argument("--arm", nargs="*", default=[], help="only these arms of the main table")
-    command.add_argument("--out", type=Path, default=Path("build/evidence"), help="folder of the runs")
-    command.add_argument("--results", type=Path, default=Path("results/evidence/real"), help="folder of the tables")
-    command.add_argument("--jobs", type=int, default=1, help="processes at a time; they share the cores")
-    command.add_argument("--quick", type=int, default=1, help="divide steps by this: for tests, such figures mean nothing")
-
     command = add("settings", _settings, "every setting: default, unit, bounds, what it does")
     command.add_argument("stage", nargs="?", choices=["pretrain", "finetune"], help="pretrain or finetune; both when left out")
 
-    command = add("readme", _readme, "write the figures of README.md and docs/ anew from results/")
-    command.add_argument("--picture", type=Path, metavar="RUN", help="draw docs/reconstruction.png anew from this pre-training run")
-    command = add("env", _env, "make the environment .venv (nothing needs to be installed for it)")
-    command.add_argument("--browser", action="store_true", help="and a Chromium, for the test of the explorer in JupyterLab")
-    for name, function, text in (("test", _test, "run the tests (arguments go to pytest)"), ("lab", _lab, "open JupyterLab on the notebooks")):
-        add(name, function, text)
+    add("lab", _lab, "open JupyterLab on the notebooks (arguments go to it)")
     return parser
-
-
-def _readme(args) -> None:
-    from smae_utils.environment import clone
-
-    root = clone("README.md and the results it is written from")
-    from smae_utils.readme import BLOCKS, draw_reconstruction, render
-
-    if args.picture:
-        draw_reconstruction(args.picture, root / "docs" / "reconstruction.png")
-    for name in BLOCKS:
-        file = root / name
-        file.write_text(render(file.read_text(encoding="utf-8"), root, name), encoding="utf-8")
-
-
-def _env(args) -> None:
-    from smae_utils.environment import make_browser, make_environment
-
-    make_environment()
-    if args.browser:
-        print(f"the browser for the tests is {make_browser()}")
-
-
-def _test(args) -> int:
-    from smae_utils.environment import run_tests
-
-    return run_tests(args.args)
-
-
-def _lab(args) -> int:
-    from smae_utils.environment import open_lab
-
-    return open_lab(args.args)
 
 
 def _phantom(args) -> None:
@@ -243,86 +203,75 @@ def _phantom(args) -> None:
 
 
 def _pretrain(args) -> None:
-    from smae_utils.settings import parse_overrides
-    from smae_utils.training import pretrain
+    from smae_utils.work.settings import parse_overrides
+    from smae_utils.work.training import pretrain
 
     overrides = parse_overrides(args.set)
     pretrain(args.task, args.data, args.out, args.preset, overrides, args.resume, init=args.init, adapt=args.adapt)
 
 
 def _finetune(args) -> None:
-    from smae_utils.settings import parse_overrides
-    from smae_utils.training import finetune
+    from smae_utils.work.settings import parse_overrides
+    from smae_utils.work.training import finetune
 
     finetune(args.task, args.data, args.out, args.init, args.preset, parse_overrides(args.set), args.resume, adapt=args.adapt)
 
 
 def _evaluate(args) -> None:
-    from smae_utils.evaluation import evaluate
+    from smae_utils.work.evaluation import evaluate
 
     evaluate(args.run, args.data, args.split)
 
 
 def _check(args) -> int:
-    from smae_utils.check import check
+    from smae_utils.work.check import check
 
     return 2 if check(args.list, args.data, args.preset).problems else 0
 
 
 def _predict(args) -> None:
-    from smae_utils.predict import predict
+    from smae_utils.work.predict import predict
 
     predict(args.run, args.scans, args.out, args.probabilities, args.occlusion)
 
 
 def _download(args) -> None:
-    from smae_utils.download import download
+    from smae_utils.data.download import download
 
     place = download(args.name, args.out, size=args.size)
     print("next: python -m smae_utils check " + (str(place) if place.is_file() else f"{args.name} --data {place}"))
 
 
 def _resample(args) -> None:
-    from smae_utils.reading import resample_mask
+    from smae_utils.data.reading import resample_mask
 
     resample_mask(args.mask, args.image, args.out)
     print(f"wrote {args.out}")
 
 
 def _export(args) -> None:
-    from smae_utils.export import export
+    from smae_utils.work.export import export
 
     out = export(args.run, args.to, args.out)
     print(f"wrote {out / 'model.safetensors'} and {out / 'arguments.json'}")
 
 
 def _compare(args) -> None:
-    from smae_utils.evaluation import compare
+    from smae_utils.work.evaluation import compare
 
     print(compare(args.scratch, args.self).to_string(index=False, float_format="%.4g"))
 
 
 def _run(args) -> None:
-    from smae_utils.batch import run_notebook
+    from smae_utils.run_notebook import run_notebook
 
     run_notebook(args.notebook, args.out, dict(args.parameter))
-
-
-def _demo(args) -> None:
-    from smae_utils.demo import demo
-
-    demo(args.out, args.task, args.preset, args.seed, data_dir=args.data)
-
-
-def _row(text: str) -> int | str:
-    """A number of labelled cases, or a share as "10%"."""
-    return int(text) if text.isdigit() else text
 
 
 def _settings(args) -> None:
     import pandas as pd
 
-    from smae_utils.settings import STAGES, describe
+    from smae_utils.work.settings import STAGES, describe
 
     table = pd.DataFrame(describe([args.stage] if args.stage else STAGES))
     with pd.option_context("display.max_colwidth", None):
@@ -330,16 +279,7 @@ def _settings(args) -> None:
             print(f"{stage}\n{part.drop(columns='stage').to_string(index=False, justify='left')}\n")
 
 
-def _evidence(args) -> None:
-    from smae_utils.evidence.run import evidence
+def _lab(args) -> int:
+    from smae_utils.run_notebook import open_lab
 
-    evidence(args.study, args.data, args.out, args.results, args.part, args.seeds, args.labelled, args.arm, args.jobs, args.quick)
-
-
-def _benchmark(args) -> None:
-    from smae_utils.demo import benchmark, benchmark_explorer
-
-    if args.what == "explorer":
-        benchmark_explorer(args.out)
-    else:
-        benchmark(args.out, args.task)
+    return open_lab(args.args)

@@ -25,9 +25,9 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from smae_utils import check as checking
 from smae_utils.cli import main
-from smae_utils.runs import Run
+from smae_utils.work import check as checking
+from smae_utils.work.run_folder import Run
 
 PAGE = Path(__file__).parents[1] / "docs" / "bad_input.md"
 SHAPE = (18, 16, 16)

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from smae_utils.cli import main
-from smae_utils.data import read_splits
-from smae_utils.runs import Run
-from smae_utils.settings import FinetuneSettings
-from smae_utils.tasks import get_task
+from smae_utils.data.batches import read_splits
+from smae_utils.data.tasks import get_task
+from smae_utils.work.run_folder import Run
+from smae_utils.work.settings import FinetuneSettings
 
 ROOT = Path(__file__).parents[1]
 
@@ -317,7 +317,7 @@ def test_the_whole_traceback_is_shown_when_asked_for(place, smae, tmp_path, monk
     if place == "environment":
         monkeypatch.setenv("SMAE_TRACEBACK", "1")
     code, _, err = smae(*{"before": ["--traceback", *words], "after": [*words, "--traceback"]}.get(place, words))
-    assert code == 2 and "Traceback" in err and "runs.py" in err and err.splitlines()[-1].startswith("error: ")
+    assert code == 2 and "Traceback" in err and "run_folder.py" in err and err.splitlines()[-1].startswith("error: ")
 
 
 def test_a_traceback_shows_the_error_that_a_line_for_the_user_replaced(smae, brats, tmp_path):
@@ -328,7 +328,7 @@ def test_a_traceback_shows_the_error_that_a_line_for_the_user_replaced(smae, bra
 
 
 def test_a_fault_of_this_package_is_told_as_such_in_one_line_with_its_place(smae, brats, tmp_path, monkeypatch):
-    monkeypatch.setattr("smae_utils.training.build_mae", broken)
+    monkeypatch.setattr("smae_utils.work.training.build_mae", broken)
     code, _, err = smae.train("pretrain", "brats", brats, tmp_path / "run")
     assert code == 1 and err.count("\n") == 1 and "Traceback" not in err
     assert err.startswith("internal error: KeyError: ") and "oops" in err and "--traceback" in err
@@ -350,7 +350,7 @@ def test_lack_of_memory_says_what_to_make_smaller(error, smae, brats, tmp_path, 
     def full(*args):
         raise error
 
-    monkeypatch.setattr("smae_utils.training.build_mae", full)
+    monkeypatch.setattr("smae_utils.work.training.build_mae", full)
     refused(smae.train("pretrain", "brats", brats, tmp_path / "run"), "out of memory", "batch_size")
 
 
@@ -390,7 +390,7 @@ def notebook(path: Path, line: str) -> Path:
     ],
 )  # fmt: skip
 def test_parameters_of_a_notebook_arrive_in_their_declared_type(line, given, value, tmp_path):
-    from smae_utils.batch import check_parameters
+    from smae_utils.run_notebook import check_parameters
 
     made = check_parameters(notebook(tmp_path / "one.ipynb", line), {"x": given})["x"]
     assert made == value and type(made) is type(value)
@@ -404,8 +404,8 @@ def test_parameters_of_a_notebook_arrive_in_their_declared_type(line, given, val
     ],
 )  # fmt: skip
 def test_parameters_of_another_type_are_refused_with_the_list_of_the_right_ones(line, given, tmp_path):
-    from smae_utils.batch import check_parameters
     from smae_utils.errors import UserError
+    from smae_utils.run_notebook import check_parameters
 
     with pytest.raises(UserError, match="^x must be .*one.ipynb takes: x"):
         check_parameters(notebook(tmp_path / "one.ipynb", line), {"x": given})

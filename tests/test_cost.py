@@ -7,12 +7,12 @@ import torch
 import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from smae_utils.build import build_mae, build_model
-from smae_utils.cost import crop_cost, run_flops
-from smae_utils.mae import MaskedAutoencoder
-from smae_utils.settings import FinetuneSettings, PretrainSettings, make_settings, resolve
-from smae_utils.tasks import get_task
-from smae_utils.training import pretrain
+from smae_utils.data.tasks import get_task
+from smae_utils.method.mae import MaskedAutoencoder
+from smae_utils.work.build import build_mae, build_model
+from smae_utils.work.cost import crop_cost, run_flops
+from smae_utils.work.settings import FinetuneSettings, PretrainSettings, make_settings, resolve
+from smae_utils.work.training import pretrain
 
 
 def settings(tiny, task: str, stage: str):

@@ -20,10 +20,10 @@ from medmnist.info import INFO
 from monai.apps import DecathlonDataset
 from PIL import Image
 
-from smae_utils import download as module
 from smae_utils.cli import main
+from smae_utils.data import download as module
+from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
-from smae_utils.tasks import get_task
 
 NAME = "Task04_Hippocampus"
 

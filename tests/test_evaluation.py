@@ -15,16 +15,17 @@ from monai.inferers import sliding_window_inference
 from scipy.spatial import cKDTree
 from sklearn.metrics import f1_score, roc_auc_score
 
-from smae_utils import evaluation, inference, large
-from smae_utils.data import read_splits
+from smae_utils.data import out_of_core
+from smae_utils.data.batches import read_splits
+from smae_utils.data.tasks import get_task
+from smae_utils.data.transforms import prepare
 from smae_utils.errors import UserError
-from smae_utils.evaluation import compare, evaluate, summarise
-from smae_utils.inference import region_labels
-from smae_utils.runs import Run
-from smae_utils.settings import FinetuneSettings
-from smae_utils.tasks import get_task
-from smae_utils.training import finetune, pretrain
-from smae_utils.transforms import prepare
+from smae_utils.work import evaluation, inference
+from smae_utils.work.evaluation import compare, evaluate, summarise
+from smae_utils.work.inference import region_labels
+from smae_utils.work.run_folder import Run
+from smae_utils.work.settings import FinetuneSettings
+from smae_utils.work.training import finetune, pretrain
 
 
 def quiet(line: str) -> None:
@@ -125,7 +126,7 @@ def test_slabs_of_windows_give_what_one_run_gives(overlap, monkeypatch):
     with torch.inference_mode():
         whole = inference.probabilities(net, image, task, settings, torch.device("cpu"))
         expected = sliding_window_inference(image[None], (8, 8, 8), 1, net, overlap=overlap, mode="gaussian")[0].softmax(0)
-        monkeypatch.setattr(large, "CHANNEL_VOXELS", 11 * 8 * 14 * 20)
+        monkeypatch.setattr(out_of_core, "CHANNEL_VOXELS", 11 * 8 * 14 * 20)
         told = []
         parts = inference.probabilities(net, image, task, settings, torch.device("cpu"), lambda *n: told.append(n))
     assert torch.allclose(whole, expected, atol=1e-5)
@@ -134,9 +135,9 @@ def test_slabs_of_windows_give_what_one_run_gives(overlap, monkeypatch):
 
 
 def test_room_for_a_large_volume_is_zeros_in_a_file_and_a_full_disk_is_told_at_once(monkeypatch):
-    assert type(large.room((4, 5))) is np.ndarray
-    monkeypatch.setattr(large, "CHANNEL_VOXELS", 10)
-    made = large.room((4, 5), np.float16)
+    assert type(out_of_core.room((4, 5))) is np.ndarray
+    monkeypatch.setattr(out_of_core, "CHANNEL_VOXELS", 10)
+    made = out_of_core.room((4, 5), np.float16)
     assert isinstance(made, np.memmap) and made.dtype == np.float16 and not made.any()
     made[2] = 3
     assert made.sum() == 15
@@ -146,7 +147,7 @@ def test_room_for_a_large_volume_is_zeros_in_a_file_and_a_full_disk_is_told_at_o
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     with pytest.raises(OSError, match="No space"):
-        large.room((4, 5))
+        out_of_core.room((4, 5))
 
 
 def test_a_mask_that_is_not_brought_back_to_the_scans_grid_is_noticed(btcv, tiny, bare, tmp_path, monkeypatch):

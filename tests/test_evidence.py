@@ -15,19 +15,19 @@ from safetensors.torch import load_file
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from smae_utils.build import build_model, build_optimizer
 from smae_utils.cli import main
-from smae_utils.data import derive_seed
+from smae_utils.data.batches import derive_seed
+from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
-from smae_utils.evidence import tables
-from smae_utils.evidence.cases import all_cases, draw_labelled, parts
-from smae_utils.evidence.plan import read_study
-from smae_utils.evidence.run import spread
-from smae_utils.evidence.unit import Place, Unit
-from smae_utils.settings import FinetuneSettings, make_settings
-from smae_utils.tasks import get_task
-from smae_utils.training import finetune
-from smae_utils.weights import save_weights
+from smae_utils.method.checkpoints.load import save_weights
+from smae_utils.work.build import build_model, build_optimizer
+from smae_utils.work.settings import FinetuneSettings, make_settings
+from smae_utils.work.training import finetune
+from tools.study import tables
+from tools.study.cases import all_cases, draw_labelled, parts
+from tools.study.plan import read_study
+from tools.study.run import spread
+from tools.study.unit import Place, Unit
 
 STUDY = """
 title: dots

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from smae_utils import explorer as module
 from smae_utils.errors import UserError
-from smae_utils.explorer import explore
-from smae_utils.mae import MaskedAutoencoder
-from smae_utils.patches import mask_noise, patch_statistics, patchify, split_by_noise, unpatchify
-from smae_utils.scene import HIDDEN_COLOUR, Look, hide_box, make_scene, picture
-from smae_utils.training import finetune, pretrain
+from smae_utils.method.mae import MaskedAutoencoder
+from smae_utils.method.patches import mask_noise, patch_statistics, patchify, split_by_noise, unpatchify
+from smae_utils.show import explorer as module
+from smae_utils.show.explorer import explore
+from smae_utils.show.masked_scene import HIDDEN_COLOUR, Look, hide_box, make_scene, picture
+from smae_utils.work.training import finetune, pretrain
 
 
 def model(size=(16, 16, 24), patch=8, chans=2, **more) -> MaskedAutoencoder:

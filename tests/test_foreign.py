@@ -13,17 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from smae_utils import timm_glue  # noqa: F401 (makes timm importable beside a CPU-only torch)
+from smae_utils import timm_library  # noqa: F401 (makes timm importable beside a CPU-only torch)
 from smae_utils.errors import UserError
-from smae_utils.evaluation import load_finetuned
-from smae_utils.export import export
-from smae_utils.mae import MaskedAutoencoder
-from smae_utils.patches import split_by_noise
-from smae_utils.runs import Run
-from smae_utils.training import finetune, pretrain
-from smae_utils.unetr import UNETR
-from smae_utils.vit import ViTClassifier
-from smae_utils.weights import load_weights
+from smae_utils.method.checkpoints.load import load_weights
+from smae_utils.method.mae import MaskedAutoencoder
+from smae_utils.method.patches import split_by_noise
+from smae_utils.method.unetr import UNETR
+from smae_utils.method.vit import ViTClassifier
+from smae_utils.work.evaluation import load_finetuned
+from smae_utils.work.export import export
+from smae_utils.work.run_folder import Run
+from smae_utils.work.training import finetune, pretrain
 
 GOLDEN = Path(__file__).parent / "golden"
 EQUAL = {"atol": 2e-5, "rtol": 1e-4}
@@ -151,7 +151,7 @@ def test_a_vit_with_parts_that_this_encoder_lacks_is_refused_by_the_part(more, p
 def test_weights_made_with_another_epsilon_of_the_norms_say_so(tmp_path):
     from monai.networks.nets import ViT
 
-    from smae_utils.weights import save_weights
+    from smae_utils.method.checkpoints.load import save_weights
 
     theirs = shaken(ViT(1, (16, 16), 8, 24, 96, 2, 2, classification=True, num_classes=3, spatial_dims=2, post_activation=None, qkv_bias=True))
     save_file(theirs.state_dict(), tmp_path / "monai.safetensors")
@@ -443,7 +443,7 @@ def test_a_2d_vit_adapted_to_3d_answers_a_stack_of_equal_slices_as_it_answered_o
     for name, value in source.encoder.state_dict().items():
         if name.endswith("pos_embed"):
             value.zero_()
-    from smae_utils.weights import save_weights
+    from smae_utils.method.checkpoints.load import save_weights
 
     save_weights(source, tmp_path / "flat.safetensors")
     solid = shaken(UNETR((16, 24, 16), 8, 2, 24, 3, 2, 1, 2))

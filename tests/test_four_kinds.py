@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from smae_utils.cli import main
-from smae_utils.tasks import get_task
+from smae_utils.data.tasks import get_task
 
 pytestmark = pytest.mark.slow  # each kind of task is checked, trained twice, evaluated and predicted
 AFFINE = np.diag([3.0, 3.0, 4.0, 1.0])
@@ -123,7 +123,7 @@ def test_a_prediction_lies_on_the_images_own_grid_in_the_values_of_its_masks(mad
 
 
 def test_the_explorer_opens_each_kind(made):
-    from smae_utils.explorer import explore
+    from smae_utils.show.explorer import explore
 
     dims, kind, folder = made
     for widget, masked in ((explore(folder / "pre", finetuned=[folder / "run"]), True), (explore(folder / "run"), False)):

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from smae_utils.mae import MaskedAutoencoder
-from smae_utils.patches import patchify, split_by_noise
-from smae_utils.unetr import UNETR
-from smae_utils.weights import load_weights
+from smae_utils.method.checkpoints.load import load_weights
+from smae_utils.method.mae import MaskedAutoencoder
+from smae_utils.method.patches import patchify, split_by_noise
+from smae_utils.method.unetr import UNETR
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIGS = json.loads((GOLDEN / "configs.json").read_text())

@@ -14,7 +14,7 @@ from urllib.request import urlopen
 import nbformat
 import pytest
 
-from smae_utils.environment import find_browser
+from tools.environment import find_browser
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -32,8 +32,8 @@ FLAGS = [
 ]
 CELL = """
 import torch
-from smae_utils.explorer import explore
-from smae_utils.mae import MaskedAutoencoder
+from smae_utils.show.explorer import explore
+from smae_utils.method.mae import MaskedAutoencoder
 torch.manual_seed(0)
 x = torch.stack(torch.meshgrid(*(torch.linspace(0, 9, n) for n in (32, 32, 32)), indexing="ij")).sum(0).sin()[None]
 explore(MaskedAutoencoder((32, 32, 32), 8, 1, 24, 2, 2, 24, 1, 2), x, spacing_mm=(2, 2, 2))

@@ -13,12 +13,12 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from smae_utils import large
 from smae_utils.cli import main
-from smae_utils.settings import FinetuneSettings
-from smae_utils.tasks import get_task
-from smae_utils.training import finetune
-from smae_utils.transforms import prepare
+from smae_utils.data import out_of_core
+from smae_utils.data.tasks import get_task
+from smae_utils.data.transforms import prepare
+from smae_utils.work.settings import FinetuneSettings
+from smae_utils.work.training import finetune
 
 SHAPE = (29, 33, 21)
 OBLIQUE = nib.affines.from_matvec(Rotation.from_euler("xyz", [0.3, -0.4, 0.5]).as_matrix() @ np.diag([-2.0, 2.5, 3.0]), [30, -20, 10])
@@ -41,7 +41,7 @@ def save(path: Path, values: np.ndarray, affine: np.ndarray) -> str:
 @pytest.fixture
 def tiny_memory(monkeypatch):
     """Blocks of 8 voxels a side, and everything in temporary files."""
-    monkeypatch.setattr(large, "CHANNEL_VOXELS", 1000)
+    monkeypatch.setattr(out_of_core, "CHANNEL_VOXELS", 1000)
 
 
 @pytest.mark.parametrize("affine", [np.diag([2.0, 2.5, 3.0, 1]), TURNED, OBLIQUE], ids=["straight", "turned", "oblique"])
@@ -58,8 +58,8 @@ def test_a_scan_prepared_block_by_block_is_the_scan_prepared_as_a_whole(kind, cr
     settings = replace(FinetuneSettings(), crop_size=crop, spacing_mm=(2.2347, 2.4153, 2.8719))
     case = {"case": "a", "image": image}
     whole = prepare(task, settings, with_label=False)(dict(case))["image"]
-    assert large.is_large(case)
-    made = large.prepare_large(case, task, settings)
+    assert out_of_core.is_large(case)
+    made = out_of_core.prepare_large(case, task, settings)
     np.testing.assert_allclose(made.affine, whole.affine, atol=1e-5)
     np.testing.assert_allclose(made.image, whole.as_tensor(), atol=2e-4)
     assert made.shape == SHAPE and np.allclose(made.scan_affine, affine, atol=1e-5)
@@ -68,29 +68,31 @@ def test_a_scan_prepared_block_by_block_is_the_scan_prepared_as_a_whole(kind, cr
 @pytest.mark.parametrize("shape", [(5, 9, 30), (8, 8, 8), (1, 17, 40)])
 def test_blocks_fill_a_grid_once(shape, tiny_memory):
     seen = np.zeros(shape, int)
-    for box in large.blocks(shape, 3):
+    for box in out_of_core.blocks(shape, 3):
         seen[box] += 1
         assert seen[box].size <= 8**3
     assert (seen == 1).all()
 
 
 def test_blocks_are_smaller_where_they_are_filled_from_a_finer_grid(monkeypatch):
-    monkeypatch.setattr(large, "CHANNEL_VOXELS", 8 * 64**3)
-    sides = [next(large.blocks((100, 100, 100), 1, to_other))[0].stop for to_other in (None, np.diag([0.5, 0.5, 0.5, 1]), np.diag([4.0, 4, 4, 1]))]
+    monkeypatch.setattr(out_of_core, "CHANNEL_VOXELS", 8 * 64**3)
+    sides = [
+        next(out_of_core.blocks((100, 100, 100), 1, to_other))[0].stop for to_other in (None, np.diag([0.5, 0.5, 0.5, 1]), np.diag([4.0, 4, 4, 1]))
+    ]
     assert sides == [64, 64, 16]
 
 
 def test_what_a_box_touches_holds_the_places_of_all_its_voxels():
     box = (slice(2, 7), slice(0, 4), slice(5, 9))
     to_other = nib.affines.from_matvec(np.eye(3), [100, 100, 100]) @ np.linalg.inv(OBLIQUE) @ TURNED @ np.diag([0.3, 0.4, 0.5, 1])
-    found = large.touched(box, to_other, (1000, 1000, 1000))
+    found = out_of_core.touched(box, to_other, (1000, 1000, 1000))
     places = np.array([(to_other @ [*(s.start + v for s, v in zip(box, voxel)), 1])[:3] for voxel in np.ndindex(5, 4, 4)])
     assert (places > [s.start for s in found]).all() and (places < [s.stop - 1 for s in found]).all()
     assert max(s.stop - s.start for s in found) < 12  # no more than needed
     away = nib.affines.from_matvec(np.eye(3), [500, 0, -500])
-    assert large.touched(box, away, (10, 10, 10)) is None
+    assert out_of_core.touched(box, away, (10, 10, 10)) is None
     # Where the edge goes on, its nearest planes are read and no more.
-    assert large.touched(box, away, (10, 10, 10), edge=True) == (slice(9, 10), slice(0, 5), slice(0, 1))
+    assert out_of_core.touched(box, away, (10, 10, 10), edge=True) == (slice(9, 10), slice(0, 5), slice(0, 1))
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +114,7 @@ def trained(tiny, bare, tmp_path_factory) -> Path:
 def test_a_large_scan_is_predicted_as_a_small_one(trained, affine, tmp_path, monkeypatch):
     image = save(tmp_path / "new.nii.gz", scan(7), affine)
     assert main(["predict", str(trained), image, "--out", str(tmp_path / "small"), "--probabilities"]) == 0
-    monkeypatch.setattr(large, "CHANNEL_VOXELS", 6000)
+    monkeypatch.setattr(out_of_core, "CHANNEL_VOXELS", 6000)
     assert main(["predict", str(trained), image, "--out", str(tmp_path / "large"), "--probabilities"]) == 0
     masks, chances = ([nib.load(tmp_path / size / f"new{name}.nii.gz") for size in ("small", "large")] for name in ("", "_probabilities"))
     small, big = (np.asarray(m.dataobj) for m in masks)
@@ -165,12 +167,12 @@ def test_a_full_disk_is_no_fault_of_the_scan(trained, tmp_path, tiny_memory, mon
         raise OSError(28, "No space left on device")
 
     image = save(tmp_path / "new.nii", scan(7), TURNED)
-    monkeypatch.setattr(large.os, "posix_fallocate", full, raising=False)
+    monkeypatch.setattr(out_of_core.os, "posix_fallocate", full, raising=False)
     assert main(["predict", str(trained), image, "--out", str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err
     assert "No space left" in err and "cut short" not in err and not (tmp_path / "out").exists()
 
 
 def test_what_is_not_nifti_is_never_large(tmp_path, tiny_memory):
-    assert not large.is_large({"image": str(tmp_path)}) and not large.is_large({"image": "x.png"})
-    assert torch.equal(torch.from_numpy(large.start_of((slice(3, 4), slice(0, 1), slice(2, 9)))[:3, 3]), torch.tensor([3.0, 0, 2]).double())
+    assert not out_of_core.is_large({"image": str(tmp_path)}) and not out_of_core.is_large({"image": "x.png"})
+    assert torch.equal(torch.from_numpy(out_of_core.start_of((slice(3, 4), slice(0, 1), slice(2, 9)))[:3, 3]), torch.tensor([3.0, 0, 2]).double())

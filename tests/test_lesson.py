@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from smae_utils import lesson
-from smae_utils.patches import patchify
-from smae_utils.settings import FinetuneSettings, make_settings
-from smae_utils.tasks import get_task
+from smae_utils.data.tasks import get_task
+from smae_utils.method.patches import patchify
+from smae_utils.show import notebook_helpers
+from smae_utils.work.settings import FinetuneSettings, make_settings
 
 
 class Tokens(torch.nn.Module):
@@ -31,15 +31,19 @@ def test_the_probe_reads_what_tokens_hold(task, data, tiny, monkeypatch):
     record, settings = get_task(task), make_settings(FinetuneSettings, tiny[task, "finetune"], "test")
     cases = record.read_splits(data[task], 0, 0)["train"]
     if task == "cxr14":  # images as bright as their first finding says
-        monkeypatch.setattr(lesson, "load_crop", lambda task, settings, case: torch.full((1, *settings.crop_size), float(case["label"][0] == 1)))
+        monkeypatch.setattr(
+            notebook_helpers, "load_crop", lambda task, settings, case: torch.full((1, *settings.crop_size), float(case["label"][0] == 1))
+        )
     else:  # images that are their masks
 
         def masks(task, settings, case):
-            label = lesson.middle(lesson.read_case(lesson.prepare(task, settings, with_label=True), case)["label"].as_tensor(), settings.crop_size)
+            label = notebook_helpers.middle(
+                notebook_helpers.read_case(notebook_helpers.prepare(task, settings, with_label=True), case)["label"].as_tensor(), settings.crop_size
+            )
             return (label > 0).float()
 
-        monkeypatch.setattr(lesson, "load_crop", masks)
+        monkeypatch.setattr(notebook_helpers, "load_crop", masks)
     torch.manual_seed(0)
-    assert lesson.probe(record, settings, Tokens(4, knows=True), cases) > 0.99
-    assert lesson.probe(record, settings, Tokens(4, knows=False), cases) < 0.9  # few cases: chance is wide
-    assert math.isnan(lesson.probe(record, settings, Tokens(4, knows=True), cases[:1]))
+    assert notebook_helpers.probe(record, settings, Tokens(4, knows=True), cases) > 0.99
+    assert notebook_helpers.probe(record, settings, Tokens(4, knows=False), cases) < 0.9  # few cases: chance is wide
+    assert math.isnan(notebook_helpers.probe(record, settings, Tokens(4, knows=True), cases[:1]))

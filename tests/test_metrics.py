@@ -10,7 +10,7 @@ from monai.metrics import compute_dice
 from sklearn.metrics import roc_auc_score
 
 from smae_utils.errors import UserError
-from smae_utils.metrics import dsc, hd95_mm, mean_auc
+from smae_utils.work.metrics import dsc, hd95_mm, mean_auc
 
 
 def blob(rng, shape):

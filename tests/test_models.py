@@ -8,12 +8,12 @@ import torch
 from monai.networks.nets import UNETR as MonaiUNETR
 from torch.testing import assert_close
 
-from smae_utils import timm_glue  # noqa: F401  (before timm: it mends the import of torchvision)
+from smae_utils import timm_library  # noqa: F401  (before timm: it mends the import of torchvision)
 from smae_utils.errors import UserError
-from smae_utils.mae import MaskedAutoencoder, paste_visible, pixel_mask, sanity_band
-from smae_utils.patches import as_tuple, gather_tokens, patchify, sincos_positions, split_by_noise, unpatchify
-from smae_utils.unetr import UNETR
-from smae_utils.vit import PatchEmbed, ViTClassifier
+from smae_utils.method.mae import MaskedAutoencoder, paste_visible, pixel_mask, sanity_band
+from smae_utils.method.patches import as_tuple, gather_tokens, patchify, sincos_positions, split_by_noise, unpatchify
+from smae_utils.method.unetr import UNETR
+from smae_utils.method.vit import PatchEmbed, ViTClassifier
 
 from timm.layers import Attention  # isort: skip
 from timm.models.vision_transformer import VisionTransformer  # isort: skip
@@ -189,7 +189,7 @@ def test_attention_in_bf16_on_a_cpu_is_computed_in_fp32_and_says_what_timms_says
     computed = []
     product = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, *a, **k: computed.append(q.dtype) or product(q, *a, **k))
-    own = timm_glue.CpuAttention(24, num_heads=3, qkv_bias=True)
+    own = timm_library.CpuAttention(24, num_heads=3, qkv_bias=True)
     theirs = Attention(24, num_heads=3, qkv_bias=True)
     theirs.load_state_dict(own.state_dict())
     x = torch.randn(2, 9, 24)

@@ -16,17 +16,17 @@ import pytest
 import torch
 from PIL import Image
 
-from smae_utils import check as checking
-from smae_utils import inference, predict
 from smae_utils.cli import main
-from smae_utils.data import read_splits
-from smae_utils.evaluation import load_finetuned
-from smae_utils.inference import classify, dsc
-from smae_utils.runs import Run
-from smae_utils.settings import FinetuneSettings, resolve
-from smae_utils.tasks import get_task
-from smae_utils.training import finetune
-from smae_utils.transforms import prepare
+from smae_utils.data.batches import read_splits
+from smae_utils.data.tasks import get_task
+from smae_utils.data.transforms import prepare
+from smae_utils.work import check as checking
+from smae_utils.work import inference, predict
+from smae_utils.work.evaluation import load_finetuned
+from smae_utils.work.inference import classify, dsc
+from smae_utils.work.run_folder import Run
+from smae_utils.work.settings import FinetuneSettings, resolve
+from smae_utils.work.training import finetune
 
 SHAPE, SPACING = (20, 18, 16), (3.0, 3.5, 4.0)
 LABELS = {"0": "background", "1": "liver", "2": "tumour"}
@@ -565,8 +565,8 @@ def test_check_tells_class_one_from_class_eleven(tmp_path, monkeypatch):
 def test_a_scan_whose_header_counts_in_micrometres_is_refused(tmp_path):
     import nibabel as nib
 
+    from smae_utils.data.reading import ReadScan
     from smae_utils.errors import UserError
-    from smae_utils.reading import ReadScan
 
     image = nib.Nifti1Image(np.zeros((4, 4, 4), np.float32), np.eye(4))
     image.header.set_xyzt_units("micron")
@@ -580,10 +580,10 @@ def test_a_run_means_the_same_after_its_list_was_changed_or_moved_away(tmp_path,
 
     import nibabel as nib
 
-    from smae_utils.evaluation import load_finetuned
-    from smae_utils.predict import predict
-    from smae_utils.runs import Run
-    from smae_utils.training import finetune
+    from smae_utils.work.evaluation import load_finetuned
+    from smae_utils.work.predict import predict
+    from smae_utils.work.run_folder import Run
+    from smae_utils.work.training import finetune
 
     rng = np.random.default_rng(0)
     for i in range(4):
@@ -606,7 +606,7 @@ def test_a_run_means_the_same_after_its_list_was_changed_or_moved_away(tmp_path,
 
 
 def test_a_list_of_dicom_radiographs_is_a_2d_task(tmp_path):
-    from smae_utils.tasks import get_task
+    from smae_utils.data.tasks import get_task
 
     (tmp_path / "list.csv").write_text("image,class,\na.dcm,sick,\nb.dcm,well,\n")
     task = get_task(str(tmp_path / "list.csv"))
@@ -614,11 +614,11 @@ def test_a_list_of_dicom_radiographs_is_a_2d_task(tmp_path):
 
 
 def test_a_full_disk_during_predict_leaves_nothing(brats, tiny, bare, tmp_path, monkeypatch):
-    from smae_utils import evaluation as module
-    from smae_utils.data import read_splits
-    from smae_utils.settings import FinetuneSettings
-    from smae_utils.tasks import get_task
-    from smae_utils.training import finetune
+    from smae_utils.data.batches import read_splits
+    from smae_utils.data.tasks import get_task
+    from smae_utils.work import evaluation as module
+    from smae_utils.work.settings import FinetuneSettings
+    from smae_utils.work.training import finetune
 
     run = finetune("brats", brats, tmp_path / "run", preset=bare, overrides={**tiny["brats", "finetune"], "steps": 1}, report=[].append)
     scans = [c["image"] for c in read_splits(get_task("brats"), brats, FinetuneSettings())["train"][:2]]
@@ -696,7 +696,7 @@ def test_a_window_is_refused_for_2d_images_and_so_are_labels_that_a_picture_cann
 
 
 def test_a_run_on_a_list_like_a_known_task_keeps_the_mean_over_its_subset(tmp_path):
-    from smae_utils.tasks.lists import record_of, task_from_record
+    from smae_utils.data.tasks.lists import record_of, task_from_record
 
     file = write_list(tmp_path, 2, 0, like="btcv")
     content = json.loads(file.read_text())
@@ -706,7 +706,7 @@ def test_a_run_on_a_list_like_a_known_task_keeps_the_mean_over_its_subset(tmp_pa
 
 
 def test_unknown_targets_and_ignored_voxels_are_drawn(tmp_path):
-    from smae_utils import plots
+    from smae_utils.show import plots
 
     figure = plots.show_cases([np.ones((8, 8, 8))], ["c"], [np.full((8, 8, 8), 255, np.uint8)], ("liver",))
     assert figure is not None

@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 import smae_utils
-from smae_utils.readme import BLOCKS, render
-from smae_utils.settings import STAGES, load_preset, resolve
-from smae_utils.tasks import get_task, task_names
+from smae_utils.data.tasks import get_task, task_names
+from smae_utils.work.settings import STAGES, load_preset, resolve
+from tools.readme import BLOCKS, render
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -280,7 +280,7 @@ def test_what_needs_a_clone_says_so_in_one_line_where_the_package_is_installed(c
 
 
 def test_jupyterlab_of_an_installed_package_opens_a_copy_of_its_notebooks_that_stays_the_users(installed):
-    code = "from smae_utils.environment import notebooks_to_open; print(notebooks_to_open())"
+    code = "from smae_utils.run_notebook import notebooks_to_open; print(notebooks_to_open())"
     mine = installed.here / "notebooks" / "00_data.ipynb"
     mine.parent.mkdir()
     mine.write_text("mine", encoding="utf-8")
@@ -291,7 +291,7 @@ def test_jupyterlab_of_an_installed_package_opens_a_copy_of_its_notebooks_that_s
 
 
 def test_jupyterlab_of_a_clone_opens_the_notebooks_where_they_are():
-    from smae_utils.environment import notebooks_to_open
+    from smae_utils.run_notebook import notebooks_to_open
 
     assert notebooks_to_open() == ROOT / "notebooks"
 
@@ -388,7 +388,7 @@ def test_the_wheel_holds_what_the_package_ships_and_nothing_of_the_repository_be
         files = [p.relative_to(ROOT).as_posix() for p in tracked_files() if p.is_relative_to(ROOT / folder) and p.match(pattern)]
         assert files
         expected |= {f if folder == "smae_utils" else f"smae_utils/{f}" for f in files}
-    assert {"smae_utils/presets/study/hippocampus.yaml", "smae_utils/notebooks/01_masking.ipynb"} <= expected <= names
+    assert {"smae_utils/tools/study/hippocampus.yaml", "smae_utils/notebooks/01_masking.ipynb"} <= expected <= names
     assert all(n.startswith("smae_utils/") and "__pycache__" not in n for n in names)
     assert "Provides-Extra: notebooks" in metadata and "Typing :: Typed" in metadata
     assert not re.search(r"^Requires-Dist: (jupyterlab|papermill|ipywidgets|nbconvert)[^;]*$", metadata, re.M)
@@ -415,7 +415,7 @@ def test_the_installed_wheel_runs_apart_from_the_clone(wheel, tmp_path):
         assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
         return done.stdout
 
-    code = "import smae_utils.cli; from smae_utils.environment import is_clone; print(smae_utils.cli.__file__, is_clone())"
+    code = "import smae_utils.cli; from smae_utils.places import is_clone; print(smae_utils.cli.__file__, is_clone())"
     where = subprocess.run([str(python), "-c", code], cwd=here, env=env, capture_output=True, text=True).stdout.strip()
     assert where == f"{site / 'smae_utils' / 'cli.py'} False"
     assert "pretrain" in smae("--help")
@@ -427,8 +427,8 @@ def test_the_installed_wheel_runs_apart_from_the_clone(wheel, tmp_path):
 
 
 def test_words_after_test_go_to_pytest_as_they_are(monkeypatch):
-    from smae_utils import environment
     from smae_utils.cli import main
+    from tools import environment
 
     calls = []
     monkeypatch.setattr(environment.subprocess, "run", lambda command, **more: calls.append(command) or subprocess.CompletedProcess(command, 5))
@@ -442,8 +442,8 @@ def test_words_after_test_go_to_pytest_as_they_are(monkeypatch):
 @pytest.mark.parametrize("fetched", [True, False], ids=["fetched", "offline"])
 @pytest.mark.parametrize("root", [True, False], ids=["root", "user"])
 def test_a_browser_is_installed_on_request_only_and_the_system_is_changed_only_as_root(root, fetched, monkeypatch, capsys):
-    from smae_utils import environment
     from smae_utils.cli import main
+    from tools import environment
 
     calls = []
     monkeypatch.setattr(environment, "make_environment", lambda: None)

@@ -9,8 +9,8 @@ from monai.networks.blocks.pos_embed_utils import build_sincos_position_embeddin
 from torch.testing import assert_close
 
 from smae_utils.errors import UserError
-from smae_utils.mae import paste_visible, pixel_mask, sanity_band
-from smae_utils.patches import (
+from smae_utils.method.mae import paste_visible, pixel_mask, sanity_band
+from smae_utils.method.patches import (
     as_tuple,
     gather_tokens,
     grid_size,

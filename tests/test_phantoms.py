@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
 from smae_utils.phantoms import write_phantoms
-from smae_utils.tasks import get_task
 
 # https://nihcc.app.box.com/v/ChestXray-NIHCC: the header as it is, with brackets that hold commas and a comma at the end.
 CXR_HEADER = (

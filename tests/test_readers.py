@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from smae_utils.data import read_splits
+from smae_utils.data.batches import read_splits
+from smae_utils.data.reading import ReadRadiograph
+from smae_utils.data.tasks import get_task
+from smae_utils.data.transforms import ResizeRadiograph, prepare
 from smae_utils.errors import UserError
-from smae_utils.reading import ReadRadiograph
-from smae_utils.settings import Settings
-from smae_utils.tasks import get_task
-from smae_utils.transforms import ResizeRadiograph, prepare
+from smae_utils.work.settings import Settings
 
 # TransUNet's lists, which the paper used.
 TRAIN = {5, 6, 7, 9, 10, 21, 23, 24, 26, 27, 28, 30, 31, 33, 34, 37, 39, 40}

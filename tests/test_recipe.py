@@ -10,16 +10,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from smae_utils.build import build_model, build_optimizer
+from smae_utils.data.tasks import get_task
+from smae_utils.data.transforms import augment_pretrain
 from smae_utils.errors import UserError
-from smae_utils.mae import MaskedAutoencoder
-from smae_utils.patches import patchify
-from smae_utils.settings import FinetuneSettings, PretrainSettings, make_settings
-from smae_utils.tasks import get_task
-from smae_utils.training import drawn_ratio, few_labelled, finetune, pretrain
-from smae_utils.transforms import augment_pretrain
-from smae_utils.unetr import UNETR
-from smae_utils.weights import load_weights
+from smae_utils.method.checkpoints.load import load_weights
+from smae_utils.method.mae import MaskedAutoencoder
+from smae_utils.method.patches import patchify
+from smae_utils.method.unetr import UNETR
+from smae_utils.work.build import build_model, build_optimizer
+from smae_utils.work.settings import FinetuneSettings, PretrainSettings, make_settings
+from smae_utils.work.training import drawn_ratio, few_labelled, finetune, pretrain
 
 SMALL = {"img_size": (16, 16, 16), "patch_size": 4, "in_chans": 1, "embed_dim": 24, "depth": 3, "num_heads": 2}
 SETTINGS = replace(FinetuneSettings(), crop_size=(16, 16, 16), patch_size=8, embed_dim=24, depth=3, num_heads=2, feature_size=2)

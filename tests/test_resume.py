@@ -16,12 +16,12 @@ import torch
 import yaml
 from PIL import Image
 
-from smae_utils import accel, loop, runs
-from smae_utils.accel import inference_context, pick_precision, usable_precision
 from smae_utils.errors import UserError
-from smae_utils.loop import Loop
-from smae_utils.runs import FREE_SETTINGS, LOCK, SCHEMA, Run, absolute, find_data, only_process
-from smae_utils.training import finetune, pretrain
+from smae_utils.work import devices, loop, run_folder
+from smae_utils.work.devices import inference_context, pick_precision, usable_precision
+from smae_utils.work.loop import Loop
+from smae_utils.work.run_folder import FREE_SETTINGS, LOCK, SCHEMA, Run, absolute, find_data, only_process
+from smae_utils.work.training import finetune, pretrain
 
 ROOT = Path(__file__).parents[1]
 
@@ -120,15 +120,15 @@ def test_a_run_of_a_newer_version_is_refused_by_name(interrupted, schema, tmp_pa
 
 def test_the_precision_of_the_first_sitting_is_kept_where_the_device_has_it(interrupted, tmp_path, monkeypatch):
     asked = []
-    make = accel.make_accelerator
-    monkeypatch.setattr(loop.accel, "make_accelerator", lambda p: asked.append(p) or make("fp32"))
+    make = devices.make_accelerator
+    monkeypatch.setattr(loop.devices, "make_accelerator", lambda p: asked.append(p) or make("fp32"))
     rewrite(tmp_path / "run", precision="bf16")
-    monkeypatch.setattr(accel, "computes_bf16", lambda device: True)
+    monkeypatch.setattr(devices, "computes_bf16", lambda device: True)
     said = []
     with pytest.raises(Stop):
         interrupted(report=lambda line: said.append(line) or stopped_at(3)(line))
     assert asked == ["bf16"] and not [line for line in said if line.startswith("note")]
-    monkeypatch.setattr(accel, "computes_bf16", lambda device: False)
+    monkeypatch.setattr(devices, "computes_bf16", lambda device: False)
     run = interrupted(report=said.append)
     assert asked == ["bf16", "fp32"] and len([line for line in said if line.startswith("note") and "bf16" in line]) == 1
     assert run.config["precision"] == "bf16" and run.config["segments"][-1]["precision"] == "fp32"
@@ -136,11 +136,11 @@ def test_the_precision_of_the_first_sitting_is_kept_where_the_device_has_it(inte
 
 def test_the_recorded_precision_is_used_only_where_the_device_computes_it(monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setattr(accel, "computes_bf16", lambda device: False)
+    monkeypatch.setattr(devices, "computes_bf16", lambda device: False)
     assert usable_precision("fp32", cpu) == ("fp32", "") and usable_precision("auto", cpu) == ("fp32", "")
     precision, line = usable_precision("bf16", cpu)
     assert precision == "fp32" and "bf16" in line and "cpu" in line and "\n" not in line
-    monkeypatch.setattr(accel, "computes_bf16", lambda device: True)
+    monkeypatch.setattr(devices, "computes_bf16", lambda device: True)
     assert usable_precision("bf16", cpu) == usable_precision("auto", cpu) == ("bf16", "")
     assert pick_precision("auto", cpu) == "bf16"
     with pytest.raises(UserError, match="fp8"):
@@ -174,7 +174,7 @@ def test_of_two_processes_that_go_on_with_one_run_one_is_refused_and_the_run_sta
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
 def test_the_lock_of_a_killed_process_does_not_stop_the_next(tmp_path):
-    code = "import sys, time; from smae_utils.runs import only_process\nwith only_process(sys.argv[1]): print('in', flush=True); time.sleep(60)"
+    code = "import sys, time; from smae_utils.work.run_folder import only_process\nwith only_process(sys.argv[1]): print('in', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"in\n"
     with pytest.raises(UserError, match="another process"), only_process(tmp_path / "run"):
@@ -345,16 +345,16 @@ def test_a_commit_is_told_only_by_the_repository_that_tracks_this_package(tmp_pa
 
     package = tmp_path / "project" / "venv" / "smae_utils"
     package.mkdir(parents=True)
-    shutil.copy(runs.__file__, package / "runs.py")
-    monkeypatch.setattr(runs, "__file__", str(package / "runs.py"))
-    assert runs.commit() == "unknown"  # no repository
+    shutil.copy(run_folder.__file__, package / "run_folder.py")
+    monkeypatch.setattr(run_folder, "__file__", str(package / "run_folder.py"))
+    assert run_folder.commit() == "unknown"  # no repository
     git("init")
     (tmp_path / "theirs.txt").write_text("theirs", encoding="utf-8")
     git("add", "theirs.txt")
     git("commit", "-m", "theirs")
-    assert runs.commit() == "unknown"  # another project's, in whose folder the environment lies
+    assert run_folder.commit() == "unknown"  # another project's, in whose folder the environment lies
     git("add", ".")
     git("commit", "-m", "ours")
-    assert len(runs.commit()) == 12
-    (package / "runs.py").write_text("# changed", encoding="utf-8")
-    assert runs.commit().endswith("-dirty")
+    assert len(run_folder.commit()) == 12
+    (package / "run_folder.py").write_text("# changed", encoding="utf-8")
+    assert run_folder.commit().endswith("-dirty")

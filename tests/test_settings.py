@@ -7,11 +7,12 @@ import dataclasses
 import pytest
 import yaml
 
-from smae_utils.build import build_mae
 from smae_utils.cli import main
-from smae_utils.environment import shipped
+from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
-from smae_utils.settings import (
+from smae_utils.places import shipped
+from smae_utils.work.build import build_mae
+from smae_utils.work.settings import (
     STAGE_SETTINGS,
     FinetuneSettings,
     PretrainSettings,
@@ -21,12 +22,10 @@ from smae_utils.settings import (
     load_preset,
     make_settings,
     parse_overrides,
-    read_yaml,
     resolve,
     total_steps,
-    write_yaml,
 )
-from smae_utils.tasks import get_task
+from smae_utils.yaml_text import read_yaml, write_yaml
 
 BTCV = get_task("btcv")
 

@@ -19,15 +19,15 @@ import pytest
 import torch
 import yaml
 
-from smae_utils import loop, training
-from smae_utils.build import build_model, build_optimizer
-from smae_utils.data import read_splits
+from smae_utils.data.batches import read_splits
+from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
-from smae_utils.loop import Loop
-from smae_utils.runs import Run
-from smae_utils.settings import FinetuneSettings, PretrainSettings, make_settings
-from smae_utils.tasks import get_task
-from smae_utils.training import finetune, pretrain
+from smae_utils.work import loop, training
+from smae_utils.work.build import build_model, build_optimizer
+from smae_utils.work.loop import Loop
+from smae_utils.work.run_folder import Run
+from smae_utils.work.settings import FinetuneSettings, PretrainSettings, make_settings
+from smae_utils.work.training import finetune, pretrain
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from smae_utils.data import read_case
+from smae_utils.data.batches import read_case
+from smae_utils.data.tasks import get_task
+from smae_utils.data.transforms import RandomRadiograph, ReadRadiograph, augment_finetune, augment_pretrain, prepare
 from smae_utils.errors import UserError
-from smae_utils.inference import to_scan_grid
-from smae_utils.metrics import dsc
 from smae_utils.phantoms.shapes import rotation, save_nifti
-from smae_utils.settings import FinetuneSettings, PretrainSettings
-from smae_utils.tasks import get_task
-from smae_utils.transforms import RandomRadiograph, ReadRadiograph, augment_finetune, augment_pretrain, prepare
+from smae_utils.work.inference import to_scan_grid
+from smae_utils.work.metrics import dsc
+from smae_utils.work.settings import FinetuneSettings, PretrainSettings
 
 BTCV, BRATS = get_task("btcv"), get_task("brats")
 SIZES = {"crop_size": (8, 8, 8), "spacing_mm": (2.0, 2.0, 2.0)}
@@ -272,7 +272,7 @@ def test_radiograph_augmentation_follows_its_seed_and_no_global_one(policy, cxr1
 
 
 def test_a_2d_image_is_resized_alike_in_training_and_in_prediction(tmp_path):
-    from smae_utils.transforms import resize
+    from smae_utils.data.transforms import resize
 
     pixels = np.random.default_rng(0).integers(0, 256, (256, 192), dtype=np.uint8)
     image = Image.fromarray(pixels)

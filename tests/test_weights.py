@@ -9,14 +9,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import smae_utils.weights as weights_module
-from smae_utils.build import build_cnn
+import smae_utils.method.checkpoints.load as weights_module
+from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
-from smae_utils.mae import MaskedAutoencoder
-from smae_utils.tasks import get_task
-from smae_utils.unetr import UNETR
-from smae_utils.vit import ViTClassifier, ViTEncoder
-from smae_utils.weights import (
+from smae_utils.method.checkpoints.load import (
     encoder_arguments,
     hash_case,
     load_weights,
@@ -27,6 +23,10 @@ from smae_utils.weights import (
     seen_cases,
     weights_file,
 )
+from smae_utils.method.mae import MaskedAutoencoder
+from smae_utils.method.unetr import UNETR
+from smae_utils.method.vit import ViTClassifier, ViTEncoder
+from smae_utils.work.build import build_cnn
 
 SIZE = (16, 24)
 

@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 from test_four_kinds import write_list
 
-from smae_utils.batch import check_parameters, notebook_path, run_notebook
-from smae_utils.demo import NOTEBOOKS as CHAIN
-from smae_utils.demo import demo
 from smae_utils.errors import UserError
 from smae_utils.phantoms import write_phantoms
+from smae_utils.run_notebook import check_parameters, notebook_path, run_notebook
+from tools.demo import NOTEBOOKS as CHAIN
+from tools.demo import demo
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "tests" / "tiny.yaml")

@@ -1,0 +1,196 @@
+"""Case lists to batches. What a batch holds is a function of the seed and the step alone, so that any run can be repeated and resumed."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor, get_track_meta, set_track_meta
+from monai.transforms import Compose
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from smae_utils.errors import UserError
+from smae_utils.work.settings import Settings
+from smae_utils.data.tasks import Case, Splits, Task, hold_out
+
+
+def read_splits(task: Task, data_dir: str | Path, settings: Settings) -> Splits:
+    """Train, validation and test cases of a data folder; `train_on_val` gives the validation cases back to the training ones.
+
+    Where no test case has a label, `test_share` of the labelled training patients become the test part.
+    """
+    splits = task.read_splits(Path(data_dir), settings.split_seed, settings.fold)
+    if settings.test_share and not any("label" in c for c in splits["test"]):
+        splits = hold_out_test(splits, settings.test_share, settings.split_seed)
+    if settings.train_on_val:
+        names = {c["case"] for c in splits["val"]}
+        train = sorted(splits["train"] + splits["val"], key=lambda c: c["case"])
+        splits = {"train": train, "val": [], "test": [c for c in splits["test"] if c["case"] not in names]}
+    return splits
+
+
+def hold_out_test(splits: Splits, share: float, seed: int) -> Splits:
+    """Draw test cases from the labelled training and validation cases, by patient; validation keeps its share of the rest."""
+    labelled = [c for c in splits["train"] + splits["val"] if "label" in c]
+    _, test = hold_out(labelled, share, seed)
+    patients = {c["patient"] for c in test}
+    rest = {part: [c for c in splits[part] if c["patient"] not in patients] for part in ("train", "val")}
+    if not rest["val"] and len({c["patient"] for c in rest["train"]}) > 1:
+        rest["train"], rest["val"] = hold_out(rest["train"], 0.1, seed)
+    return {**rest, "test": test}
+
+
+def derive_seed(*parts: int) -> int:
+    """One seed from several numbers, well mixed."""
+    return int(np.random.SeedSequence([p % 2**32 for p in parts]).generate_state(1)[0])
+
+
+def read_case(transform: Callable[[dict], Any], case: Case) -> Any:
+    """Apply a deterministic transform to a case.
+
+    Raises:
+        UserError: as a reader said it, naming the file. Any other error is a mistake of this package, and stays what it is.
+    """
+    try:
+        return transform(dict(case))
+    except Exception as error:
+        # MONAI wraps what a transform raised; the words for the user are inside.
+        inside: BaseException | None = error
+        while inside is not None and not isinstance(inside, UserError):
+            inside = inside.__cause__ or inside.__context__
+        if inside is None:
+            raise
+        raise UserError(str(inside)) from error
+
+
+class Scans(Dataset):
+    """Cases after the deterministic transforms; the first `cache_rate` of them stay in memory once read."""
+
+    def __init__(self, cases: list[Case], transform: Compose, cache_rate: float = 0.0):
+        self.cases, self.transform = cases, transform
+        self.cached: dict[int, dict] = {}
+        self.limit = round(cache_rate * len(cases))
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index in self.cached:
+            return self.cached[index]
+        item = read_case(self.transform, self.cases[index])
+        item = {k: v.as_tensor() if isinstance(v, MetaTensor) else v for k, v in item.items()}
+        if index < self.limit:
+            self.cached[index] = item
+        return item
+
+
+@contextmanager
+def untracked() -> Iterator[None]:
+    """MONAI transforms without a record of what they did: a third of their time, and a crop for training is never mapped back."""
+    before = get_track_meta()
+    set_track_meta(False)
+    try:
+        yield
+    finally:
+        set_track_meta(before)
+
+
+@lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """(n,) the order of the scans in one epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+class Crops(Dataset):
+    """Crop number `sample` of an endless shuffled stream: which scan, which crop and which augmentation follow from (seed, sample)."""
+
+    def __init__(self, scans: Scans, augment: Compose, seed: int):
+        self.scans, self.augment, self.seed = scans, augment, seed
+
+    def scan_index(self, sample: int) -> int:
+        """Every scan once an epoch, in an order of the epoch's own."""
+        epoch, place = divmod(sample, len(self.scans))
+        return int(epoch_order(self.seed, epoch, len(self.scans))[place])
+
+    def __getitem__(self, sample: int) -> dict[str, Any]:
+        scan = self.scans[self.scan_index(sample)]
+        seed = derive_seed(self.seed, 1, sample)
+        self.augment.set_random_state(seed=seed)
+        with untracked():
+            crops = self.augment(dict(scan))
+        crops = crops if isinstance(crops, list) else [crops]
+        out = {"case": [c["case"] for c in crops], "noise_seed": [derive_seed(seed, i) for i in range(len(crops))]}
+        for key in ("image", "label"):
+            if key in crops[0]:
+                out[key] = torch.stack([torch.as_tensor(c[key]) for c in crops])
+                if isinstance(out[key], MetaTensor):
+                    out[key] = out[key].as_tensor()
+        return out
+
+
+def join(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Crops of several scans -> one batch: image (B, C, *spatial), label, case names, noise seeds."""
+    return {k: torch.cat([i[k] for i in items]) if torch.is_tensor(items[0][k]) else sum((i[k] for i in items), []) for k in items[0]}
+
+
+class Steps(Sampler):
+    """Sample numbers of each step from `start` to `stop`, this process's share of them."""
+
+    def __init__(self, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1):
+        self.start, self.stop, self.batch_size, self.rank, self.world = start, stop, batch_size, rank, world
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start, self.stop):
+            yield list(range(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world))
+
+
+class Batches(DataLoader):
+    """A loader whose processes leave Ctrl-C to the training loop, and whose errors stay one line."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            # torch wraps the error of a loading process into its whole traceback; the message is its last line.
+            raise UserError(str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")) from None
+
+
+def _ignore_interrupt(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def training_loader(scans: Scans, augment: Compose, settings: Settings, start: int, stop: int, rank: int = 0, world: int = 1) -> DataLoader:
+    """Batches for steps `start` .. `stop` - 1.
+
+    Raises:
+        UserError: when a step wants more scans than there are, or fewer than there are processes.
+    """
+    if not len(scans):
+        raise UserError("there are no training cases: list some in 'training', or choose another fold")
+    if settings.batch_size > len(scans):
+        raise UserError(f"batch_size {settings.batch_size} is larger than the {len(scans)} training scans: use --set batch_size={len(scans)} or less")
+    if settings.batch_size % world:
+        raise UserError(
+            f"batch_size {settings.batch_size} does not divide by the {world} processes, so some scans would count more than others: "
+            f"use --set batch_size={-(-settings.batch_size // world) * world}, for example"
+        )
+    steps = Steps(start, stop, settings.batch_size, rank, world)
+    workers = settings.num_workers
+    return Batches(
+        Crops(scans, augment, settings.seed),
+        batch_sampler=steps,
+        collate_fn=join,
+        num_workers=workers,
+        worker_init_fn=_ignore_interrupt,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )

@@ -1,0 +1,239 @@
+"""MONAI transforms per stage. A scan is normalised as a whole, then cropped; pre-training never touches a label.
+
+`prepare` is the deterministic part (its result can be cached and inverted), `augment` the random part.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from monai import transforms as mt
+from monai.transforms import Compose
+from PIL import Image
+
+from smae_utils.errors import UserError
+from smae_utils.data.pictures import ReadRadiograph, read_flat_mask
+from smae_utils.data.reading import CheckCase, ReadScan, encode_labels
+from smae_utils.work.settings import FinetuneSettings, Settings
+from smae_utils.data.tasks import Task
+from smae_utils.timm_library import RandomResizedCropAndInterpolation, rand_augment_transform
+
+
+def prepare(task: Task, settings: Settings, with_label: bool) -> Compose:
+    """Read, orient, resample, normalise, crop to the body, pad to the crop size: {image: (C, *spatial)[, label: (1, *spatial)]}.
+
+    2D images stay PIL images until they are cropped, unless a mask goes with them.
+    """
+    if task.spatial_dims == 2:
+        return Compose([ReadRadiograph(task.in_chans), *([ReadFlatMask(task)] if with_label else [])])
+    keys = ["image", "label"] if with_label else ["image"]
+    modes = ["bilinear", "nearest"][: len(keys)]
+    steps = [
+        ReadScan(keys),
+        CheckCase(task, with_label),
+        mt.Orientationd(keys, **oriented()),
+        mt.Spacingd(keys, **resampled(task, settings), mode=modes),
+        normalisation(task),
+        mt.CropForegroundd(keys, source_key="image", select_fn=is_foreground, allow_smaller=True),
+        *([] if task.whole else [mt.SpatialPadd(keys, spatial_size=settings.crop_size)]),
+        mt.EnsureTyped(keys, dtype=[torch.float32, torch.uint8][: len(keys)]),
+    ]
+    return Compose(steps)
+
+
+class ReadFlatMask(mt.Transform):
+    """A 2D image with its mask, after `ReadRadiograph` -> image (C, H, W) standardised, label (1, H, W) label numbers."""
+
+    def __init__(self, task: Task):
+        self.task = task
+
+    def __call__(self, data: dict) -> dict:
+        label = encode_labels(read_flat_mask(data["label"]), self.task, str(data["label"]))
+        width, height = data["image"].size
+        if label.shape != (height, width):
+            raise UserError(f"{data['label']} has {label.shape} pixels, its image {(height, width)}: they must lie on one grid (are they swapped?)")
+        return {**data, "image": to_tensor(data, data["image"]), "label": torch.from_numpy(label[None])}
+
+
+def oriented() -> dict:
+    """Arguments of MONAI's Orientation: every scan is turned to RAS."""
+    return {"axcodes": "RAS", "labels": (("L", "R"), ("P", "A"), ("I", "S"))}
+
+
+def resampled(task: Task, settings: Settings) -> dict:
+    """Arguments of MONAI's Spacing: the voxel size in mm.
+
+    Raises:
+        UserError: where neither the settings nor the task say it.
+    """
+    if spacing := settings.spacing_mm or task.spacing_mm:
+        return {"pixdim": spacing}
+    raise UserError(f'{task.name} does not say to which voxel size scans are resampled: add "spacing_mm": [x, y, z]; the command check proposes one')
+
+
+def normalisation(task: Task) -> mt.MapTransform:
+    """The task's window to 0 .. 1; without one, each channel's mean and spread of what is not 0."""
+    if task.window:
+        return mt.ScaleIntensityRanged("image", *task.window, 0.0, 1.0, clip=True)
+    return mt.NormalizeIntensityd("image", nonzero=True, channel_wise=True)
+
+
+def middle(image: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """The middle of a volume (C, *spatial), cut to (C, *size)."""
+    corner = [(n - c) // 2 for n, c in zip(image.shape[1:], size)]
+    return image[(slice(None), *(slice(o, o + c) for o, c in zip(corner, size)))]
+
+
+def is_foreground(image: torch.Tensor) -> torch.Tensor:
+    """Voxels that hold something: not the value to which the normalisation maps air and empty background."""
+    return image != 0
+
+
+def keeps_sides(task: Task, settings: Settings) -> bool:
+    """Whether images are not mirrored left-right, in either stage."""
+    return task.sided and not settings.mirror
+
+
+def augment_pretrain(task: Task, settings: Settings) -> Compose:
+    """Random crops around intensity foreground, and flips as in fine-tuning: positions learn one atlas. Images only."""
+    keep_sides = keeps_sides(task, settings)
+    if task.spatial_dims == 2:
+        return Compose([RandomRadiograph(settings.crop_size, 0.0 if keep_sides else settings.flip_prob, settings.crop_area, "")])
+    flips = _flips(["image"], settings.flip_prob, axes=(2,) if keep_sides else (0, 1, 2))
+    if task.whole:
+        return Compose([*_resized_crop(["image"], settings), *flips])
+    return Compose(
+        [
+            AddForeground(),
+            mt.RandWeightedCropd("image", w_key="foreground", spatial_size=settings.crop_size, num_samples=settings.crops_per_scan),
+            *flips,
+        ]
+    )
+
+
+def augment_finetune(task: Task, settings: FinetuneSettings) -> Compose:
+    """Crops (balanced over the labels, or of the whole image resized), flips, quarter turns, intensity scale and shift."""
+    keep_sides = keeps_sides(task, settings)
+    if task.spatial_dims == 2 and task.kind == "classification":
+        flip = 0.0 if keep_sides else settings.flip_prob
+        return Compose([RandomRadiograph(settings.crop_size, flip, settings.crop_area, settings.rand_augment, task.in_chans)])
+    keys, size = ["image", "label"] if task.kind == "segmentation" else ["image"], settings.crop_size
+    if task.whole:
+        steps = _resized_crop(keys, settings)
+    else:
+        steps = [
+            mt.RandCropByLabelClassesd(
+                keys, label_key="label", spatial_size=size, num_classes=task.label_values, num_samples=settings.crops_per_scan, warn=False
+            )
+        ]
+    # Mirroring left-right would call a right kidney left; so would front-back followed by half a turn.
+    if task.spatial_dims == 2:  # rows, columns; pictures have an upright side, so they are not turned
+        return Compose([*steps, *_flips(keys, settings.flip_prob, axes=() if keep_sides else (1,)), *_intensity(settings)])
+    steps += _flips(keys, settings.flip_prob, axes=(2,) if keep_sides else (0, 1, 2))
+    if settings.rotate_prob and size[0] == size[1]:
+        steps.append(mt.RandRotate90d(keys, prob=settings.rotate_prob, spatial_axes=(0, 1)))
+    return Compose([*steps, *_intensity(settings)])
+
+
+def _intensity(settings: FinetuneSettings) -> list:
+    if not settings.intensity_prob:
+        return []
+    return [
+        mt.RandScaleIntensityd("image", factors=settings.intensity_scale, prob=settings.intensity_prob),
+        mt.RandShiftIntensityd("image", offsets=settings.intensity_shift, prob=settings.intensity_prob),
+    ]
+
+
+def _resized_crop(keys: Sequence[str], settings: Settings) -> list:
+    """A random box of `crop_area` of the image, resized to the network's input: labels by nearest neighbour (the "exact" one, which shifts nothing by half a pixel)."""
+    low, high = (area ** (1 / len(settings.crop_size)) for area in settings.crop_area)
+    crop = mt.RandScaleCropd(keys, roi_scale=low, max_roi_scale=high, random_size=True, random_center=True)
+    return [crop, ResizeAll(keys, settings.crop_size)]
+
+
+def resize(values: torch.Tensor, size: Sequence[int], label: bool = False) -> torch.Tensor:
+    """(C, *spatial) -> (C, *size): labels by nearest neighbour, 2D images as PIL resizes them (bicubic, smoothed where they shrink), 3D linearly."""
+    plain = torch.as_tensor(values).as_subclass(torch.Tensor)[None]
+    if label:
+        return torch.nn.functional.interpolate(plain.float(), size=tuple(size), mode="nearest-exact")[0].to(values.dtype)
+    how = {"mode": "trilinear"} if len(size) == 3 else {"mode": "bicubic", "antialias": True}
+    return torch.nn.functional.interpolate(plain.float(), size=tuple(size), align_corners=False, **how)[0]
+
+
+class ResizeAll(mt.Transform):
+    """Image and label at the network's input size, see `resize`."""
+
+    def __init__(self, keys: Sequence[str], size: Sequence[int]):
+        self.keys, self.size = keys, tuple(size)
+
+    def __call__(self, data: dict) -> dict:
+        return {**data, **{key: resize(data[key], self.size, key == "label") for key in self.keys}}
+
+
+def _flips(keys: Sequence[str], prob: float, axes: Sequence[int]) -> list:
+    return [mt.RandFlipd(keys, prob=prob, spatial_axis=axis) for axis in axes] if prob else []
+
+
+class AddForeground(mt.Transform):
+    """Adds `foreground` (1, *spatial): where crops may be centred, from the image alone."""
+
+    def __call__(self, data: dict) -> dict:
+        return {**data, "foreground": is_foreground(data["image"]).any(0, keepdim=True).float()}
+
+
+def to_tensor(data: dict, image: Image.Image) -> torch.Tensor:
+    """PIL image -> (C, H, W), standardised by the statistics of the whole radiograph, not of the crop."""
+    pixels = np.array(image, np.float32) / 255
+    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return (torch.from_numpy(np.ascontiguousarray(pixels)) - data["mean"]) / data["std"]
+
+
+class ResizeRadiograph(mt.Transform):
+    """The whole image at the model's input size, for validation and testing; 3D scans linearly, radiographs bicubically."""
+
+    def __init__(self, size: Sequence[int]):
+        self.size = tuple(size)
+
+    def __call__(self, data: dict) -> dict:
+        if torch.is_tensor(data["image"]):
+            return {**data, "image": resize(data["image"], self.size)}
+        resized = data["image"].resize(self.size[::-1], Image.Resampling.BICUBIC)
+        return {**data, "image": to_tensor(data, resized)}
+
+
+class RandomRadiograph(mt.RandomizableTransform):
+    """Random resized crop, horizontal flip and RandAugment, by timm."""
+
+    def __init__(self, size: Sequence[int], flip_prob: float, area: Sequence[float], policy: str, in_chans: int = 1):
+        super().__init__()
+        self.crop = RandomResizedCropAndInterpolation(tuple(size), scale=tuple(area), interpolation="bicubic")
+        self.flip_prob = flip_prob
+        try:
+            self.augment = (
+                rand_augment_transform(policy, {"translate_const": int(0.45 * min(size)), "img_mean": (128,) * in_chans}) if policy else None
+            )
+        except (AssertionError, ValueError, KeyError):
+            raise UserError(f"rand_augment {policy!r} is no policy of timm: expected one as rand-m9-mstd0.5-inc1, or empty for none") from None
+
+    def __call__(self, data: dict) -> list[dict]:
+        # timm draws from Python's and numpy's global generators; they are seeded from this transform's own, and then as they were.
+        seed = int(self.R.randint(2**31))
+        before = random.getstate(), np.random.get_state()
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            return self._drawn(data)
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+
+    def _drawn(self, data: dict) -> list[dict]:
+        image = self.crop(data["image"])
+        if random.random() < self.flip_prob:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.augment:
+            image = self.augment(image)
+        return [{**data, "image": to_tensor(data, image)}]

@@ -1,0 +1,1 @@
+"""Weights into a network: from a run of this package, or from another library."""

@@ -1,0 +1,1 @@
+"""Pictures, the explorer, and what the notebooks need beside the method."""

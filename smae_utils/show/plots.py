@@ -1,0 +1,321 @@
+"""Figures of the notebooks. Arrays are channel first; 3D ones RAS+, shown as radiologists do: patient right on the left, anterior or head up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import nibabel as nib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from nibabel.affines import voxel_sizes
+
+from smae_utils.data.pictures import read_flat_mask, read_image
+from smae_utils.data.reading import encode_labels, read_channels, read_label, read_mask
+from smae_utils.data.tasks import IGNORE, Task
+from smae_utils.method.mae import MaskedAutoencoder, paste_visible, pixel_mask
+from smae_utils.method.patches import mask_noise, patchify, split_by_noise, unpatchify
+from smae_utils.work.run_folder import Run
+
+# Okabe and Ito's palette and Tol's muted one: told apart by colour-blind readers too.
+PALETTE = (
+    "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#332288", "#88CCEE", "#44AA99", "#999933", "#882255", "#AA4499",
+)  # fmt: skip
+ARM_COLOURS = {"scratch": "#999999", "self": "#0072B2"}
+MOST_NAMES = 14  # in a legend
+PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}
+
+
+def plane(volume: np.ndarray, name: str, index: int | None = None) -> np.ndarray:
+    """One slice of (X, Y, Z) in RAS+, turned for `imshow`: rows from the top, patient right (or anterior) on the left."""
+    axis = PLANES[name]
+    index = volume.shape[axis] // 2 if index is None else index
+    picture = np.take(volume, index, axis)
+    # Right, anterior and head are the high ends of their axes; anterior stands on the left of a sagittal view.
+    return picture.T[::-1, ::-1]
+
+
+def pictures(image: np.ndarray, planes: Sequence[str] = tuple(PLANES), at: Sequence[int] | None = None) -> dict[str, np.ndarray]:
+    """(H, W) as it is, or three planes of (X, Y, Z): name -> picture."""
+    if image.ndim == 2:
+        return {"": image}
+    at = at or [n // 2 for n in image.shape]
+    return {name: plane(image, name, at[PLANES[name]]) for name in planes}
+
+
+def _grid(rows: int, columns: int, size: float = 2.2) -> tuple[Figure, np.ndarray]:
+    figure, axes = plt.subplots(rows, columns, figsize=(size * columns, size * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        for side in axis.spines.values():
+            side.set_visible(False)
+    return figure, axes
+
+
+def show_cases(
+    images: Sequence[np.ndarray], titles: Sequence[str], labels: Sequence[np.ndarray] | None = None, classes: Sequence[str] = ()
+) -> Figure:
+    """A row a case (2D: a column), the planes side by side, label outlines on top.
+
+    Args:
+        images: (*spatial) each.
+        labels: integer labels on the same grids; a class has its own colour in the legend.
+    """
+    flat = images[0].ndim == 2
+    columns = min(len(images), 4) if flat else 3
+    rows = -(-len(images) // columns) if flat else len(images)
+    figure, axes = _grid(rows, columns)
+    for i, (image, title) in enumerate(zip(images, titles)):
+        at = centre_of(labels[i]) if labels is not None and labels[i].any() else None
+        row = axes.flat[i : i + 1] if flat else axes[i]
+        low, high = np.percentile(image, (1, 99.5))
+        for axis, (name, picture) in zip(row, pictures(image, at=at).items()):
+            axis.imshow(picture, cmap="gray", vmin=low, vmax=high, interpolation="nearest")
+            axis.set_title(f"{title} {name}".strip(), fontsize=8)
+        if labels is not None:
+            for axis, picture in zip(row, pictures(labels[i], at=at).values()):
+                draw_outlines(axis, picture, len(classes))
+    if classes and labels is not None:
+        used = sorted({int(v) for label in labels for v in np.unique(label) if 0 < v <= len(classes)})
+        handles = [Patch(color=PALETTE[(v - 1) % len(PALETTE)], label=classes[v - 1]) for v in used]
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
+    return figure
+
+
+def centre_of(label: np.ndarray) -> list[int]:
+    """The slice along each axis that holds most labelled voxels."""
+    inside = (label > 0) & (label != IGNORE)
+    return [int(inside.sum(tuple(a for a in range(label.ndim) if a != axis)).argmax()) for axis in range(label.ndim)]
+
+
+def draw_outlines(axis, label: np.ndarray, n_classes: int, style: str = "solid") -> None:
+    """Outline each value of an integer label picture in its colour."""
+    for value in range(1, n_classes + 1):
+        if (label == value).any():
+            axis.contour(label == value, levels=[0.5], colors=[PALETTE[(value - 1) % len(PALETTE)]], linewidths=1.0, linestyles=style)
+
+
+def draw_mask(image: torch.Tensor, mask: torch.Tensor, patch_size: Sequence[int]) -> np.ndarray:
+    """(1, C, *spatial) and (1, L) -> (*spatial) of channel 0 with hidden patches as NaN (drawn blank)."""
+    hidden = pixel_mask(mask, patch_size, image.shape)[0, 0].numpy()
+    return np.where(hidden, np.nan, image[0, 0].numpy())
+
+
+def show_masks(image: torch.Tensor, patch_size: Sequence[int], mask_ratios: Sequence[float], seed: int = 0) -> Figure:
+    """One image (C, *spatial) under several mask ratios; hidden patches are blank."""
+    length = patchify(image[None], patch_size).shape[1]
+    noise = mask_noise([seed], length)
+    shown = {"original": image[0].numpy()}
+    for ratio in mask_ratios:
+        mask = split_by_noise(noise, ratio)[2]
+        shown[f"{ratio:.0%} hidden"] = draw_mask(image[None], mask, patch_size)
+    return _show_columns(shown, _scale(image[0].numpy()))
+
+
+def _scale(image: np.ndarray) -> tuple[float, float]:
+    return tuple(np.percentile(image, (1, 99.5)))
+
+
+def _show_columns(shown: dict[str, np.ndarray], scale: tuple[float, float]) -> Figure:
+    """Columns of pictures on one grey scale, a row a plane; those whose name starts with 'error' get their own."""
+    flat = next(iter(shown.values())).ndim == 2
+    figure, axes = _grid(1 if flat else 3, len(shown))
+    for column, (name, image) in enumerate(shown.items()):
+        for row, (view, picture) in enumerate(pictures(image).items()):
+            axis = axes[row, column]
+            if name.startswith("error"):
+                axis.imshow(picture, cmap="magma", vmin=0, vmax=scale[1] - scale[0], interpolation="nearest")
+            else:
+                axis.imshow(picture, cmap="gray", vmin=scale[0], vmax=scale[1], interpolation="nearest")
+            axis.set_facecolor("#3b5f7f")
+            if row == 0:
+                axis.set_title(name, fontsize=9)
+            if column == 0:
+                axis.set_ylabel(view, fontsize=8)
+    return figure
+
+
+@torch.inference_mode()
+def show_reconstruction(model: MaskedAutoencoder, image: torch.Tensor, seed: int = 0, channel: int = 0) -> Figure:
+    """original | visible | reconstruction | pasted | error of one image (C, *spatial), on one grey scale.
+
+    The model predicts normalised patches; the picture uses the **true** mean and std of each patch, also of hidden ones.
+    """
+    model = model.eval()
+    batch = image[None].to(next(model.parameters()).device)
+    noise = mask_noise([seed], model.encoder.pos_embed.shape[1]).to(batch.device)
+    out = model.predict_all(batch, noise)
+    full = model.to_image(batch, out.pred).cpu()
+    batch, mask = batch.cpu(), out.mask.cpu()
+    pasted = paste_visible(batch, full, mask, model.patch_size)
+    pick = slice(channel, channel + 1)
+    shown = {
+        "original": batch[0, channel].numpy(),
+        f"visible ({1 - mask.mean():.0%})": draw_mask(batch[:, pick], mask, model.patch_size),
+        "reconstruction": full[0, channel].numpy(),
+        "visible + predicted": pasted[0, channel].numpy(),
+        "error": (pasted - batch).abs()[0, channel].numpy(),
+    }
+    figure = _show_columns(shown, _scale(batch[0, channel].numpy()))
+    note = "true patch mean and std put back in" if model.norm_pix_loss else "predicted intensities"
+    figure.supxlabel(f"loss on hidden patches {out.loss:.3f}; {note}", fontsize=8)
+    return figure
+
+
+def show_target(model: MaskedAutoencoder, image: torch.Tensor) -> Figure:
+    """The image (C, *spatial) beside what the loss compares with: each patch with its own mean and contrast taken out."""
+    target = unpatchify(model.target(model.encoder.cut(image[None])), model.patch_size, model.grid)[0, 0].numpy()
+    original = image[0].numpy()
+    low, high = _scale(original)
+    # Both on one scale: the target's -2 .. 2 is stretched over the image's range.
+    stretched = (np.clip(target, -2, 2) + 2) / 4 * (high - low) + low
+    return _show_columns({"image": original, "what the loss sees": stretched}, (low, high))
+
+
+def show_positions(model: MaskedAutoencoder, patch: int | None = None) -> Figure:
+    """Cosine similarity of one patch's position vector with all others, over the grid (3D: its middle slice)."""
+    table = model.encoder.pos_embed[0].detach()
+    table = table / table.norm(dim=1, keepdim=True)
+    grid = model.grid
+    patch = int(np.ravel_multi_index([g // 2 for g in grid], grid)) if patch is None else patch
+    similarity = (table @ table[patch]).reshape(grid).numpy()
+    figure, axes = _grid(1, 1, 3)
+    picture = similarity if similarity.ndim == 2 else plane(similarity, "axial")
+    drawn = axes[0, 0].imshow(picture, cmap="cividis")
+    axes[0, 0].set_title(f"positions: similarity to patch {patch}", fontsize=9)
+    figure.colorbar(drawn, shrink=0.8)
+    return figure
+
+
+def show_curves(
+    runs: dict[str, Run], keys: Sequence[str] = ("loss", "val_loss"), band: dict[str, float] | None = None, ylabel: str = "loss"
+) -> Figure:
+    """Curves of log.jsonl against steps; `band` draws horizontal lines that need no network."""
+    figure, axis = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
+    for name, run in runs.items():
+        for key, style in zip(keys, ("-", "--")):
+            points = [(line["step"], line[key]) for line in run.read_log() if key in line]
+            if points:
+                axis.plot(*zip(*points), style, label=f"{name} {key}".strip(), color=ARM_COLOURS.get(name))
+    for name, value in (band or {}).items():
+        axis.axhline(value, color="#D55E00", linewidth=1, linestyle=":")
+        axis.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="#D55E00")
+    axis.set(xlabel="step", ylabel=ylabel)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def _legend(figure: Figure, classes: Sequence[str], labels: Iterable[np.ndarray]) -> None:
+    """Names of the classes that are drawn; of more than `MOST_NAMES`, the largest."""
+    counts = sum(np.bincount(values.ravel(), minlength=len(classes) + 1)[: len(classes) + 1] for values in labels)
+    found = [i for i in np.argsort(-counts[1:], kind="stable") if counts[i + 1]]
+    handles = [Patch(color=PALETTE[i % len(PALETTE)], label=classes[i]) for i in sorted(found[:MOST_NAMES])]
+    if len(found) > MOST_NAMES:
+        handles.append(Patch(color="none", label=f"and {len(found) - MOST_NAMES} more"))
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
+
+
+def show_overlay(
+    image: np.ndarray, label: np.ndarray, predictions: dict[str, np.ndarray], classes: Sequence[str], title: str = "",
+    spacing_mm: Sequence[float] = (1.0, 1.0, 1.0), first: str = "label",
+) -> Figure:  # fmt: skip
+    """One scan (X, Y, Z): the label, then each arm's prediction, outlined in the planes with most labelled voxels, in true proportions."""
+    shown = {first: label, **predictions}
+    figure, axes = _grid(len(shown), 3)
+    at = centre_of(label) if label.any() else None
+    low, high = _scale(image)
+    for row, (name, values) in zip(axes, shown.items()):
+        for axis, (view, picture), outline in zip(row, pictures(image, at=at).items(), pictures(values, at=at).values()):
+            across, up = (spacing_mm[a] for a in range(3) if a != PLANES[view])
+            axis.imshow(picture, cmap="gray", vmin=low, vmax=high, interpolation="nearest", aspect=up / across)
+            draw_outlines(axis, outline, len(classes))
+            axis.set_title(f"{name}, {view}", fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    _legend(figure, classes, shown.values())
+    return figure
+
+
+def show_comparison(table, metric: str) -> Figure:
+    """Bars of a `compare` table, a pair a class."""
+    rows = table[(table["class"] != "mean") & (table.metric == metric)]
+    place = np.arange(len(rows))
+    figure, axis = plt.subplots(figsize=(6.5, 0.32 * len(rows) + 1.2), layout="constrained")
+    for offset, arm in ((0.2, "scratch"), (-0.2, "self")):
+        axis.barh(place + offset, rows[arm], height=0.38, label=arm, color=ARM_COLOURS[arm])
+    # No bar is no figure, not 0: the class cannot be scored.
+    names = [f"{r['class']} (n/a)" if np.isnan(r["scratch"]) or np.isnan(r["self"]) else r["class"] for _, r in rows.iterrows()]
+    axis.set_yticks(place, names)
+    axis.invert_yaxis()
+    axis.set(xlabel=metric, xlim=(0, 1))
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(fontsize=8, frameon=False, loc="lower right")
+    return figure
+
+
+def show_flat_overlay(
+    image: np.ndarray, label: np.ndarray, predictions: dict[str, np.ndarray], classes: Sequence[str], title: str = "", first: str = "label"
+) -> Figure:
+    """One 2D image (H, W): the label, then each arm's prediction, outlined."""
+    shown = {first: label, **predictions}
+    figure, axes = _grid(1, len(shown), 3)
+    for axis, (name, values) in zip(axes[0], shown.items()):
+        axis.imshow(image, cmap="gray", interpolation="nearest")
+        draw_outlines(axis, values, len(classes))
+        axis.set_title(name, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    _legend(figure, classes, shown.values())
+    return figure
+
+
+def show_test_case(task: Task, case: dict, runs: dict[str, Path], tables: dict, title: str) -> Figure:
+    """One test case: the scan with label and each arm's prediction, or the whole image beside targets and scores."""
+    if task.kind == "classification":
+        return _show_scores(task, case, tables, title)
+    label, scan = read_label(case, task)
+    names = task.label_names
+    ending = ".png" if scan is None else ".nii.gz"
+    files = {arm: run / "predictions" / f"{case['case']}{ending}" for arm, run in runs.items()}
+    if scan is None:
+        predicted = {arm: encode_labels(read_flat_mask(file), task, str(file)) for arm, file in files.items()}
+        return show_flat_overlay(np.asarray(read_image(case["image"]).convert("L")), label, predicted, names, title)
+    picture = scan.values[0].astype(np.float32)
+    if task.window:
+        picture = picture.clip(*task.window)
+    predicted = {arm: encode_labels(read_mask(file, scan), task, str(file)) for arm, file in files.items()}
+
+    def canonical(values: np.ndarray) -> nib.Nifti1Image:
+        return nib.as_closest_canonical(nib.Nifti1Image(values, scan.affine))
+
+    drawn = canonical(picture)
+    arms = {arm: np.asarray(canonical(values).dataobj) for arm, values in predicted.items()}
+    return show_overlay(np.asarray(drawn.dataobj), np.asarray(canonical(label).dataobj), arms, names, title, voxel_sizes(drawn.affine))
+
+
+def _middle_picture(task: Task, case: dict) -> np.ndarray:
+    """A 2D image, or the middle axial plane of a 3D scan, in grey."""
+    if task.spatial_dims == 2:
+        return np.asarray(read_image(case["image"]).convert("L"))
+    scan = read_channels(case["image"])
+    values = np.asarray(nib.as_closest_canonical(nib.Nifti1Image(scan.values[0].astype(np.float32), scan.affine)).dataobj)
+    return plane(values.clip(*task.window) if task.window else values, "axial")
+
+
+def _show_scores(task: Task, case: dict, tables: dict, title: str) -> Figure:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.5, 3.4), layout="constrained", width_ratios=(1, 1.1))
+    left.imshow(_middle_picture(task, case), cmap="gray")
+    left.set(xticks=[], yticks=[], title=title)
+    place = np.arange(len(task.classes))
+    for offset, (arm, table) in zip((0.2, -0.2), tables.items()):
+        rows = table[table.case == case["case"]].set_index("class").loc[list(task.classes)]
+        right.barh(place + offset, rows.score, height=0.38, label=arm, color=ARM_COLOURS[arm])
+    targets = rows.target.astype(float)
+    right.set_yticks(place, [f"{'> ' if t == 1 else ''}{name}" for name, t in zip(task.classes, targets)], fontsize=7)
+    right.invert_yaxis()
+    right.set(xlabel="predicted probability (> marks findings that are there)", xlim=(0, 1))
+    right.legend(fontsize=7, frameon=False)
+    return figure

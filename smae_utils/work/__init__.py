@@ -1,0 +1,1 @@
+"""What one does with both: settings, training, evaluation, prediction."""

@@ -1,0 +1,262 @@
+"""Evaluation on the test cases, on each scan's own grid, and the comparison of two arms."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from smae_utils.data.batches import read_splits
+from smae_utils.data.reading import Volume, read_label
+from smae_utils.data.tasks import Case, Task, task_of
+from smae_utils.data.tasks.lists import is_list
+from smae_utils.errors import UserError
+from smae_utils.method.checkpoints.load import load_weights
+from smae_utils.work import devices
+from smae_utils.work.build import build_model
+from smae_utils.work.inference import classify, ignoring, segment
+from smae_utils.work.metrics import dsc, hd95_mm, mean_auc
+from smae_utils.work.progress import Say, Teller, say
+from smae_utils.work.run_folder import FREE_SETTINGS, Run, find_data, said_of_list, write_text
+from smae_utils.work.settings import FinetuneSettings, make_settings
+
+
+def load_finetuned(run: Run) -> tuple[torch.nn.Module, Task, FinetuneSettings]:
+    """The network of a finished fine-tuning run, with its weights and in eval mode, and what it was made for."""
+    config = run.config
+    task = task_of(config)
+    settings = make_settings(FinetuneSettings, config["settings"], where=str(run.path / "config.yaml"))
+    model = build_model(task, settings)
+    load_weights(model, run.path, require="")
+    return model.eval(), task, settings
+
+
+def evaluate(
+    run_dir: str | Path, data_dir: str | Path | None = None, split: str = "test", save_masks: bool = True, report: Say = say
+) -> pd.DataFrame:
+    """Score a fine-tuned run; metrics.csv, metrics.json and, with masks, `predictions/` go into its folder (of another split with `_SPLIT` in their names).
+
+    Args:
+        data_dir: where the data lies now (of a list: the list, its folder, or the folder its paths start from); the run remembers where it was.
+        split: "test", or "val" for choosing.
+
+    Returns:
+        One row a case and class: dsc, hd95_mm (or hd95_px), and whether label and prediction are there; for classification target and score.
+    """
+    run = Run.open(run_dir, stage="finetune")
+    if not run.finished:
+        raise UserError(f"{run.path} is not finished: go on with finetune --resume before evaluating it")
+    if split not in ("test", "val"):
+        raise UserError(f"split must be test or val, got {split!r}")
+    model, task, settings = load_finetuned(run)
+    where, folder = find_data(run, data_dir)
+    if is_list(task.name):
+        task = task_of(run.config, where)
+    cases = _labelled(read_splits(task, folder, settings).get(split), split, folder or where, report)
+    recorded = run.config["cases"]
+    trained = set(recorded["train"]) | (set(recorded["val"]) if split == "test" else set())
+    if seen := sorted(trained & {c["case"] for c in cases}):
+        raise UserError(
+            f"{len(seen)} of the {split} cases were used in training this run, {seen[0]} for one: evaluate on the data it was trained with"
+        )
+    device = devices.best_device()
+    precision, line = devices.usable_precision(run.config.get("precision", "auto"), device)
+    if line:
+        report(line)
+    model.to(device, memory_format=devices.memory_format(task.spatial_dims))
+    started = time.monotonic()
+    with devices.inference_context(device, precision):
+        if task.kind == "classification":
+            table = _classification_rows(model, cases, task, settings, device)
+        else:
+            masks = run.path / _of_split("predictions", split) if save_masks else None
+            table = _segmentation_rows(model, cases, task, settings, device, masks, report)
+    summary = summarise(table, task)
+    write_text(run.path / f"{_of_split('metrics', split)}.csv", table.to_csv(index=False))
+    run.write_json(f"{_of_split('metrics', split)}.json", {"split": split, "cases": len(cases), **summary})
+    means = "  ".join(f"{k} {v:.4g}" for k, v in summary["mean"].items())
+    report(f"{run.path.name}: {len(cases)} {split} cases  {means}  ({time.monotonic() - started:.0f} s)")
+    return table
+
+
+def metrics_file(run_dir: str | Path, split: str = "test") -> Path:
+    """Where the figures of a split are."""
+    return Run.open(run_dir).path / f"{_of_split('metrics', split)}.json"
+
+
+def _of_split(name: str, split: str) -> str:
+    """Names of results: the test part has the plain ones."""
+    return name if split == "test" else f"{name}_{split}"
+
+
+def _labelled(cases: list[Case] | None, split: str, where: str | Path, report: Say) -> list[Case]:
+    """The cases that can be scored.
+
+    Raises:
+        UserError: if there are none.
+    """
+    if not cases:
+        raise UserError(
+            f"no cases in split {split!r} of {where}: expected test cases in the list, or --set test_share=0.2 when training to hold some out; "
+            "or --split val, when train_on_val is off"
+        )
+    labelled = [c for c in cases if "label" in c]
+    if not labelled:
+        raise UserError(f"none of the {len(cases)} {split} cases has a label, {cases[0]['case']} for one: they cannot be scored, only predicted")
+    if len(labelled) < len(cases):
+        report(f"{len(cases) - len(labelled)} of {len(cases)} {split} cases have no label and are not scored")
+    return labelled
+
+
+def _classification_rows(model, cases, task: Task, settings, device) -> pd.DataFrame:
+    scores = classify(model, cases, task, settings, device)
+    rows = []
+    for n, case in enumerate(cases):
+        for i, name in enumerate(task.classes):
+            target = case["label"][i]
+            rows.append({"case": case["case"], "class": name, "target": None if np.isnan(target) else int(target), "score": float(scores[n, i])})
+    return pd.DataFrame(rows).astype({"target": "Int64"})
+
+
+def _segmentation_rows(model, cases, task: Task, settings, device, folder: Path | None, report: Say) -> pd.DataFrame:
+    for case in cases:  # what cannot be scored shows before minutes of prediction
+        read_label(case, task)
+    rows = []
+    for number, case in enumerate(cases, start=1):
+        label, image = read_label(case, task)
+        predicted = segment(model, case, task, settings, device, progress=Teller(case["case"], report)).labels
+        spacing = image.spacing_mm if image else task.spacing_mm or (1.0, 1.0)
+        rows += score_masks(predicted, label, task, spacing, case["case"])
+        if folder:
+            folder.mkdir(exist_ok=True)
+            write_mask(folder / case["case"], predicted, task, image)
+        mean = _mean(row["dsc"] for row in rows[-len(task.classes) :])
+        report(f"  {case['case']}  DSC {mean:.3f}  ({number}/{len(cases)})")
+    return pd.DataFrame(rows)
+
+
+def score_masks(predicted: np.ndarray, label: np.ndarray, task: Task, spacing: Sequence[float], case: str) -> list[dict[str, Any]]:
+    """A row a class from two images of label numbers on one grid; what the label ignores is left out of both."""
+    if predicted.shape != label.shape:
+        raise UserError(f"the prediction of {case} has shape {predicted.shape}, its label {label.shape}: they must lie on one grid")
+    rows = []
+    for name, pred, true in zip(task.classes, task.class_masks(ignoring(predicted, label)), task.class_masks(label)):
+        row = {"case": case, "class": name, "dsc": dsc(pred, true), task.distance: hd95_mm(pred, true, spacing)}
+        rows.append({**row, "labelled": bool(true.any()), "predicted": bool(pred.any())})
+    return rows
+
+
+def write_mask(stem: Path, labels: np.ndarray, task: Task, image: Volume | None) -> Path:
+    """Label numbers -> a file with the values that the task's own masks have: NIfTI on the image's grid, or PNG for 2D."""
+    stored = task.written_labels[labels]
+    if image is None:
+        path = stem.with_name(stem.name + ".png")
+        part = path.with_name(f".part_{path.name}")
+        Image.fromarray(stored if stored.dtype == np.uint8 else stored.astype(np.uint16)).save(part, format="PNG")
+        part.replace(path)
+        return path
+    path = stem.with_name(stem.name + ".nii.gz")
+    save_nifti(path, stored, image.affine, image.units, "labels: see labels.json")
+    return path
+
+
+def save_nifti(path: Path, values: np.ndarray, affine: np.ndarray, units: tuple[str, str], text: str) -> None:
+    """Write a NIfTI; a kill leaves no half file."""
+    image = nib.Nifti1Image(values, affine)
+    image.header.set_xyzt_units(*(u if u != "unknown" else None for u in units))
+    image.header["descrip"] = text[:79]
+    part = path.with_name(f".part_{path.name}")
+    nib.save(image, part)
+    part.replace(path)
+
+
+def summarise(table: pd.DataFrame, task: Task) -> dict[str, Any]:
+    """Per class and mean figures of a per-case table. Means are over the classes' means; what is NaN is left out."""
+    if task.kind == "classification":
+        wide = {
+            k: table.pivot(index="case", columns="class", values=k)[list(task.classes)].to_numpy(float, na_value=np.nan) for k in ("target", "score")
+        }
+        mauc, per_class = mean_auc(wide["target"], wide["score"])
+        classes = {
+            name: {"auc": float(auc), "n_positive": int(np.nansum(target)), "n": int(np.isfinite(target).sum())}
+            for name, auc, target in zip(task.classes, per_class, wide["target"].T)
+        }
+        return {"mean": {"mauc": mauc}, "classes": classes}
+    classes, distance = {}, task.distance
+    for name, rows in table.groupby("class", sort=False):
+        both = rows[rows.labelled & rows.predicted]
+        classes[name] = {
+            "dsc": float(rows.dsc.mean()),
+            distance: float(rows[distance].mean()),
+            f"{distance}_detected": float(both[distance].mean()),
+            "miss_rate": float((~rows.predicted[rows.labelled]).mean()),
+            "n": int(rows.dsc.notna().sum()),
+            "n_labelled": int(rows.labelled.sum()),
+        }
+    keys = ("dsc", distance, f"{distance}_detected", "miss_rate")
+    mean = {key: _mean(c[key] for c in classes.values()) for key in keys}
+    if task.subset:
+        mean |= {f"{key}_{len(task.subset)}_classes": _mean(classes[name][key] for name in task.subset) for key in keys[:2]}
+    return {"mean": mean, "classes": classes}
+
+
+def _mean(values) -> float:
+    finite = [v for v in values if np.isfinite(v)]
+    return float(np.mean(finite)) if finite else float("nan")
+
+
+def per_class(run_dir: str | Path) -> pd.DataFrame:
+    """The figures of each class of an evaluated run, a row a class."""
+    return pd.DataFrame(read_metrics(run_dir)["classes"]).T.astype(float).round(3)
+
+
+def read_metrics(run_dir: str | Path, split: str = "test") -> dict[str, Any]:
+    """metrics.json of an evaluated run, or that of another split."""
+    import json
+
+    file = metrics_file(run_dir, split)
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: run 'python -m smae_utils evaluate' on this run first")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _precisions(config: dict) -> set[str]:
+    """In which precisions a run was computed: its first sitting's, and those it went on in."""
+    return {config.get("precision", ""), *(sitting["precision"] for sitting in config.get("segments", ()))}
+
+
+def compare(scratch: str | Path, self_pretrained: str | Path) -> pd.DataFrame:
+    """The table scratch | self pre-trained | difference, a row a mean figure and class.
+
+    Raises:
+        UserError: if the runs differ in task, test cases or settings other than what the arms may have of their own.
+    """
+    runs = [Run.open(p, "finetune").config for p in (scratch, self_pretrained)]
+    free = ("lr", "base_lr", "layer_decay", "encoder_lr")
+    for what in ("task", "cases"):
+        one, other = ((said_of_list(config) or config["task"]) if what == "task" else config[what] for config in runs)
+        if one != other:  # of a list what it says counts, not where it lay
+            raise UserError(f"{scratch} and {self_pretrained} differ in {what}: only runs on the same cases can be compared")
+    free_too = (*free, *FREE_SETTINGS)
+    different = [k for k, v in runs[0]["settings"].items() if v != runs[1]["settings"].get(k) and k not in free_too]
+    if different or _precisions(runs[0]) != _precisions(runs[1]):
+        names = ", ".join(different or ["precision"])
+        raise UserError(f"{scratch} and {self_pretrained} differ in {names}: only {', '.join(free)} may differ between arms")
+    a, b = (read_metrics(p) for p in (scratch, self_pretrained))
+    if a["split"] != b["split"]:
+        raise UserError(f"{scratch} was scored on {a['split']} cases, {self_pretrained} on {b['split']}: evaluate both on the same")
+    inits = [config["init"] == "scratch" for config in runs]
+    if inits == [False, True]:
+        raise UserError(f"{scratch} is the self pre-trained run, {self_pretrained} the one from scratch: give scratch first")
+    key = "auc" if "mauc" in a["mean"] else "dsc"
+    rows = [("mean", metric, a["mean"][metric], b["mean"][metric]) for metric in a["mean"]]
+    rows += [(name, key, a["classes"][name][key], b["classes"][name][key]) for name in a["classes"]]
+    table = pd.DataFrame(rows, columns=["class", "metric", "scratch", "self"]).astype({"scratch": float, "self": float})
+    return table.assign(difference=table["self"] - table["scratch"])

@@ -1,0 +1,237 @@
+"""The loop over steps, resumable to the bit. Knows neither task nor method."""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from smae_utils.data.batches import Scans, derive_seed, training_loader
+from smae_utils.errors import UserError
+from smae_utils.method.checkpoints.load import WEIGHTS, parameter_count, save_weights
+from smae_utils.timm_library import CosineLRScheduler
+from smae_utils.work import devices
+from smae_utils.work.build import build_optimizer
+from smae_utils.work.progress import Say
+from smae_utils.work.run_folder import Run, commit, now, only_process
+from smae_utils.work.settings import Settings, as_dict, learning_rate, total_steps
+
+
+@contextmanager
+def kept_generators() -> Iterator[None]:
+    """Leaves the global generators of torch, numpy and Python as they were: training seeds them anew each step."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if gpus is not None:
+            torch.cuda.set_rng_state_all(gpus)
+        elif torch.cuda.is_initialized():  # as a GPU starts whose first use comes now
+            torch.cuda.manual_seed_all(torch.initial_seed())
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Within it Ctrl-C and SIGTERM only set what the yielded function returns: stop between two steps, never inside an update.
+
+    A second one interrupts at once. Outside the main thread, which gets no signals, this does nothing.
+    """
+    asked = False
+
+    def ask(number, frame) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: asked
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Loop:
+    """Schedule, clipping, logging, checks and state around one step, see `run`."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        out: str | Path,
+        model: nn.Module,
+        scans: Scans,
+        augment: Any,
+        settings: Settings,
+        loss_of: Callable[[nn.Module, dict], Tensor],
+        report: Say,
+        layer_decay: float = 1.0,
+        facts: dict[str, Any] | None = None,
+    ):
+        self.config, self.out, self.model, self.settings = config, out, model, settings
+        self.scans, self.augment, self.loss_of, self.report = scans, augment, loss_of, report
+        self.layer_decay, self.facts = layer_decay, facts
+        self.steps, self.warmup = total_steps(settings, len(scans))
+
+    def run(self, resume: bool, validate: Callable[[nn.Module], dict[str, float]] | None, best: bool = False) -> Run:
+        """Train to the last step and write the weights; `best` keeps those with the highest `val_score` instead of the last.
+
+        Raises:
+            UserError: if the run folder cannot be used or is being trained by another process, or if the loss is not finite.
+        """
+        defaults = as_dict(type(self.settings)())
+        run = Run.check(self.out, self.config, resume, defaults)
+        precision, line = self.settings.precision, ""
+        if run.exists:  # the precision that a run was started in is a part of it
+            precision, line = devices.usable_precision(run.config.get("precision", precision), devices.best_device())
+        accelerator, precision = devices.make_accelerator(precision)
+        report = self.report if accelerator.is_main_process else (lambda line: None)
+        # Its checks, before a folder is made.
+        training_loader(self.scans, self.augment, self.settings, 0, 0, 0, accelerator.num_processes)
+        if run.finished:
+            report(f"{run.path} is already finished")
+            return run
+        if line:
+            report(f"note: {line}")
+        accelerator.wait_for_everyone()
+        with only_process(self.out) if accelerator.is_main_process else nullcontext():
+            if accelerator.is_main_process:
+                Run.start(self.out, self.config, resume, defaults)
+            accelerator.wait_for_everyone()
+            self._train(run, accelerator, precision, report, validate, best)
+        return run
+
+    def _train(
+        self,
+        run: Run,
+        accelerator,
+        precision: str,
+        report: Say,
+        validate: Callable[[nn.Module], dict[str, float]] | None,
+        best: bool,
+    ) -> None:
+        """From the run's last state, or from the start, to the last step."""
+        settings, main, device = self.settings, accelerator.is_main_process, accelerator.device
+        optimizer = build_optimizer(self.model, settings, self.layer_decay)
+        self.model.to(memory_format=devices.memory_format(len(settings.crop_size)))
+        model, optimizer = accelerator.prepare(self.model, optimizer)
+        schedule = CosineLRScheduler(
+            # Steps count from 1: one more than there are after the warm-up, or the last would be taken with a rate of 0.
+            optimizer,
+            t_initial=self.steps - self.warmup + 1,
+            warmup_t=self.warmup,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+        state = {"step": 0, "losses": [], "best": None, "seconds": 0.0}
+        if folder := run.state():
+            state = devices.load_state(accelerator, folder)
+            report(f"going on after step {state['step']}")
+        if main:
+            run.cut_log(state["step"])
+            sitting = {"device": devices.device_name(device), "precision": precision, "processes": accelerator.num_processes}
+            when = {"step": state["step"], "date": now()}
+            run.add_segment({**when, **sitting, "commit": commit(), "num_workers": settings.num_workers})
+            # `precision` stays that of the first sitting; what each computed in is in `segments`.
+            run.note(**{**sitting, "precision": run.config.get("precision", precision)}, steps=self.steps)
+        report(
+            f"{self.config['stage']} {self.config['task']}: {len(self.scans)} training scans, {self.steps} steps of {settings.batch_size} scans x "
+            f"{settings.crops_per_scan} crops, {parameter_count(self.model) / 1e6:.2f} M parameters, {devices.device_name(device)}, {precision}"
+        )
+        loader = training_loader(self.scans, self.augment, settings, state["step"], self.steps, accelerator.process_index, accelerator.num_processes)
+        started, first = time.monotonic() - state["seconds"], state["step"]
+        begin = time.monotonic()
+        model.train()
+        with deferred_interrupt() as interrupted:
+            for step, batch in enumerate(loader, start=first + 1):
+                schedule.step_update(step)
+                loss = self._step(accelerator, model, optimizer, batch, step)
+                state["losses"].append(loss)
+                state["step"], state["seconds"] = step, time.monotonic() - started
+                last = step == self.steps
+                scores = {}
+                if validate and settings.val_every and (last or step % settings.val_every == 0):
+                    scores = self._validate(accelerator, model, validate)
+                    if best and math.isnan(scores["val_score"]):
+                        raise UserError(
+                            "no validation case can be scored (no class with both outcomes, or masks that are all empty): use --set select=last, or more validation cases"
+                        )
+                    better = "val_score" in scores and (state["best"] is None or scores["val_score"] > state["best"])
+                    if best and better and main:
+                        state["best"] = scores["val_score"]
+                        save_weights(self.model, run.path / "best.safetensors", self.facts)
+                if scores or last or step % settings.log_every == 0:
+                    entry = {"step": step, "loss": sum(state["losses"]) / len(state["losses"]), **scores, "lr": optimizer.param_groups[-1]["lr"]}
+                    state["losses"] = []
+                    if main:
+                        run.log(**entry, seconds=round(state["seconds"], 2))
+                    left = (self.steps - step) * (time.monotonic() - begin) / (step - first)
+                    shown = "  ".join(f"{k} {v:.4f}" for k, v in entry.items() if k not in ("step", "lr"))
+                    report(f"step {step:>6}/{self.steps}  {shown}  lr {entry['lr']:.2e}  {left:.0f} s left")
+                if main and settings.keep_every and step % settings.keep_every == 0:
+                    (run.path / "checkpoints").mkdir(exist_ok=True)
+                    save_weights(self.model, run.path / "checkpoints" / f"step{step:07d}.safetensors", self.facts)
+                stop = devices.any_process(accelerator, interrupted())
+                if last or stop or step % settings.save_every == 0:
+                    devices.save_state(accelerator, run, state)
+                if stop and not last:
+                    report(f"interrupted after step {step}: the run is saved, go on with --resume (in Python: resume=True)")
+                    raise KeyboardInterrupt
+        if main:
+            if best and (run.path / "best.safetensors").is_file():
+                (run.path / "best.safetensors").replace(run.path / WEIGHTS)
+            else:
+                save_weights(self.model, run.path / WEIGHTS, self.facts)
+        accelerator.wait_for_everyone()
+        report(f"wrote {run.path / WEIGHTS} after {state['seconds']:.0f} s")
+
+    def _step(self, accelerator, model: nn.Module, optimizer, batch: dict, step: int) -> float:
+        """One update; returns the loss averaged over processes."""
+        # Seeded anew each step, so that drop path after a resume draws what it would have drawn.
+        torch.manual_seed(derive_seed(self.settings.seed, 30, step, accelerator.process_index))
+        layout = devices.memory_format(batch["image"].ndim - 2)
+        batch = {k: v.to(accelerator.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+        batch["image"] = batch["image"].contiguous(memory_format=layout)
+        with accelerator.autocast():
+            loss = self.loss_of(model, batch)
+        value = accelerator.gather(loss.detach().reshape(1)).mean().item()
+        if not math.isfinite(value):
+            raise UserError(self._diverged("loss", value, step, batch))
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(model.parameters(), self.settings.clip_grad or math.inf)
+        if not math.isfinite(float(norm)):
+            raise UserError(self._diverged("gradient", float(norm), step, batch))
+        optimizer.step()
+        return value
+
+    def _diverged(self, what: str, value: float, step: int, batch: dict) -> str:
+        kept = "The run folder holds an earlier state" if Run(self.out).state() else "Nothing was saved before that"
+        return (
+            f"the {what} is {value} at step {step} with cases {', '.join(sorted(set(batch['case'])))}: look at these scans, "
+            f"or lower lr (now {learning_rate(self.settings):g}). {kept}"
+        )
+
+    def _validate(self, accelerator, model: nn.Module, validate: Callable[[nn.Module], dict[str, float]]) -> dict[str, float]:
+        model.eval()
+        with torch.inference_mode(), accelerator.autocast():
+            scores = validate(accelerator.unwrap_model(model))
+        model.train()
+        return scores

@@ -1,0 +1,309 @@
+"""Settings of a run, and the presets that fill them: the one place where YAML and `--set` become named arguments.
+
+A preset is a YAML file that holds only what differs from the defaults below, in sections that are applied in this order:
+`all`, `TASK`, each with the sub-sections `pretrain` and `finetune`, and inside `finetune` an arm: `scratch` or `self`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from smae_utils.data.tasks import Task, get_task
+from smae_utils.errors import UserError
+from smae_utils.places import shipped
+from smae_utils.yaml_text import read_yaml
+
+STAGES = ("pretrain", "finetune")
+ARMS = ("scratch", "self")
+
+
+def option(default: Any, text: str, unit: str = "", least: float = -math.inf, most: float = math.inf) -> Any:
+    """A setting: its default, what it does in one line, its unit, and the smallest and largest number that make sense (of each, in a list)."""
+    return field(default=default, metadata={"help": text, "unit": unit, "least": least, "most": most})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What pre-training and fine-tuning have in common. A batch counts **scans**; each gives `crops_per_scan` crops."""
+
+    # The encoder: the same in both stages, or the weights do not fit.
+    crop_size: tuple[int, ...] = option((96, 96, 96), "input of the network", "voxels or pixels", 1)
+    patch_size: int = option(16, "edge of a patch; UNETR needs 4, 8, 16, ...", "voxels or pixels", 1)
+    embed_dim: int = option(768, "width of the encoder", least=1)
+    depth: int = option(12, "blocks of the encoder", least=1)
+    num_heads: int = option(12, "attention heads of the encoder", least=1)
+    class_token: bool = option(True, "a token that stands for the whole image")
+    positions: str = option("sincos", "sincos: a fixed table while pre-training, learned from there on; learned: learned in both stages")
+    norm_eps: float = option(1e-6, "epsilon of the layer norms; MONAI has 1e-5")
+    # The data.
+    spacing_mm: tuple[float, ...] = option((), "voxel size to resample to; empty: the task's own", "mm", 1e-3)
+    split_seed: int = option(0, "draws the held-out cases; apart from seed, so that seeds share their test cases", least=0)
+    fold: int = option(0, "which fold is the test part, where a task has folds; of a list with folds the validation part", least=0)
+    test_share: float = option(0.0, "share of the labelled patients held out as test cases, where a list has no labelled ones", "", 0, 0.9)
+    train_on_val: bool = option(False, "give the validation cases back for training; nothing can be selected then")
+    cache_rate: float = option(1.0, "share of the training scans kept in memory after resampling", "", 0, 1)
+    num_workers: int = option(0, "processes that load data; 0: the training process itself", least=0)
+    flip_prob: float = option(0.2, "probability of a flip, for each axis", "", 0, 1)
+    mirror: bool = option(False, "also mirror left-right where labels have sides; elsewhere that is always done")
+    crop_area: tuple[float, ...] = option((0.08, 1.0), "share of a 2D image that a random crop covers, from and to", "", 1e-3, 1)
+    # The optimiser.
+    seed: int = option(0, "of weights, order, augmentation and masks", least=0)
+    steps: int = option(0, "updates; 0: take epochs", least=0)
+    epochs: int = option(0, "passes over the training scans; 0: take steps", least=0)
+    warmup_steps: int = option(0, "steps of linear warm-up", least=0)
+    warmup_epochs: int = option(0, "the same in epochs", least=0)
+    batch_size: int = option(6, "scans of a step, over all processes", "scans", 1)
+    crops_per_scan: int = option(1, "crops of each scan", least=1)
+    lr: float = option(1.5e-4, "learning rate after the warm-up; it falls as a cosine", "", 0)
+    base_lr: float = option(0.0, "the other way to say it, as in the MAE papers: lr = base_lr * batch_size / 256; 0: take lr", "", 0)
+    weight_decay: float = option(0.05, "of AdamW, not on norms, biases, tokens and positions", "", 0)
+    betas: tuple[float, ...] = option((0.9, 0.95), "of AdamW", "", 0, 0.999999)
+    clip_grad: float = option(1.0, "largest gradient norm; 0: no clipping", "", 0)
+    precision: str = option("auto", "auto, fp32 or bf16")
+    log_every: int = option(50, "a line of progress", "steps", 1)
+    save_every: int = option(500, "a state to go on from", "steps", 1)
+    val_every: int = option(0, "validation; 0: never", "steps", 0)
+    keep_every: int = option(0, "also keep these weights, to watch a network learn; 0: only the last", "steps", 0)
+
+
+@dataclass(frozen=True)
+class PretrainSettings(Settings):
+    """Masked-autoencoder pre-training."""
+
+    mask_ratio: float = option(0.75, "share of the patches that are hidden", "", 0, 1)
+    mask_ratio_range: tuple[float, ...] = option((), "draw the ratio of each step between these two; validation keeps mask_ratio", "", 1e-3, 0.99)
+    norm_pix_loss: bool = option(True, "predict each patch with its own mean and spread taken out; false: intensities as they are")
+    air_loss: bool = option(True, "false: hidden patches of one single value, as air around a body, do not count")
+    decoder_embed_dim: int = option(384, "width of the decoder", least=1)
+    decoder_depth: int = option(8, "blocks of the decoder", least=1)
+    decoder_num_heads: int = option(12, "attention heads of the decoder", least=1)
+
+
+@dataclass(frozen=True)
+class FinetuneSettings(Settings):
+    """Fine-tuning of the whole network, from scratch or from a pre-trained encoder."""
+
+    network: str = option("vit", "vit: UNETR or the ViT classifier; cnn: a small U-Net or DenseNet of MONAI, for comparison")
+    encoder: str = option("trained", "trained, or frozen: it stays as it started and the decoder or head learns alone")
+    labelled: int = option(0, "fine-tune on so many of the labelled training cases, drawn by seed; 0: all", "cases", 0)
+    feature_size: int = option(16, "UNETR's channels at full resolution", least=1)
+    image_skip: bool = option(True, "UNETR's connection from the image to the last stage, past the encoder")
+    norm_skips: bool = option(False, "norm the hidden states that UNETR's decoder reads: a pre-trained encoder's are larger than a random one's")
+    pool: str = option("cls", "what the classifier reads: cls or mean")
+    drop_path: float = option(0.1, "stochastic depth of the last block; less below", "", 0, 0.99)
+    encoder_lr: float = option(1.0, "factor on the learning rate of the encoder alone", "", 0, 1)
+    layer_decay: float = option(1.0, "factor on the learning rate for each block further down; 1: the same everywhere", "", 0, 1)
+    ce_weight_power: float = option(0.0, "cross-entropy weighs a class by frequency ** -power; 0: all alike", "", 0)
+    select: str = option("last", "which weights are kept: last, or best on the validation cases")
+    rotate_prob: float = option(0.2, "probability of quarter turns in the axial plane, where crops are square there", "", 0, 1)
+    intensity_prob: float = option(0.1, "probability of scaled, and of shifted, intensities", "", 0, 1)
+    intensity_scale: float = option(0.1, "by how much they are scaled at most", "", 0)
+    intensity_shift: float = option(0.1, "by how much they are shifted at most")
+    rand_augment: str = option("", "timm policy for 2D images, as rand-m9-mstd0.5-inc1; empty: none")
+    overlap: float = option(0.5, "of the windows in prediction", "", 0, 0.99)
+
+
+# Two ways to say one thing: whichever is said last counts.
+PAIRS = (("epochs", "steps"), ("warmup_steps", "warmup_epochs"), ("lr", "base_lr"))
+EITHER = (*PAIRS, *((b, a) for a, b in PAIRS))
+
+STAGE_SETTINGS: dict[str, type[Settings]] = {"pretrain": PretrainSettings, "finetune": FinetuneSettings}
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """A preset by name, or by the path of a YAML file; "" says nothing, so that the defaults stand."""
+    if not name:
+        return {}
+    path = Path(name) if name.endswith((".yaml", ".yml")) else shipped("presets") / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in shipped("presets").glob("*.yaml"))
+        raise UserError(f"unknown preset {name!r}: expected one of {', '.join(known)}, or the path of a YAML file")
+    try:
+        content = read_yaml(path.read_text(encoding="utf-8-sig")) or {}
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text ({error}): save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must be a mapping with sections all, TASK, got {type(content).__name__}")
+    for name, section in content.items():
+        if name != "all":
+            _known_task(name, path)
+        for where, part in (
+            (name, section),
+            *((f"{name}: {stage}", (section or {}).get(stage)) for stage in STAGES if isinstance(section, dict)),
+        ):
+            if part is not None and not isinstance(part, dict):
+                raise UserError(f"section {where} of {path} must be a mapping of settings, got {part!r}")
+            for arm in ARMS:
+                if isinstance((part or {}).get(arm), (str, int, float, list)):
+                    raise UserError(f"section {where}: {arm} of {path} must be a mapping of settings, got {part[arm]!r}")
+    return content
+
+
+def _known_task(name: str, path: Path) -> None:
+    try:
+        get_task(name)
+    except UserError as error:
+        raise UserError(f"{path} has a section {name!r}: {error}") from None
+
+
+def resolve(task: Task, stage: str, preset: str, arm: str = "scratch", overrides: dict[str, Any] | None = None) -> Settings:
+    """Defaults <- preset (all, then the task; general, then the stage, then the arm) <- a list file's own settings <- overrides.
+
+    Raises:
+        UserError: for an unknown key or a value of the wrong type, naming the right ones.
+    """
+    cls = STAGE_SETTINGS[stage]
+    content = load_preset(preset)
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    layers: list[tuple[str, dict]] = []
+    sections = [*((f"preset {preset!r}", content.get(name) or {}) for name in ("all", task.like, task.name)), (f"list {task.name}", task.settings)]
+    for where, section in sections:
+        layers += [(where, section), (where, section.get(stage) or {})]
+        if stage == "finetune":
+            layers.append((where, (section.get(stage) or {}).get(arm) or {}))
+    layers.append(("--set", overrides or {}))
+    for where, layer in layers:
+        found = {k: v for k, v in layer.items() if k not in (*STAGES, *ARMS) or where == "--set"}
+        for name, other in EITHER:
+            means_other = name in ("steps", "epochs", "base_lr") and not found.get(name)  # 0 there means: take the other
+            if name in found and other not in found and not means_other:  # what is said last counts, also over an earlier section
+                values[other], origin[other] = 0, where
+        values.update(found)
+        origin.update(dict.fromkeys(found, where))
+    return make_settings(cls, values, where=origin)
+
+
+def make_settings(cls: type[Settings], values: dict[str, Any], where: str | dict[str, str]) -> Settings:
+    """A settings object from plain values, each checked against the type of its field.
+
+    Args:
+        where: who gave the values, of all or of each by its name; errors say it.
+    """
+    given_by = dict.fromkeys(values, where) if isinstance(where, str) else where
+    said = {name: f"{name} ({given_by[name]})" for name in values}
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints), key=str)
+    if unknown:
+        raise UserError(f"unknown setting {unknown[0]!r} ({given_by[unknown[0]]}): {_meant(str(unknown[0]), hints)}")
+    made = {name: coerce(value, hints[name], said[name]) for name, value in values.items()}
+    for name in ("betas", "crop_area", "mask_ratio_range"):
+        if made.get(name) and (len(made[name]) != 2 or list(made[name]) != sorted(made[name])):
+            raise UserError(f"{said[name]} must be two numbers, the smaller first, got {list(made[name])}")
+    for name, value in made.items():
+        low, high = (cls.__dataclass_fields__[name].metadata[bound] for bound in ("least", "most"))
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, (int, float)) and not low <= number <= high:
+                raise UserError(f"{said[name]} must be {_range(low, high)}, got {list(value) if isinstance(value, tuple) else value}")
+    return cls(**made)
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    """What a mistyped name may have been, or where it belongs, and all names there are."""
+    if stage := next((s for s, other in STAGE_SETTINGS.items() if name in typing.get_type_hints(other)), ""):
+        return f"it belongs to {stage} only. Here there are {', '.join(sorted(known))}"
+    close = difflib.get_close_matches(name, known, 1)
+    return (f"did you mean {close[0]}? " if close else "") + f"There are {', '.join(sorted(known))}"
+
+
+def _range(low: float, high: float) -> str:
+    return f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+
+
+def parse_overrides(items: list[str]) -> dict[str, Any]:
+    """["steps=20", "crop_size=[32,32,32]"] -> values, read as YAML, so that False is false."""
+    out = {}
+    for item in items:
+        name, sep, text = item.partition("=")
+        if not sep or not name:
+            raise UserError(f"--set expects key=value, got {item!r}")
+        out[name.strip()] = parse_value(text)
+    return out
+
+
+def parse_value(text: str) -> Any:
+    """YAML scalar or list, see `read_yaml`; Python's True and False are YAML too. What is no YAML is text."""
+    try:
+        return read_yaml(text)
+    except yaml.YAMLError:
+        return text
+
+
+def coerce(value: Any, hint: Any, name: str) -> Any:
+    """`value` as the type `hint`, or an error that says what was expected.
+
+    An int is fine for a float, a whole float for an int, a list for a tuple; nothing else is converted.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return coerce(value, next(a for a in args if a is not type(None)), name)
+    if (origin or hint) in (tuple, list) and isinstance(value, (list, tuple)):
+        return (origin or hint)(coerce(v, args[0], name) if args else v for v in value)
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is float and isinstance(value, str) and value.lower() in ("inf", "nan"):
+        return float(value)
+    if hint in (int, float) and _holds(hint, value):
+        return hint(value)
+    if hint is str and isinstance(value, str):
+        return value
+    expected = getattr(hint, "__name__", None) if origin is None else str(hint)
+    raise UserError(f"{name} must be {expected}, got {value!r} ({type(value).__name__})")
+
+
+def _holds(kind: type, value: Any) -> bool:
+    """Whether an int or float is the same as the other kind: no int is inf or nan, no float is an int of 400 digits."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return kind(value) == value
+    except (OverflowError, ValueError):
+        return False
+
+
+def as_dict(settings: Settings) -> dict[str, Any]:
+    """Plain values for YAML."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
+
+
+def learning_rate(settings: Settings) -> float:
+    """The rate after the warm-up: as given, or from `base_lr` by the rule of the MAE papers."""
+    return settings.base_lr * settings.batch_size / 256 if settings.base_lr else settings.lr
+
+
+def describe(stages: Iterable[str] = STAGES) -> list[dict[str, str]]:
+    """A row a setting: stage ("both" for what stages share), name, default, unit, bounds and what it does."""
+    shared, rows = {f.name for f in dataclasses.fields(Settings)}, []
+    for stage in ("both", *stages):
+        for f in dataclasses.fields(STAGE_SETTINGS.get(stage, Settings)):
+            if stage == "both" or f.name not in shared:
+                least, most = f.metadata["least"], f.metadata["most"]
+                bounds = "" if (least, most) == (-math.inf, math.inf) else _range(least, most)
+                default = list(f.default) if isinstance(f.default, tuple) else f.default
+                rows.append({"stage": stage, "setting": f.name, "default": str(default).lower() if isinstance(default, bool) else str(default)})
+                rows[-1] |= {"unit": f.metadata["unit"], "bounds": bounds, "what it does": f.metadata["help"]}
+    return rows
+
+
+def total_steps(settings: Settings, n_train: int) -> tuple[int, int]:
+    """(steps, warm-up steps): as given, or from epochs over `n_train` scans."""
+    per_epoch = max(1, -(-n_train // settings.batch_size))
+    steps = settings.steps or settings.epochs * per_epoch
+    if steps < 1:
+        raise UserError("neither steps nor epochs is set: use --set steps=1000, for example")
+    # A run cut short by --set steps=... keeps at most half of it for the warm-up.
+    return steps, min(settings.warmup_steps or settings.warmup_epochs * per_epoch, steps // 2)

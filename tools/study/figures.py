@@ -1,0 +1,69 @@
+"""The figure of a study: score against the number of labelled cases, each arm a line, each unit a dot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from smae_utils.work.run_folder import write_text
+from tools.study.plan import Study
+from tools.study.tables import Results, intervals
+
+STYLES = {
+    "scratch": ("#555555", "o", "from scratch"),
+    "self": ("#56B4E9", "s", "pre-trained on the labelled images"),
+    "self_all": ("#0072B2", "D", "pre-trained on all training images"),
+    "scratch_equal_compute": ("#E69F00", "^", "from scratch, equal total compute"),
+    "cnn": ("#009E73", "v", "convolutional network"),
+}
+NAMES = {"dsc": "mean DSC", "mauc": "mAUC", "hd95_mm": "HD95 in mm"}
+
+
+def draw(folder: Path, study: Study) -> None:
+    """`intervals.csv` and `main.png` from `main.csv`, when it is there."""
+    main = Results(folder).counted(study)
+    if main.empty or (table := intervals(main)).empty:
+        return
+    text = table.to_csv(index=False, float_format="%.4g")
+    write_text(folder / "intervals.csv", f"# paired by seed and fold, 95 % t intervals, from main.csv\n{text}")
+    figure = figure_of(main, study)
+    figure.savefig(folder / "main.png", dpi=90)
+    plt.close(figure)
+
+
+def figure_of(main: pd.DataFrame, study: Study) -> Figure:
+    """Scores of the arms, and below them differences to scratch with their intervals."""
+    rows = [str(row) for row in study.labelled if str(row) in set(main.labelled)]
+    figure, (scores, gains) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    primary, table = main[main.metric == study.metric], intervals(main)
+    for number, (arm, (colour, marker, label)) in enumerate(STYLES.items()):
+        part = primary[primary.arm == arm]
+        if part.empty:
+            continue
+        shift = (number - 2) * 0.06
+        place = np.array([rows.index(row) for row in part.labelled]) + shift
+        scores.plot(place, part.value, marker, color=colour, alpha=0.35, markersize=3)
+        mean = part.groupby("labelled").value.mean().reindex([row for row in rows if row in set(part.labelled)])
+        scores.plot([rows.index(row) + shift for row in mean.index], mean, "-", color=colour, marker=marker, markersize=5, label=label)
+        found = table[(table.arm == arm) & (table.metric == study.metric)]
+        if len(found):
+            at = [rows.index(row) + shift for row in found.labelled]
+            gains.errorbar(
+                at, found.difference, [found.difference - found.low, found.high - found.difference], fmt=marker, color=colour, capsize=3, markersize=5
+            )
+    gains.axhline(0, color="#777777", linewidth=1)
+    _name(scores, rows, NAMES[study.metric])
+    _name(gains, rows, f"{NAMES[study.metric]}, difference to scratch")
+    scores.legend(fontsize=7)
+    figure.suptitle(f"{study.title}: {main.groupby(['seed', 'fold']).ngroups} seeds" + (" x folds" if study.folds else ""), fontsize=10)
+    return figure
+
+
+def _name(axis: Axes, rows: list[str], ylabel: str) -> None:
+    axis.set(xticks=range(len(rows)), xlabel="labelled training cases", ylabel=ylabel, xlim=(-0.5, len(rows) - 0.5))
+    axis.set_xticklabels(rows)
