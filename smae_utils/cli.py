@@ -203,16 +203,16 @@ def _phantom(args) -> None:
 
 
 def _pretrain(args) -> None:
+    from smae_utils.work.pretrain import pretrain
     from smae_utils.work.settings import parse_overrides
-    from smae_utils.work.training import pretrain
 
     overrides = parse_overrides(args.set)
     pretrain(args.task, args.data, args.out, args.preset, overrides, args.resume, init=args.init, adapt=args.adapt)
 
 
 def _finetune(args) -> None:
+    from smae_utils.work.finetune import finetune
     from smae_utils.work.settings import parse_overrides
-    from smae_utils.work.training import finetune
 
     finetune(args.task, args.data, args.out, args.init, args.preset, parse_overrides(args.set), args.resume, adapt=args.adapt)
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from smae_utils.cli import main
-from smae_utils.data.batches import read_splits
 from smae_utils.data.tasks import get_task
+from smae_utils.work.build import build_splits
 from smae_utils.work.run_folder import Run
 from smae_utils.work.settings import FinetuneSettings
 
@@ -132,7 +132,7 @@ def test_a_folder_that_is_in_the_way(smae, brats, tmp_path):
 
 
 def first_case(task: str, data: Path, part: str = "train") -> dict:
-    return read_splits(get_task(task), data, FinetuneSettings())[part][0]
+    return build_splits(get_task(task), data, FinetuneSettings())[part][0]
 
 
 def cut(path: str, keep: float = 0.5) -> None:
@@ -328,7 +328,7 @@ def test_a_traceback_shows_the_error_that_a_line_for_the_user_replaced(smae, bra
 
 
 def test_a_fault_of_this_package_is_told_as_such_in_one_line_with_its_place(smae, brats, tmp_path, monkeypatch):
-    monkeypatch.setattr("smae_utils.work.training.build_mae", broken)
+    monkeypatch.setattr("smae_utils.work.pretrain.build_mae", broken)
     code, _, err = smae.train("pretrain", "brats", brats, tmp_path / "run")
     assert code == 1 and err.count("\n") == 1 and "Traceback" not in err
     assert err.startswith("internal error: KeyError: ") and "oops" in err and "--traceback" in err
@@ -350,7 +350,7 @@ def test_lack_of_memory_says_what_to_make_smaller(error, smae, brats, tmp_path, 
     def full(*args):
         raise error
 
-    monkeypatch.setattr("smae_utils.work.training.build_mae", full)
+    monkeypatch.setattr("smae_utils.work.pretrain.build_mae", full)
     refused(smae.train("pretrain", "brats", brats, tmp_path / "run"), "out of memory", "batch_size")
 
 

@@ -16,16 +16,16 @@ from scipy.spatial import cKDTree
 from sklearn.metrics import f1_score, roc_auc_score
 
 from smae_utils.data import out_of_core
-from smae_utils.data.batches import read_splits
 from smae_utils.data.tasks import get_task
-from smae_utils.data.transforms import prepare
 from smae_utils.errors import UserError
 from smae_utils.work import evaluation, inference
+from smae_utils.work.build import build_splits, build_transform
 from smae_utils.work.evaluation import compare, evaluate, summarise
+from smae_utils.work.finetune import finetune
 from smae_utils.work.inference import region_labels
+from smae_utils.work.pretrain import pretrain
 from smae_utils.work.run_folder import Run
 from smae_utils.work.settings import FinetuneSettings
-from smae_utils.work.training import finetune, pretrain
 
 
 def quiet(line: str) -> None:
@@ -74,7 +74,7 @@ def test_written_masks_lie_on_the_scans_own_grid_and_give_the_reported_figures(t
     monkeypatch.setattr(inference, "probabilities", blocks)
     table = evaluate(run.path, report=quiet)
     record = get_task(task)
-    cases = {c["case"]: c for c in read_splits(record, data[task], FinetuneSettings())["test"]}
+    cases = {c["case"]: c for c in build_splits(record, data[task], FinetuneSettings())["test"]}
     assert set(table.case) == set(cases) and len(table) == len(cases) * len(record.classes)
     checked = 0
     for name, case in cases.items():
@@ -102,8 +102,8 @@ def test_a_perfect_model_scores_near_one_on_every_scan_whatever_its_orientation(
     record = get_task(task)
     spacing = {"btcv": (5.0, 5.0, 5.0), "brats": (3.0, 3.0, 3.0)}[task]
     settings = replace(FinetuneSettings(), crop_size=(16, 16, 16), spacing_mm=spacing)
-    with_label, orientations = prepare(record, settings, with_label=True), set()
-    for case in sum(read_splits(record, data[task], FinetuneSettings()).values(), []):
+    with_label, orientations = build_transform(record, settings, with_label=True), set()
+    for case in sum(build_splits(record, data[task], FinetuneSettings()).values(), []):
         label = with_label(dict(case))["label"].as_tensor()[0].numpy()
         masks = [torch.from_numpy(m).float() for m in record.class_masks(label)]
         if record.exclusive:
@@ -168,7 +168,7 @@ def test_the_classifiers_table_gives_scikit_learns_auc_and_leaves_out_classes_th
     assert said["mean"]["mauc"] == pytest.approx(np.mean(list(expected.values())))
     for name, values in said["classes"].items():
         assert values["auc"] == (pytest.approx(expected[name]) if name in expected else None)
-    assert said["cases"] == table.case.nunique() == len(read_splits(get_task("cxr14"), data["cxr14"], FinetuneSettings())["test"])
+    assert said["cases"] == table.case.nunique() == len(build_splits(get_task("cxr14"), data["cxr14"], FinetuneSettings())["test"])
 
 
 def rows(*entries) -> pd.DataFrame:

@@ -21,8 +21,8 @@ from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
 from smae_utils.method.checkpoints.load import save_weights
 from smae_utils.work.build import build_model, build_optimizer
+from smae_utils.work.finetune import finetune
 from smae_utils.work.settings import FinetuneSettings, make_settings
-from smae_utils.work.training import finetune
 from tools.study import tables
 from tools.study.cases import all_cases, draw_labelled, parts
 from tools.study.plan import read_study

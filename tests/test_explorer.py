@@ -15,7 +15,8 @@ from smae_utils.method.patches import mask_noise, patch_statistics, patchify, sp
 from smae_utils.show import explorer as module
 from smae_utils.show.explorer import explore
 from smae_utils.show.masked_scene import HIDDEN_COLOUR, Look, hide_box, make_scene, picture
-from smae_utils.work.training import finetune, pretrain
+from smae_utils.work.finetune import finetune
+from smae_utils.work.pretrain import pretrain
 
 
 def model(size=(16, 16, 24), patch=8, chans=2, **more) -> MaskedAutoencoder:

@@ -22,8 +22,9 @@ from smae_utils.method.unetr import UNETR
 from smae_utils.method.vit import ViTClassifier
 from smae_utils.work.evaluation import load_finetuned
 from smae_utils.work.export import export
+from smae_utils.work.finetune import finetune
+from smae_utils.work.pretrain import pretrain
 from smae_utils.work.run_folder import Run
-from smae_utils.work.training import finetune, pretrain
 
 GOLDEN = Path(__file__).parent / "golden"
 EQUAL = {"atol": 2e-5, "rtol": 1e-4}

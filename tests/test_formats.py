@@ -31,11 +31,10 @@ from smae_utils.data.pictures import ReadRadiograph, read_image
 from smae_utils.data.reading import Volume, read_channels, read_label, read_mask, read_volume
 from smae_utils.data.tasks import IGNORE, Task, get_task
 from smae_utils.data.tasks.lists import record_of, task_from_record
-from smae_utils.data.transforms import augment_finetune
 from smae_utils.errors import UserError
 from smae_utils.paths import case_name
 from smae_utils.work import check as checking
-from smae_utils.work.build import build_loss, known_bce
+from smae_utils.work.build import build_augmentation, build_loss, known_bce
 from smae_utils.work.evaluation import score_masks, write_mask
 from smae_utils.work.metrics import mean_auc
 from smae_utils.work.predict import _sizes
@@ -870,7 +869,7 @@ def mirrored(task: Task) -> bool:
     none = {"rotate_prob": 0.0, "intensity_prob": 0.0}
     settings = FinetuneSettings(crop_size=SHAPE, flip_prob=1.0, crops_per_scan=1, **none)
     image = torch.from_numpy(VALUES.astype(np.float32))[None]
-    (out,) = augment_finetune(task, settings)({"image": image, "label": torch.from_numpy(LABEL)[None]})
+    (out,) = build_augmentation(task, settings)({"image": image, "label": torch.from_numpy(LABEL)[None]})
     for axes in ((3,), (1, 2, 3)):
         if torch.equal(torch.as_tensor(out["image"]), image.flip(axes)):
             assert torch.equal(torch.as_tensor(out["label"])[0].byte(), torch.from_numpy(LABEL).flip([a - 1 for a in axes]))

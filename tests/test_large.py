@@ -16,9 +16,9 @@ from scipy.spatial.transform import Rotation
 from smae_utils.cli import main
 from smae_utils.data import out_of_core
 from smae_utils.data.tasks import get_task
-from smae_utils.data.transforms import prepare
+from smae_utils.work.build import build_transform
+from smae_utils.work.finetune import finetune
 from smae_utils.work.settings import FinetuneSettings
-from smae_utils.work.training import finetune
 
 SHAPE = (29, 33, 21)
 OBLIQUE = nib.affines.from_matvec(Rotation.from_euler("xyz", [0.3, -0.4, 0.5]).as_matrix() @ np.diag([-2.0, 2.5, 3.0]), [30, -20, 10])
@@ -57,9 +57,9 @@ def test_a_scan_prepared_block_by_block_is_the_scan_prepared_as_a_whole(kind, cr
     # No target voxel lies on a plane of the scan: whether its neighbour there counts would be a matter of the last digit.
     settings = replace(FinetuneSettings(), crop_size=crop, spacing_mm=(2.2347, 2.4153, 2.8719))
     case = {"case": "a", "image": image}
-    whole = prepare(task, settings, with_label=False)(dict(case))["image"]
+    whole = build_transform(task, settings, with_label=False)(dict(case))["image"]
     assert out_of_core.is_large(case)
-    made = out_of_core.prepare_large(case, task, settings)
+    made = out_of_core.prepare_large(case, task, settings.spacing_mm, settings.crop_size)
     np.testing.assert_allclose(made.affine, whole.affine, atol=1e-5)
     np.testing.assert_allclose(made.image, whole.as_tensor(), atol=2e-4)
     assert made.shape == SHAPE and np.allclose(made.scan_affine, affine, atol=1e-5)

@@ -38,7 +38,8 @@ def test_the_probe_reads_what_tokens_hold(task, data, tiny, monkeypatch):
 
         def masks(task, settings, case):
             label = notebook_helpers.middle(
-                notebook_helpers.read_case(notebook_helpers.prepare(task, settings, with_label=True), case)["label"].as_tensor(), settings.crop_size
+                notebook_helpers.read_case(notebook_helpers.build_transform(task, settings, with_label=True), case)["label"].as_tensor(),
+                settings.crop_size,
             )
             return (label > 0).float()
 

@@ -17,16 +17,15 @@ import torch
 from PIL import Image
 
 from smae_utils.cli import main
-from smae_utils.data.batches import read_splits
 from smae_utils.data.tasks import get_task
-from smae_utils.data.transforms import prepare
 from smae_utils.work import check as checking
 from smae_utils.work import inference, predict
+from smae_utils.work.build import build_splits, build_transform
 from smae_utils.work.evaluation import load_finetuned
+from smae_utils.work.finetune import finetune
 from smae_utils.work.inference import classify, dsc
 from smae_utils.work.run_folder import Run
 from smae_utils.work.settings import FinetuneSettings, resolve
-from smae_utils.work.training import finetune
 
 SHAPE, SPACING = (20, 18, 16), (3.0, 3.5, 4.0)
 LABELS = {"0": "background", "1": "liver", "2": "tumour"}
@@ -148,7 +147,7 @@ def test_labels_of_the_decathlon_and_of_nnunet_mean_the_same(tmp_path):
 
 def test_channels_in_several_files_give_the_array_of_the_file_with_four(brats, tmp_path):
     record = get_task("brats")
-    case = read_splits(record, brats, FinetuneSettings())["train"][0]
+    case = build_splits(record, brats, FinetuneSettings())["train"][0]
     stored = nib.load(case["image"])
     names = []
     for channel in range(4):
@@ -162,8 +161,8 @@ def test_channels_in_several_files_give_the_array_of_the_file_with_four(brats, t
     own = get_task(str(tmp_path / "list.json"))
     assert (own.channels, own.regions, own.classes) == (record.channels, record.regions, record.classes)
     settings = replace(FinetuneSettings(), crop_size=(16, 16, 16), spacing_mm=(4.0, 4.0, 4.0))
-    theirs = prepare(record, settings, with_label=True)(dict(case))
-    ours = prepare(own, replace(settings, spacing_mm=()), with_label=True)(own.read_splits(Path(""), 0, 0)["train"][0])
+    theirs = build_transform(record, settings, with_label=True)(dict(case))
+    ours = build_transform(own, replace(settings, spacing_mm=()), with_label=True)(own.read_splits(Path(""), 0, 0)["train"][0])
     for key in ("image", "label"):
         assert np.array_equal(np.asarray(ours[key]), np.asarray(theirs[key]))
 
@@ -275,7 +274,7 @@ def perfect(monkeypatch, trained):
 
         def known(*_) -> torch.Tensor:
             image, label = next(left)
-            prepared = prepare(task, settings, with_label=True)({"case": "c", "image": str(image), "label": str(label)})["label"][0]
+            prepared = build_transform(task, settings, with_label=True)({"case": "c", "image": str(image), "label": str(label)})["label"][0]
             return torch.nn.functional.one_hot(prepared.as_tensor().long(), len(task.classes) + 1).movedim(-1, 0).float()
 
         monkeypatch.setattr(inference, "probabilities", known)
@@ -358,7 +357,7 @@ def test_units_that_a_header_does_not_give_stay_unknown(trained, tmp_path):
 
 def test_tumour_masks_hold_the_labels_of_the_challenge_and_their_regions_are_nested(brats, tiny, bare, tmp_path, monkeypatch):
     run = finetune("brats", brats, tmp_path / "run", preset=bare, overrides={**tiny["brats", "finetune"], "steps": 1}, report=quiet)
-    cases = read_splits(get_task("brats"), brats, FinetuneSettings())["test"]
+    cases = build_splits(get_task("brats"), brats, FinetuneSettings())["test"]
     generator = torch.Generator().manual_seed(0)
 
     def noise(model, image, *_) -> torch.Tensor:  # regions that contradict each other everywhere
@@ -389,7 +388,7 @@ def classifier(cxr14, tiny, bare, tmp_path_factory) -> Path:
 
 def test_probabilities_of_radiographs_are_those_of_the_classifier(classifier, cxr14, tmp_path):
     model, task, settings = load_finetuned(Run(classifier))
-    cases = read_splits(task, cxr14, settings)["test"]
+    cases = build_splits(task, cxr14, settings)["test"]
     predict.predict(classifier, [c["image"] for c in cases], tmp_path / "out", report=quiet)
     written = pd.read_csv(tmp_path / "out" / "probabilities.csv")
     with torch.inference_mode():
@@ -581,9 +580,9 @@ def test_a_run_means_the_same_after_its_list_was_changed_or_moved_away(tmp_path,
     import nibabel as nib
 
     from smae_utils.work.evaluation import load_finetuned
+    from smae_utils.work.finetune import finetune
     from smae_utils.work.predict import predict
     from smae_utils.work.run_folder import Run
-    from smae_utils.work.training import finetune
 
     rng = np.random.default_rng(0)
     for i in range(4):
@@ -614,14 +613,13 @@ def test_a_list_of_dicom_radiographs_is_a_2d_task(tmp_path):
 
 
 def test_a_full_disk_during_predict_leaves_nothing(brats, tiny, bare, tmp_path, monkeypatch):
-    from smae_utils.data.batches import read_splits
     from smae_utils.data.tasks import get_task
     from smae_utils.work import evaluation as module
+    from smae_utils.work.finetune import finetune
     from smae_utils.work.settings import FinetuneSettings
-    from smae_utils.work.training import finetune
 
     run = finetune("brats", brats, tmp_path / "run", preset=bare, overrides={**tiny["brats", "finetune"], "steps": 1}, report=[].append)
-    scans = [c["image"] for c in read_splits(get_task("brats"), brats, FinetuneSettings())["train"][:2]]
+    scans = [c["image"] for c in build_splits(get_task("brats"), brats, FinetuneSettings())["train"][:2]]
     calls, save = [], module.save_nifti
 
     def full(*args):

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from smae_utils.data.batches import read_splits
 from smae_utils.data.reading import ReadRadiograph
 from smae_utils.data.tasks import get_task
-from smae_utils.data.transforms import ResizeRadiograph, prepare
+from smae_utils.data.transforms import ResizeRadiograph
 from smae_utils.errors import UserError
+from smae_utils.work.build import build_splits, build_transform
 from smae_utils.work.settings import Settings
 
 # TransUNet's lists, which the paper used.
@@ -37,7 +37,7 @@ def numbers(cases) -> set[int]:
 
 
 def parts(task: str, folder: Path, **settings):
-    return read_splits(get_task(task), folder, Settings(**settings))
+    return build_splits(get_task(task), folder, Settings(**settings))
 
 
 def touch_radiographs(folder: Path, table: str, train: list[str], test: list[str]) -> Path:
@@ -239,7 +239,7 @@ def test_the_right_kidney_lies_at_the_patients_right_in_every_stored_orientation
 
 def test_prepared_scans_keep_the_right_kidney_right_whatever_the_stored_orientation(btcv):
     task = get_task("btcv")
-    transform = prepare(task, Settings(crop_size=(16, 16, 16), spacing_mm=(10.0, 10.0, 10.0)), with_label=True)
+    transform = build_transform(task, Settings(crop_size=(16, 16, 16), spacing_mm=(10.0, 10.0, 10.0)), with_label=True)
     checked = 0
     for case in (c for p in parts("btcv", btcv).values() for c in p):
         label = transform(dict(case))["label"][0].numpy()

@@ -11,15 +11,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from smae_utils.data.tasks import get_task
-from smae_utils.data.transforms import augment_pretrain
 from smae_utils.errors import UserError
 from smae_utils.method.checkpoints.load import load_weights
 from smae_utils.method.mae import MaskedAutoencoder
 from smae_utils.method.patches import patchify
 from smae_utils.method.unetr import UNETR
-from smae_utils.work.build import build_model, build_optimizer
+from smae_utils.work.build import build_augmentation, build_model, build_optimizer
+from smae_utils.work.finetune import few_labelled, finetune
+from smae_utils.work.pretrain import drawn_ratio, pretrain
 from smae_utils.work.settings import FinetuneSettings, PretrainSettings, make_settings
-from smae_utils.work.training import drawn_ratio, few_labelled, finetune, pretrain
 
 SMALL = {"img_size": (16, 16, 16), "patch_size": 4, "in_chans": 1, "embed_dim": 24, "depth": 3, "num_heads": 2}
 SETTINGS = replace(FinetuneSettings(), crop_size=(16, 16, 16), patch_size=8, embed_dim=24, depth=3, num_heads=2, feature_size=2)
@@ -82,10 +82,10 @@ def test_pre_training_mirrors_as_fine_tuning_does():
     for sided, mirror in ((True, False), (True, True), (False, False)):
         keeps = sided and not mirror
         settings = replace(PretrainSettings(), crop_size=(8, 8, 8), flip_prob=1.0, mirror=mirror)
-        crop = augment_pretrain(replace(task, sided=sided), settings)({"image": image})[0]["image"]
+        crop = build_augmentation(replace(task, sided=sided), settings)({"image": image})[0]["image"]
         assert torch.equal(torch.as_tensor(crop), image.flip(3) if keeps else image.flip((1, 2, 3)))
         flat_task = replace(get_task("cxr14"), sided=sided)
-        crops = augment_pretrain(flat_task, replace(settings, crop_size=(16, 16), crop_area=(1.0, 1.0)))({"image": flat, "mean": 0.0, "std": 1.0})
+        crops = build_augmentation(flat_task, replace(settings, crop_size=(16, 16), crop_area=(1.0, 1.0)))({"image": flat, "mean": 0.0, "std": 1.0})
         row = crops[0]["image"][0, 8]
         assert bool(row[0] < row[-1]) == keeps
 

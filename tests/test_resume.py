@@ -19,9 +19,10 @@ from PIL import Image
 from smae_utils.errors import UserError
 from smae_utils.work import devices, loop, run_folder
 from smae_utils.work.devices import inference_context, pick_precision, usable_precision
+from smae_utils.work.finetune import finetune
 from smae_utils.work.loop import Loop
+from smae_utils.work.pretrain import pretrain
 from smae_utils.work.run_folder import FREE_SETTINGS, LOCK, SCHEMA, Run, absolute, find_data, only_process
-from smae_utils.work.training import finetune, pretrain
 
 ROOT = Path(__file__).parents[1]
 

@@ -19,15 +19,16 @@ import pytest
 import torch
 import yaml
 
-from smae_utils.data.batches import read_splits
 from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
-from smae_utils.work import loop, training
-from smae_utils.work.build import build_model, build_optimizer
+from smae_utils.work import finetune as finetuning
+from smae_utils.work import loop
+from smae_utils.work.build import build_model, build_optimizer, build_splits
+from smae_utils.work.finetune import finetune
 from smae_utils.work.loop import Loop
+from smae_utils.work.pretrain import pretrain
 from smae_utils.work.run_folder import Run
 from smae_utils.work.settings import FinetuneSettings, PretrainSettings, make_settings
-from smae_utils.work.training import finetune, pretrain
 
 ROOT = Path(__file__).parents[1]
 
@@ -126,7 +127,7 @@ def test_ctrl_c_in_the_middle_of_a_step_leaves_an_exact_state(where, brats, tiny
         if where == "update":
             patch.setattr(torch.optim.AdamW, "step", interrupting(torch.optim.AdamW.step))
         else:
-            patch.setattr(training, "score_cases", interrupting(training.score_cases))
+            patch.setattr(finetuning, "score_cases", interrupting(finetuning.score_cases))
         with pytest.raises(KeyboardInterrupt):
             finetune("brats", brats, tmp_path / "stopped", preset=bare, overrides=overrides, report=quiet)
     finetune("brats", brats, tmp_path / "stopped", preset=bare, overrides=overrides, resume=True, report=quiet)
@@ -200,7 +201,7 @@ def test_pretraining_reads_no_label_and_no_test_image(task, data, spoil, tiny, b
     folder = spoil(data[task])
     overrides = {**tiny[task, "pretrain"], "val_every": 2}
     settings = make_settings(PretrainSettings, overrides, where="test")
-    splits = read_splits(get_task(task), folder, settings)
+    splits = build_splits(get_task(task), folder, settings)
     assert all(splits.values())
     for case in splits["test"]:
         Path(case["image"]).write_bytes(b"unreadable")
@@ -216,7 +217,7 @@ def test_pretraining_reads_no_label_and_no_test_image(task, data, spoil, tiny, b
 
 def test_finetuning_reads_no_test_image(btcv, spoil, tiny, bare, tmp_path):
     folder = spoil(btcv)
-    for case in read_splits(get_task("btcv"), folder, FinetuneSettings())["test"]:
+    for case in build_splits(get_task("btcv"), folder, FinetuneSettings())["test"]:
         Path(case["image"]).write_bytes(b"unreadable")
         Path(case["label"]).write_bytes(b"unreadable")
     overrides = {**tiny["btcv", "finetune"], "val_every": 2, "select": "best", "ce_weight_power": 0.5}

@@ -13,9 +13,10 @@ from scipy import ndimage
 
 from smae_utils.data.batches import read_case
 from smae_utils.data.tasks import get_task
-from smae_utils.data.transforms import RandomRadiograph, ReadRadiograph, augment_finetune, augment_pretrain, prepare
+from smae_utils.data.transforms import RandomRadiograph, ReadRadiograph
 from smae_utils.errors import UserError
 from smae_utils.phantoms.shapes import rotation, save_nifti
+from smae_utils.work.build import build_augmentation, build_transform
 from smae_utils.work.inference import to_scan_grid
 from smae_utils.work.metrics import dsc
 from smae_utils.work.settings import FinetuneSettings, PretrainSettings
@@ -60,13 +61,13 @@ def is_part_of(crop: np.ndarray, whole: np.ndarray) -> bool:
 
 def test_mri_channels_are_standardised_by_their_own_non_zero_voxels(mri):
     case, array = mri
-    prepared = read_case(prepare(BRATS, PretrainSettings(**SIZES), with_label=False), case)["image"].numpy()
+    prepared = read_case(build_transform(BRATS, PretrainSettings(**SIZES), with_label=False), case)["image"].numpy()
     assert np.allclose(prepared, z_scored(array)[:, 3:15, 2:14, 2:12], atol=1e-3)  # cropped to the head
 
 
 def test_ct_is_clipped_to_the_window_and_mapped_to_0_to_1(ct):
     case, array = ct
-    prepared = read_case(prepare(BTCV, PretrainSettings(**SIZES), with_label=False), case)["image"].numpy()
+    prepared = read_case(build_transform(BTCV, PretrainSettings(**SIZES), with_label=False), case)["image"].numpy()
     expected = (np.clip(array, -175, 250) + 175) / 425
     assert np.allclose(prepared[0], expected[1:13, 2:12, 1:13], atol=1e-4)
     assert prepared.min() == 0 and prepared.max() == 1
@@ -75,19 +76,19 @@ def test_ct_is_clipped_to_the_window_and_mapped_to_0_to_1(ct):
 def test_pretraining_needs_no_label_file(mri):
     case, _ = mri
     settings = PretrainSettings(**SIZES, crops_per_scan=3)
-    prepared = read_case(prepare(BRATS, settings, with_label=False), case)
-    crops = augment_pretrain(BRATS, settings)(prepared)
+    prepared = read_case(build_transform(BRATS, settings, with_label=False), case)
+    crops = build_augmentation(BRATS, settings)(prepared)
     assert [tuple(c["image"].shape) for c in crops] == [(4, 8, 8, 8)] * 3
     with pytest.raises(UserError, match="no_such_label"):
-        read_case(prepare(BRATS, settings, with_label=True), case)
+        read_case(build_transform(BRATS, settings, with_label=True), case)
 
 
 def test_crops_are_cut_from_the_normalised_scan_and_not_normalised_themselves(mri):
     case, array = mri
     settings = PretrainSettings(**SIZES, crops_per_scan=5, flip_prob=0)
-    augment = augment_pretrain(BRATS, settings)
+    augment = build_augmentation(BRATS, settings)
     augment.set_random_state(seed=0)
-    crops = [c["image"].numpy() for c in augment(read_case(prepare(BRATS, settings, with_label=False), case))]
+    crops = [c["image"].numpy() for c in augment(read_case(build_transform(BRATS, settings, with_label=False), case))]
     whole = z_scored(array)
     assert all(is_part_of(crop, whole) for crop in crops)
     assert not is_part_of(crops[0] + 0.1, whole)
@@ -98,9 +99,9 @@ def test_finetuning_crops_are_normalised_like_the_whole_scan(mri, tmp_path):
     case, array = mri
     save_nifti(tmp_path / "label.nii.gz", (array[..., 0] > 110).astype(np.uint8) * 3, (2, 2, 2))
     settings = FinetuneSettings(**SIZES, crops_per_scan=4, flip_prob=0, rotate_prob=0, intensity_prob=0)
-    prepared = read_case(prepare(BRATS, settings, with_label=True), {**case, "label": str(tmp_path / "label.nii.gz")})
+    prepared = read_case(build_transform(BRATS, settings, with_label=True), {**case, "label": str(tmp_path / "label.nii.gz")})
     whole = z_scored(array)
-    for crop in augment_finetune(BRATS, settings)(prepared):
+    for crop in build_augmentation(BRATS, settings)(prepared):
         assert is_part_of(crop["image"].numpy(), whole)
         truth = crop["image"].numpy()[0] * array[array[..., 0] != 0][:, 0].std() + array[array[..., 0] != 0][:, 0].mean()
         assert np.array_equal(crop["label"].numpy()[0] == 3, (truth > 110) & (crop["image"].numpy()[0] != 0))
@@ -109,8 +110,8 @@ def test_finetuning_crops_are_normalised_like_the_whole_scan(mri, tmp_path):
 def test_a_scan_smaller_than_the_crop_is_padded_with_background(ct):
     case, array = ct
     settings = PretrainSettings(crop_size=(24, 24, 24), spacing_mm=(2.0, 2.0, 2.0), flip_prob=0)
-    prepared = read_case(prepare(BTCV, settings, with_label=False), case)
-    image = augment_pretrain(BTCV, settings)(prepared)[0]["image"].numpy()
+    prepared = read_case(build_transform(BTCV, settings, with_label=False), case)
+    image = build_augmentation(BTCV, settings)(prepared)[0]["image"].numpy()
     assert image.shape == (1, 24, 24, 24)
     body = (np.clip(array, -175, 250) + 175) / 425
     assert image.sum() == pytest.approx(body.sum(), rel=1e-4)
@@ -132,7 +133,7 @@ def centre(label: torch.Tensor, value: int) -> np.ndarray:
 def test_a_sided_task_is_never_flipped_left_right_and_is_flipped_otherwise():
     settings = FinetuneSettings(**SIZES, crops_per_scan=1, flip_prob=1.0, rotate_prob=0, intensity_prob=0)
     for task, sign in ((BTCV, 1), (replace(BTCV, sided=False), -1)):
-        augment = augment_finetune(task, settings)
+        augment = build_augmentation(task, settings)
         for seed in range(20):
             augment.set_random_state(seed=seed)
             label = augment(landmarks())[0]["label"]
@@ -143,13 +144,13 @@ def test_a_sided_task_is_never_flipped_left_right_and_is_flipped_otherwise():
 
 def test_a_preset_may_ask_for_mirroring():
     settings = FinetuneSettings(**SIZES, crops_per_scan=1, flip_prob=1.0, rotate_prob=0, intensity_prob=0, mirror=True)
-    label = augment_finetune(BTCV, settings)(landmarks())[0]["label"]
+    label = build_augmentation(BTCV, settings)(landmarks())[0]["label"]
     assert centre(label, 2)[0] < centre(label, 3)[0]
 
 
 def test_flips_and_quarter_turns_together_never_make_a_mirrored_sided_scan():
     settings = FinetuneSettings(**SIZES, crops_per_scan=1, flip_prob=0.5, rotate_prob=0.5, intensity_prob=0)
-    augment = augment_finetune(BTCV, settings)
+    augment = build_augmentation(BTCV, settings)
     for seed in range(150):
         augment.set_random_state(seed=seed)
         label = augment(landmarks())[0]["label"]
@@ -160,7 +161,7 @@ def test_flips_and_quarter_turns_together_never_make_a_mirrored_sided_scan():
 
 def test_image_and_label_move_together():
     settings = FinetuneSettings(**SIZES, crops_per_scan=1, flip_prob=0.5, rotate_prob=0.5, intensity_prob=0)
-    augment, seen = augment_finetune(BRATS, settings), set()
+    augment, seen = build_augmentation(BRATS, settings), set()
     for seed in range(20):
         augment.set_random_state(seed=seed)
         label = torch.randint(0, 4, (1, 8, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -190,7 +191,7 @@ def test_a_scan_that_would_train_silently_wrong_is_refused_by_name(what, word, m
     nib.save(nib.Nifti1Image(array, np.diag([2, 2, 2, 1.0])), case["image"])
     nib.save(nib.Nifti1Image(label, np.diag([2, 2, 2, 1.0])), case["label"])
     with pytest.raises(UserError, match=word) as error:
-        read_case(prepare(BRATS, FinetuneSettings(**SIZES), with_label=True), case)
+        read_case(build_transform(BRATS, FinetuneSettings(**SIZES), with_label=True), case)
     assert str(tmp_path / "bad") in str(error.value)
 
 
@@ -211,8 +212,8 @@ def test_a_mask_comes_back_from_the_prepared_grid_to_the_scans_own(axcodes, tilt
     truth = np.asarray(stored.dataobj).astype(bool)
 
     settings = FinetuneSettings(crop_size=(16, 16, 16), spacing_mm=(2.5, 2.0, 2.4))
-    label = read_case(prepare(BTCV, settings, with_label=True), case)["label"]
-    image = read_case(prepare(BTCV, settings, with_label=False), case)["image"]
+    label = read_case(build_transform(BTCV, settings, with_label=True), case)["label"]
+    image = read_case(build_transform(BTCV, settings, with_label=False), case)["image"]
     assert label.shape == image.shape and label.shape[1:] != truth.shape
     channels = torch.stack([label[0] == 1, label[0] == 0]).as_tensor().float()
     back = to_scan_grid(channels, np.asarray(image.affine), truth.shape, stored.affine)

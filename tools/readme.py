@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from smae_utils.data.batches import read_splits
 from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
 from smae_utils.method.checkpoints.load import load_weights
 from smae_utils.show.notebook_helpers import load_crop
 from smae_utils.show.plots import show_reconstruction
-from smae_utils.work.build import build_mae
+from smae_utils.work.build import build_mae, build_splits
 from smae_utils.work.run_folder import Run, find_data
 from smae_utils.work.settings import STAGES, PretrainSettings, describe, make_settings
 from tools.demo import pivot
@@ -191,7 +190,7 @@ def draw_reconstruction(run_dir: str | Path, target: Path) -> None:
     settings = make_settings(PretrainSettings, run.config["settings"], str(run.path))
     model = build_mae(task, settings).eval()
     load_weights(model, run.path, require="")
-    splits = read_splits(task, data, settings)
+    splits = build_splits(task, data, settings)
     case = (splits["val"] or splits["test"])[0]  # never one it was trained on
     figure = show_reconstruction(model, load_crop(task, settings, case), seed=0)
     target.parent.mkdir(exist_ok=True)

@@ -16,19 +16,25 @@ from monai.transforms import Compose
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from smae_utils.errors import UserError
-from smae_utils.work.settings import Settings
 from smae_utils.data.tasks import Case, Splits, Task, hold_out
 
 
-def read_splits(task: Task, data_dir: str | Path, settings: Settings) -> Splits:
-    """Train, validation and test cases of a data folder; `train_on_val` gives the validation cases back to the training ones.
+def read_splits(
+    task: Task, data_dir: str | Path, split_seed: int = 0, fold: int = 0, test_share: float = 0.0, train_on_val: bool = False
+) -> Splits:
+    """Train, validation and test cases of a data folder.
 
-    Where no test case has a label, `test_share` of the labelled training patients become the test part.
+    Args:
+        task: whose reader knows the folder.
+        data_dir: where the download lies.
+        split_seed, fold: as `Task.read_splits` takes them.
+        test_share: of the labelled training patients, who become the test part where no test case has a label.
+        train_on_val: give the validation cases back to the training ones.
     """
-    splits = task.read_splits(Path(data_dir), settings.split_seed, settings.fold)
-    if settings.test_share and not any("label" in c for c in splits["test"]):
-        splits = hold_out_test(splits, settings.test_share, settings.split_seed)
-    if settings.train_on_val:
+    splits = task.read_splits(Path(data_dir), split_seed, fold)
+    if test_share and not any("label" in c for c in splits["test"]):
+        splits = hold_out_test(splits, test_share, split_seed)
+    if train_on_val:
         names = {c["case"] for c in splits["val"]}
         train = sorted(splits["train"] + splits["val"], key=lambda c: c["case"])
         splits = {"train": train, "val": [], "test": [c for c in splits["test"] if c["case"] not in names]}
@@ -168,29 +174,36 @@ def _ignore_interrupt(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def training_loader(scans: Scans, augment: Compose, settings: Settings, start: int, stop: int, rank: int = 0, world: int = 1) -> DataLoader:
+def training_loader(
+    scans: Scans, augment: Compose, seed: int, batch_size: int, start: int, stop: int, num_workers: int = 0, rank: int = 0, world: int = 1
+) -> DataLoader:
     """Batches for steps `start` .. `stop` - 1.
+
+    Args:
+        scans, augment, seed: what a crop is made of, see `Crops`.
+        batch_size: scans of a step, over all processes.
+        start, stop: steps.
+        num_workers: processes that load; 0: this one.
+        rank, world: this process among those that train together.
 
     Raises:
         UserError: when a step wants more scans than there are, or fewer than there are processes.
     """
     if not len(scans):
         raise UserError("there are no training cases: list some in 'training', or choose another fold")
-    if settings.batch_size > len(scans):
-        raise UserError(f"batch_size {settings.batch_size} is larger than the {len(scans)} training scans: use --set batch_size={len(scans)} or less")
-    if settings.batch_size % world:
+    if batch_size > len(scans):
+        raise UserError(f"batch_size {batch_size} is larger than the {len(scans)} training scans: use --set batch_size={len(scans)} or less")
+    if batch_size % world:
         raise UserError(
-            f"batch_size {settings.batch_size} does not divide by the {world} processes, so some scans would count more than others: "
-            f"use --set batch_size={-(-settings.batch_size // world) * world}, for example"
+            f"batch_size {batch_size} does not divide by the {world} processes, so some scans would count more than others: "
+            f"use --set batch_size={-(-batch_size // world) * world}, for example"
         )
-    steps = Steps(start, stop, settings.batch_size, rank, world)
-    workers = settings.num_workers
     return Batches(
-        Crops(scans, augment, settings.seed),
-        batch_sampler=steps,
+        Crops(scans, augment, seed),
+        batch_sampler=Steps(start, stop, batch_size, rank, world),
         collate_fn=join,
-        num_workers=workers,
+        num_workers=num_workers,
         worker_init_fn=_ignore_interrupt,
-        persistent_workers=workers > 0,
+        persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
     )

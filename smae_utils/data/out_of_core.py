@@ -26,7 +26,6 @@ from torch import Tensor
 
 from smae_utils.paths import has_ending
 from smae_utils.data.reading import FILE_ERRORS, check_channels, check_finite, check_grid, check_header, unreadable, volume_shape
-from smae_utils.work.settings import Settings
 from smae_utils.data.tasks import Case, Task
 from smae_utils.data.transforms import normalisation, oriented, resampled
 
@@ -167,13 +166,13 @@ class Prepared(NamedTuple):
     scan_affine: np.ndarray
 
 
-def prepare_large(case: Case, task: Task, settings: Settings) -> Prepared:
+def prepare_large(case: Case, task: Task, spacing_mm: Sequence[float] = (), crop_size: Sequence[int] = ()) -> Prepared:
     """`transforms.prepare` for a scan that is not to be held: its image, its grid and the scan's."""
     with ExitStack() as stack:
         scan = ScanOnDisk(case["image"], task, stack)
         # What the transforms would do is asked of them with a scan that has a shape and no memory.
         ghost = MetaTensor(torch.zeros(1).expand(1, *scan.shape), affine=torch.from_numpy(scan.affine))
-        for step in (mt.Orientation(**oriented()), mt.Spacing(**resampled(task, settings))):
+        for step in (mt.Orientation(**oriented()), mt.Spacing(**resampled(task, spacing_mm))):
             ghost = step(ghost, lazy=True)
         shape, affine = tuple(int(n) for n in ghost.peek_pending_shape()), np.asarray(ghost.peek_pending_affine(), float)
         image = room((scan.channels, *shape))
@@ -188,7 +187,7 @@ def prepare_large(case: Case, task: Task, settings: Settings) -> Prepared:
     _normalise(image, task)
     body = _body(image)
     image, affine = image[(slice(None), *body)], affine @ start_of(body)
-    missing = [max(0, c - n) for c, n in zip(settings.crop_size, image.shape[1:])]
+    missing = [max(0, c - n) for c, n in zip(crop_size, image.shape[1:])]
     if any(missing):
         before = [m // 2 for m in missing]
         padded = room((len(image), *(n + m for n, m in zip(image.shape[1:], missing))))

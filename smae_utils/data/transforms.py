@@ -17,15 +17,20 @@ from PIL import Image
 from smae_utils.errors import UserError
 from smae_utils.data.pictures import ReadRadiograph, read_flat_mask
 from smae_utils.data.reading import CheckCase, ReadScan, encode_labels
-from smae_utils.work.settings import FinetuneSettings, Settings
 from smae_utils.data.tasks import Task
 from smae_utils.timm_library import RandomResizedCropAndInterpolation, rand_augment_transform
 
 
-def prepare(task: Task, settings: Settings, with_label: bool) -> Compose:
+def prepare(task: Task, with_label: bool, spacing_mm: Sequence[float] = (), crop_size: Sequence[int] = ()) -> Compose:
     """Read, orient, resample, normalise, crop to the body, pad to the crop size: {image: (C, *spatial)[, label: (1, *spatial)]}.
 
     2D images stay PIL images until they are cropped, unless a mask goes with them.
+
+    Args:
+        task: whose channels, window and labels.
+        with_label: also read and prepare the mask.
+        spacing_mm: voxel size of 3D scans; empty: the task's own.
+        crop_size: smaller 3D scans are padded to it with zeros; empty: none is.
     """
     if task.spatial_dims == 2:
         return Compose([ReadRadiograph(task.in_chans), *([ReadFlatMask(task)] if with_label else [])])
@@ -35,10 +40,10 @@ def prepare(task: Task, settings: Settings, with_label: bool) -> Compose:
         ReadScan(keys),
         CheckCase(task, with_label),
         mt.Orientationd(keys, **oriented()),
-        mt.Spacingd(keys, **resampled(task, settings), mode=modes),
+        mt.Spacingd(keys, **resampled(task, spacing_mm), mode=modes),
         normalisation(task),
         mt.CropForegroundd(keys, source_key="image", select_fn=is_foreground, allow_smaller=True),
-        *([] if task.whole else [mt.SpatialPadd(keys, spatial_size=settings.crop_size)]),
+        *([] if task.whole or not crop_size else [mt.SpatialPadd(keys, spatial_size=crop_size)]),
         mt.EnsureTyped(keys, dtype=[torch.float32, torch.uint8][: len(keys)]),
     ]
     return Compose(steps)
@@ -63,13 +68,13 @@ def oriented() -> dict:
     return {"axcodes": "RAS", "labels": (("L", "R"), ("P", "A"), ("I", "S"))}
 
 
-def resampled(task: Task, settings: Settings) -> dict:
-    """Arguments of MONAI's Spacing: the voxel size in mm.
+def resampled(task: Task, spacing_mm: Sequence[float] = ()) -> dict:
+    """Arguments of MONAI's Spacing: the voxel size in mm, the task's own where none is given.
 
     Raises:
         UserError: where neither the settings nor the task say it.
     """
-    if spacing := settings.spacing_mm or task.spacing_mm:
+    if spacing := tuple(spacing_mm) or task.spacing_mm:
         return {"pixdim": spacing}
     raise UserError(f'{task.name} does not say to which voxel size scans are resampled: add "spacing_mm": [x, y, z]; the command check proposes one')
 
@@ -92,66 +97,88 @@ def is_foreground(image: torch.Tensor) -> torch.Tensor:
     return image != 0
 
 
-def keeps_sides(task: Task, settings: Settings) -> bool:
-    """Whether images are not mirrored left-right, in either stage."""
-    return task.sided and not settings.mirror
+def mirrored_axes(task: Task, mirror: bool) -> tuple[int, ...]:
+    """Axes along which crops are flipped, in either stage: not left-right where labels have sides, unless `mirror` says so.
+
+    Front-back followed by half a turn would call a right kidney left, too. Pictures have an upright side.
+    """
+    keeps_sides = task.sided and not mirror
+    if task.spatial_dims == 2:  # rows, columns
+        return () if keeps_sides else (1,)
+    return (2,) if keeps_sides else (0, 1, 2)
 
 
-def augment_pretrain(task: Task, settings: Settings) -> Compose:
-    """Random crops around intensity foreground, and flips as in fine-tuning: positions learn one atlas. Images only."""
-    keep_sides = keeps_sides(task, settings)
+def augment_pretrain(
+    task: Task,
+    crop_size: Sequence[int],
+    crops_per_scan: int = 1,
+    flip_prob: float = 0.2,
+    mirror: bool = False,
+    crop_area: Sequence[float] = (0.08, 1.0),
+) -> Compose:
+    """Random crops around intensity foreground, and flips as in fine-tuning: positions learn one atlas. Images only.
+
+    Args:
+        task: whether images have sides, and whether the network sees them whole.
+        crop_size: voxels or pixels of a crop.
+        crops_per_scan: of 3D scans.
+        flip_prob, mirror: see `mirrored_axes`.
+        crop_area: of what is seen whole, the share that a crop covers before it is resized.
+    """
+    axes = mirrored_axes(task, mirror)
     if task.spatial_dims == 2:
-        return Compose([RandomRadiograph(settings.crop_size, 0.0 if keep_sides else settings.flip_prob, settings.crop_area, "")])
-    flips = _flips(["image"], settings.flip_prob, axes=(2,) if keep_sides else (0, 1, 2))
+        return Compose([RandomRadiograph(crop_size, flip_prob if axes else 0.0, crop_area, "")])
+    flips = _flips(["image"], flip_prob, axes)
     if task.whole:
-        return Compose([*_resized_crop(["image"], settings), *flips])
-    return Compose(
-        [
-            AddForeground(),
-            mt.RandWeightedCropd("image", w_key="foreground", spatial_size=settings.crop_size, num_samples=settings.crops_per_scan),
-            *flips,
-        ]
-    )
+        return Compose([*_resized_crop(["image"], crop_size, crop_area), *flips])
+    crop = mt.RandWeightedCropd("image", w_key="foreground", spatial_size=crop_size, num_samples=crops_per_scan)
+    return Compose([AddForeground(), crop, *flips])
 
 
-def augment_finetune(task: Task, settings: FinetuneSettings) -> Compose:
-    """Crops (balanced over the labels, or of the whole image resized), flips, quarter turns, intensity scale and shift."""
-    keep_sides = keeps_sides(task, settings)
+def augment_finetune(
+    task: Task,
+    crop_size: Sequence[int],
+    crops_per_scan: int = 1,
+    flip_prob: float = 0.2,
+    mirror: bool = False,
+    crop_area: Sequence[float] = (0.08, 1.0),
+    rotate_prob: float = 0.0,
+    intensity_prob: float = 0.0,
+    intensity_scale: float = 0.1,
+    intensity_shift: float = 0.1,
+    rand_augment: str = "",
+) -> Compose:
+    """Crops (balanced over the labels, or of the whole image resized), flips, quarter turns, intensity scale and shift.
+
+    Args:
+        task, crop_size, crops_per_scan, flip_prob, mirror, crop_area: as in `augment_pretrain`.
+        rotate_prob: probability of quarter turns in the axial plane of 3D crops that are square there.
+        intensity_prob, intensity_scale, intensity_shift: how often intensities are scaled and shifted, and by how much at most.
+        rand_augment: a policy of timm for classified 2D images; empty: none.
+    """
+    axes = mirrored_axes(task, mirror)
     if task.spatial_dims == 2 and task.kind == "classification":
-        flip = 0.0 if keep_sides else settings.flip_prob
-        return Compose([RandomRadiograph(settings.crop_size, flip, settings.crop_area, settings.rand_augment, task.in_chans)])
-    keys, size = ["image", "label"] if task.kind == "segmentation" else ["image"], settings.crop_size
+        return Compose([RandomRadiograph(crop_size, flip_prob if axes else 0.0, crop_area, rand_augment, task.in_chans)])
+    keys = ["image", "label"] if task.kind == "segmentation" else ["image"]
     if task.whole:
-        steps = _resized_crop(keys, settings)
+        steps = _resized_crop(keys, crop_size, crop_area)
     else:
-        steps = [
-            mt.RandCropByLabelClassesd(
-                keys, label_key="label", spatial_size=size, num_classes=task.label_values, num_samples=settings.crops_per_scan, warn=False
-            )
-        ]
-    # Mirroring left-right would call a right kidney left; so would front-back followed by half a turn.
-    if task.spatial_dims == 2:  # rows, columns; pictures have an upright side, so they are not turned
-        return Compose([*steps, *_flips(keys, settings.flip_prob, axes=() if keep_sides else (1,)), *_intensity(settings)])
-    steps += _flips(keys, settings.flip_prob, axes=(2,) if keep_sides else (0, 1, 2))
-    if settings.rotate_prob and size[0] == size[1]:
-        steps.append(mt.RandRotate90d(keys, prob=settings.rotate_prob, spatial_axes=(0, 1)))
-    return Compose([*steps, *_intensity(settings)])
+        balanced = {"label_key": "label", "num_classes": task.label_values, "warn": False}
+        steps = [mt.RandCropByLabelClassesd(keys, spatial_size=crop_size, num_samples=crops_per_scan, **balanced)]
+    steps += _flips(keys, flip_prob, axes)
+    if rotate_prob and task.spatial_dims == 3 and crop_size[0] == crop_size[1]:
+        steps.append(mt.RandRotate90d(keys, prob=rotate_prob, spatial_axes=(0, 1)))
+    if intensity_prob:
+        steps.append(mt.RandScaleIntensityd("image", factors=intensity_scale, prob=intensity_prob))
+        steps.append(mt.RandShiftIntensityd("image", offsets=intensity_shift, prob=intensity_prob))
+    return Compose(steps)
 
 
-def _intensity(settings: FinetuneSettings) -> list:
-    if not settings.intensity_prob:
-        return []
-    return [
-        mt.RandScaleIntensityd("image", factors=settings.intensity_scale, prob=settings.intensity_prob),
-        mt.RandShiftIntensityd("image", offsets=settings.intensity_shift, prob=settings.intensity_prob),
-    ]
-
-
-def _resized_crop(keys: Sequence[str], settings: Settings) -> list:
-    """A random box of `crop_area` of the image, resized to the network's input: labels by nearest neighbour (the "exact" one, which shifts nothing by half a pixel)."""
-    low, high = (area ** (1 / len(settings.crop_size)) for area in settings.crop_area)
+def _resized_crop(keys: Sequence[str], size: Sequence[int], area: Sequence[float]) -> list:
+    """A random box that covers `area` of the image, resized to the network's input: labels by nearest neighbour (the "exact" one, which shifts nothing by half a pixel)."""
+    low, high = (share ** (1 / len(size)) for share in area)
     crop = mt.RandScaleCropd(keys, roi_scale=low, max_roi_scale=high, random_size=True, random_center=True)
-    return [crop, ResizeAll(keys, settings.crop_size)]
+    return [crop, ResizeAll(keys, size)]
 
 
 def resize(values: torch.Tensor, size: Sequence[int], label: bool = False) -> torch.Tensor:

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smae_utils.data.batches import read_case, read_splits
+from smae_utils.data.batches import read_case
 from smae_utils.data.tasks import IGNORE, Task, task_of
 from smae_utils.data.tasks.lists import is_list
-from smae_utils.data.transforms import ResizeRadiograph, middle, prepare, resize
+from smae_utils.data.transforms import ResizeRadiograph, middle, resize
 from smae_utils.errors import UserError
 from smae_utils.method.checkpoints.load import load_weights
 from smae_utils.method.mae import MaskedAutoencoder
 from smae_utils.paths import case_name, split_series
-from smae_utils.work.build import build_mae
+from smae_utils.work.build import build_mae, build_splits, build_transform
 from smae_utils.work.evaluation import load_finetuned
 from smae_utils.work.inference import activate, label_map
 from smae_utils.work.run_folder import Run, find_data
@@ -92,7 +92,7 @@ class Source:
     def _read(self, case: dict) -> tuple[Tensor, np.ndarray | None]:
         """The middle of a prepared scan at the model's input size, with its label where there is one."""
         labelled = isinstance(case.get("label"), str) and bool(self.classes)
-        data = read_case(prepare(self.task, self.settings, with_label=labelled), case)
+        data = read_case(build_transform(self.task, self.settings, with_label=labelled), case)
         if self.task.whole:
             image = ResizeRadiograph(self.size)(data)["image"]
             if not labelled:
@@ -180,7 +180,7 @@ def _data_of(run: Run, task: Task, data_dir: str | Path | None) -> tuple[Task, s
 
 def _cases(cases: Any, task: Task, data_dir: str | Path, settings: Settings, stage: str) -> list:
     if cases is None:
-        splits = read_splits(task, data_dir, settings)
+        splits = build_splits(task, data_dir, settings)
         order = ("test", "val", "train") if stage == "finetune" else ("val", "train", "test")
         found = next((splits[part] for part in order if splits.get(part)), [])
         if not found:

@@ -19,10 +19,11 @@ from smae_utils.data.batches import read_case
 from smae_utils.data.tasks import IGNORE, Task, get_task
 from smae_utils.data.tasks.lists import is_list
 from smae_utils.data.tasks.mni152 import write_list as write_mni152_list
-from smae_utils.data.transforms import ResizeRadiograph, middle, prepare, resize
+from smae_utils.data.transforms import ResizeRadiograph, middle, resize
 from smae_utils.method.patches import patchify
 from smae_utils.phantoms import DEFAULT_N, write_phantoms
 from smae_utils.places import work_root
+from smae_utils.work.build import build_transform
 from smae_utils.work.settings import Settings
 
 
@@ -115,7 +116,7 @@ def _tokens_and_labels(task: Task, settings: Settings, encoder: torch.nn.Module,
     tokens = encoder(load_crop(task, settings, case)[None])[0][0, encoder.prefix_tokens :].numpy()
     if task.kind == "classification":
         return tokens.mean(0, keepdims=True), np.nan_to_num(np.asarray(case["label"], float))[None] > 0.5
-    label = read_case(prepare(task, settings, with_label=True), case)["label"]
+    label = read_case(build_transform(task, settings, with_label=True), case)["label"]
     label = resize(label, settings.crop_size, True) if task.whole else middle(label.as_tensor(), settings.crop_size)
     structure = ((label > 0) & (label != IGNORE)).float()[None]
     return tokens, patchify(structure, encoder.patch_size)[0].mean(-1, keepdim=True).numpy() > 0.1
@@ -128,7 +129,7 @@ def versions() -> str:
 
 def load_crop(task: Task, settings: Settings, case: dict) -> torch.Tensor:
     """A prepared scan cut to the model's input around its middle: (C, *crop_size); what the network sees whole is resized."""
-    scan = read_case(prepare(task, settings, with_label=False), case)
+    scan = read_case(build_transform(task, settings, with_label=False), case)
     if task.whole:
         return ResizeRadiograph(settings.crop_size)(scan)["image"]
     return middle(scan["image"].as_tensor(), settings.crop_size)

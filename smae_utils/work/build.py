@@ -1,21 +1,45 @@
-"""Settings and task -> model, loss, optimiser: the one place where they become arguments."""
+"""Settings and task -> cases, transforms, model, loss, optimiser: the one place where settings become arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from monai.losses import DiceLoss
 from monai.networks.nets import DenseNet, UNet
+from monai.transforms import Compose
 from torch import Tensor, nn
 
-from smae_utils.data.tasks import IGNORE, Task
+from smae_utils.data.batches import read_splits
+from smae_utils.data.tasks import IGNORE, Splits, Task
+from smae_utils.data.transforms import augment_finetune, augment_pretrain, prepare
 from smae_utils.errors import UserError
 from smae_utils.method.mae import MaskedAutoencoder
 from smae_utils.method.patches import visible_count
 from smae_utils.method.unetr import UNETR
 from smae_utils.method.vit import ViTClassifier
 from smae_utils.work.settings import FinetuneSettings, PretrainSettings, Settings, learning_rate
+
+
+def build_splits(task: Task, data_dir: str | Path, settings: Settings) -> Splits:
+    """Train, validation and test cases, see `data.batches.read_splits`."""
+    values = {name: getattr(settings, name) for name in ("split_seed", "fold", "test_share", "train_on_val")}
+    return read_splits(task, data_dir, **values)
+
+
+def build_transform(task: Task, settings: Settings, with_label: bool) -> Compose:
+    """What is done with every scan alike, see `data.transforms.prepare`."""
+    return prepare(task, with_label, settings.spacing_mm, settings.crop_size)
+
+
+def build_augmentation(task: Task, settings: Settings) -> Compose:
+    """What is drawn anew for each crop of a stage, see `data.transforms`."""
+    names = ["crop_size", "crops_per_scan", "flip_prob", "mirror", "crop_area"]
+    if isinstance(settings, FinetuneSettings):
+        names += ["rotate_prob", "intensity_prob", "intensity_scale", "intensity_shift", "rand_augment"]
+        return augment_finetune(task, **{name: getattr(settings, name) for name in names})
+    return augment_pretrain(task, **{name: getattr(settings, name) for name in names})
 
 
 def _encoder_args(task: Task, settings: Settings) -> dict:

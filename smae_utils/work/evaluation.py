@@ -13,14 +13,13 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from smae_utils.data.batches import read_splits
 from smae_utils.data.reading import Volume, read_label
 from smae_utils.data.tasks import Case, Task, task_of
 from smae_utils.data.tasks.lists import is_list
 from smae_utils.errors import UserError
 from smae_utils.method.checkpoints.load import load_weights
 from smae_utils.work import devices
-from smae_utils.work.build import build_model
+from smae_utils.work.build import build_model, build_splits
 from smae_utils.work.inference import classify, ignoring, segment
 from smae_utils.work.metrics import dsc, hd95_mm, mean_auc
 from smae_utils.work.progress import Say, Teller, say
@@ -59,7 +58,7 @@ def evaluate(
     where, folder = find_data(run, data_dir)
     if is_list(task.name):
         task = task_of(run.config, where)
-    cases = _labelled(read_splits(task, folder, settings).get(split), split, folder or where, report)
+    cases = _labelled(build_splits(task, folder, settings).get(split), split, folder or where, report)
     recorded = run.config["cases"]
     trained = set(recorded["train"]) | (set(recorded["val"]) if split == "test" else set())
     if seen := sorted(trained & {c["case"] for c in cases}):

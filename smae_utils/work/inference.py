@@ -18,7 +18,8 @@ from smae_utils.data.batches import read_case
 from smae_utils.data.pictures import ReadRadiograph
 from smae_utils.data.reading import CheckCase, ReadScan
 from smae_utils.data.tasks import IGNORE, Case, Task
-from smae_utils.data.transforms import ResizeRadiograph, prepare
+from smae_utils.data.transforms import ResizeRadiograph
+from smae_utils.work.build import build_transform
 from smae_utils.work.metrics import dsc, mean_auc
 from smae_utils.work.settings import FinetuneSettings
 
@@ -145,7 +146,7 @@ def segment(
     """
     if task.spatial_dims == 2:
         return _segment_flat(model, case, task, settings, device, keep)
-    prepared = read_case(lambda scan: (out_of_core.prepare_large if out_of_core.is_large(scan) else _prepare)(scan, task, settings), _image_of(case))
+    prepared = read_case(lambda scan: _prepare(scan, task, settings), _image_of(case))
     probs = probabilities(model, prepared.image, task, settings, device, progress)
     labels = out_of_core.room(prepared.shape, np.uint8)
     kept = out_of_core.room((len(probs), *prepared.shape)) if keep else None
@@ -160,7 +161,7 @@ def segment(
 
 def _segment_flat(model: nn.Module, case: Case, task: Task, settings: FinetuneSettings, device: torch.device, keep: bool) -> Segmented:
     """A 2D image is seen whole at the network's input size; its probabilities are brought back to its own pixels linearly."""
-    read = prepare(task, settings, with_label=False)
+    read = build_transform(task, settings, with_label=False)
     data = read_case(read, _image_of(case))
     width, height = data["image"].size
     logits = model(ResizeRadiograph(settings.crop_size)(data)["image"][None].to(device))[0].float().cpu()
@@ -188,7 +189,9 @@ def _image_of(case: Case) -> Case:
 
 
 def _prepare(case: Case, task: Task, settings: FinetuneSettings) -> out_of_core.Prepared:
-    image = prepare(task, settings, with_label=False)(_image_of(case))["image"]
+    if out_of_core.is_large(case):
+        return out_of_core.prepare_large(case, task, settings.spacing_mm, settings.crop_size)
+    image = build_transform(task, settings, with_label=False)(_image_of(case))["image"]
     shape = tuple(int(n) for n in image.meta["spatial_shape"])[:3]
     return out_of_core.Prepared(image.as_tensor(), np.asarray(image.affine, float), shape, np.asarray(image.meta["original_affine"], float))
 
@@ -216,7 +219,7 @@ def region_labels(masks: list[np.ndarray], task: Task) -> np.ndarray:
 
 def classify(model: nn.Module, cases: list[Case], task: Task, settings: FinetuneSettings, device: torch.device, batch_size: int = 64) -> np.ndarray:
     """Probabilities (cases, classes) of whole images at the model's input size."""
-    read = Compose([prepare(task, settings, with_label=False), ResizeRadiograph(settings.crop_size)])
+    read = Compose([build_transform(task, settings, with_label=False), ResizeRadiograph(settings.crop_size)])
     batch_size = batch_size if task.spatial_dims == 2 else 4
     rows = []
     for start in range(0, len(cases), batch_size):
@@ -233,7 +236,7 @@ def score_cases(model: nn.Module, task: Task, settings: FinetuneSettings, cases:
     device = next(model.parameters()).device
     if task.kind == "classification":
         return mean_auc(np.stack([c["label"] for c in cases]), classify(model, cases, task, settings, device))[0]
-    transform = prepare(task, settings, with_label=True)
+    transform = build_transform(task, settings, with_label=True)
     scores = []
     for case in cases:
         data = read_case(transform, case)

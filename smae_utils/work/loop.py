@@ -7,7 +7,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ from smae_utils.work.build import build_optimizer
 from smae_utils.work.progress import Say
 from smae_utils.work.run_folder import Run, commit, now, only_process
 from smae_utils.work.settings import Settings, as_dict, learning_rate, total_steps
+
+Validate = Callable[[nn.Module], dict[str, float]]  # network -> figures of the validation cases
+BEST = "best.safetensors"
 
 
 @contextmanager
@@ -90,7 +93,7 @@ class Loop:
         self.layer_decay, self.facts = layer_decay, facts
         self.steps, self.warmup = total_steps(settings, len(scans))
 
-    def run(self, resume: bool, validate: Callable[[nn.Module], dict[str, float]] | None, best: bool = False) -> Run:
+    def run(self, resume: bool, validate: Validate | None, best: bool = False) -> Run:
         """Train to the last step and write the weights; `best` keeps those with the highest `val_score` instead of the last.
 
         Raises:
@@ -104,7 +107,7 @@ class Loop:
         accelerator, precision = devices.make_accelerator(precision)
         report = self.report if accelerator.is_main_process else (lambda line: None)
         # Its checks, before a folder is made.
-        training_loader(self.scans, self.augment, self.settings, 0, 0, 0, accelerator.num_processes)
+        self._loader(0, 0, accelerator)
         if run.finished:
             report(f"{run.path} is already finished")
             return run
@@ -118,46 +121,15 @@ class Loop:
             self._train(run, accelerator, precision, report, validate, best)
         return run
 
-    def _train(
-        self,
-        run: Run,
-        accelerator,
-        precision: str,
-        report: Say,
-        validate: Callable[[nn.Module], dict[str, float]] | None,
-        best: bool,
-    ) -> None:
+    def _train(self, run: Run, accelerator, precision: str, report: Say, validate: Validate | None, best: bool) -> None:
         """From the run's last state, or from the start, to the last step."""
-        settings, main, device = self.settings, accelerator.is_main_process, accelerator.device
-        optimizer = build_optimizer(self.model, settings, self.layer_decay)
-        self.model.to(memory_format=devices.memory_format(len(settings.crop_size)))
+        optimizer = build_optimizer(self.model, self.settings, self.layer_decay)
+        self.model.to(memory_format=devices.memory_format(len(self.settings.crop_size)))
         model, optimizer = accelerator.prepare(self.model, optimizer)
-        schedule = CosineLRScheduler(
-            # Steps count from 1: one more than there are after the warm-up, or the last would be taken with a rate of 0.
-            optimizer,
-            t_initial=self.steps - self.warmup + 1,
-            warmup_t=self.warmup,
-            warmup_prefix=True,
-            t_in_epochs=False,
-        )
-        state = {"step": 0, "losses": [], "best": None, "seconds": 0.0}
-        if folder := run.state():
-            state = devices.load_state(accelerator, folder)
-            report(f"going on after step {state['step']}")
-        if main:
-            run.cut_log(state["step"])
-            sitting = {"device": devices.device_name(device), "precision": precision, "processes": accelerator.num_processes}
-            when = {"step": state["step"], "date": now()}
-            run.add_segment({**when, **sitting, "commit": commit(), "num_workers": settings.num_workers})
-            # `precision` stays that of the first sitting; what each computed in is in `segments`.
-            run.note(**{**sitting, "precision": run.config.get("precision", precision)}, steps=self.steps)
-        report(
-            f"{self.config['stage']} {self.config['task']}: {len(self.scans)} training scans, {self.steps} steps of {settings.batch_size} scans x "
-            f"{settings.crops_per_scan} crops, {parameter_count(self.model) / 1e6:.2f} M parameters, {devices.device_name(device)}, {precision}"
-        )
-        loader = training_loader(self.scans, self.augment, settings, state["step"], self.steps, accelerator.process_index, accelerator.num_processes)
-        started, first = time.monotonic() - state["seconds"], state["step"]
-        begin = time.monotonic()
+        schedule = self._schedule(optimizer)
+        state = self._begin(run, accelerator, precision, report)
+        loader = self._loader(state["step"], self.steps, accelerator)
+        first, begin, started = state["step"], time.monotonic(), time.monotonic() - state["seconds"]
         model.train()
         with deferred_interrupt() as interrupted:
             for step, batch in enumerate(loader, start=first + 1):
@@ -165,38 +137,19 @@ class Loop:
                 loss = self._step(accelerator, model, optimizer, batch, step)
                 state["losses"].append(loss)
                 state["step"], state["seconds"] = step, time.monotonic() - started
-                last = step == self.steps
-                scores = {}
-                if validate and settings.val_every and (last or step % settings.val_every == 0):
-                    scores = self._validate(accelerator, model, validate)
-                    if best and math.isnan(scores["val_score"]):
-                        raise UserError(
-                            "no validation case can be scored (no class with both outcomes, or masks that are all empty): use --set select=last, or more validation cases"
-                        )
-                    better = "val_score" in scores and (state["best"] is None or scores["val_score"] > state["best"])
-                    if best and better and main:
-                        state["best"] = scores["val_score"]
-                        save_weights(self.model, run.path / "best.safetensors", self.facts)
-                if scores or last or step % settings.log_every == 0:
-                    entry = {"step": step, "loss": sum(state["losses"]) / len(state["losses"]), **scores, "lr": optimizer.param_groups[-1]["lr"]}
-                    state["losses"] = []
-                    if main:
-                        run.log(**entry, seconds=round(state["seconds"], 2))
-                    left = (self.steps - step) * (time.monotonic() - begin) / (step - first)
-                    shown = "  ".join(f"{k} {v:.4f}" for k, v in entry.items() if k not in ("step", "lr"))
-                    report(f"step {step:>6}/{self.steps}  {shown}  lr {entry['lr']:.2e}  {left:.0f} s left")
-                if main and settings.keep_every and step % settings.keep_every == 0:
-                    (run.path / "checkpoints").mkdir(exist_ok=True)
-                    save_weights(self.model, run.path / "checkpoints" / f"step{step:07d}.safetensors", self.facts)
+                scores = self._scores(accelerator, model, validate, step)
+                if best and scores:
+                    self._keep_best(run, accelerator, state, scores["val_score"])
+                left = (self.steps - step) * (time.monotonic() - begin) / (step - first)
+                self._log(run, accelerator, report, state, scores, optimizer.param_groups[-1]["lr"], left)
                 stop = devices.any_process(accelerator, interrupted())
-                if last or stop or step % settings.save_every == 0:
-                    devices.save_state(accelerator, run, state)
-                if stop and not last:
+                self._save(run, accelerator, state, stop)
+                if stop and step < self.steps:
                     report(f"interrupted after step {step}: the run is saved, go on with --resume (in Python: resume=True)")
                     raise KeyboardInterrupt
-        if main:
-            if best and (run.path / "best.safetensors").is_file():
-                (run.path / "best.safetensors").replace(run.path / WEIGHTS)
+        if accelerator.is_main_process:
+            if best and (run.path / BEST).is_file():
+                (run.path / BEST).replace(run.path / WEIGHTS)
             else:
                 save_weights(self.model, run.path / WEIGHTS, self.facts)
         accelerator.wait_for_everyone()
@@ -206,9 +159,8 @@ class Loop:
         """One update; returns the loss averaged over processes."""
         # Seeded anew each step, so that drop path after a resume draws what it would have drawn.
         torch.manual_seed(derive_seed(self.settings.seed, 30, step, accelerator.process_index))
-        layout = devices.memory_format(batch["image"].ndim - 2)
         batch = {k: v.to(accelerator.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-        batch["image"] = batch["image"].contiguous(memory_format=layout)
+        batch["image"] = batch["image"].contiguous(memory_format=devices.memory_format(batch["image"].ndim - 2))
         with accelerator.autocast():
             loss = self.loss_of(model, batch)
         value = accelerator.gather(loss.detach().reshape(1)).mean().item()
@@ -229,9 +181,74 @@ class Loop:
             f"or lower lr (now {learning_rate(self.settings):g}). {kept}"
         )
 
-    def _validate(self, accelerator, model: nn.Module, validate: Callable[[nn.Module], dict[str, float]]) -> dict[str, float]:
+    def _loader(self, start: int, stop: int, accelerator) -> Iterable[dict]:
+        """Batches of this process for steps `start` .. `stop` - 1."""
+        ours = (self.settings.num_workers, accelerator.process_index, accelerator.num_processes)
+        return training_loader(self.scans, self.augment, self.settings.seed, self.settings.batch_size, start, stop, *ours)
+
+    def _schedule(self, optimizer) -> CosineLRScheduler:
+        # Steps count from 1: one more than there are after the warm-up, or the last would be taken with a rate of 0.
+        after = self.steps - self.warmup + 1
+        return CosineLRScheduler(optimizer, t_initial=after, warmup_t=self.warmup, warmup_prefix=True, t_in_epochs=False)
+
+    def _begin(self, run: Run, accelerator, precision: str, report: Say) -> dict[str, Any]:
+        """The state to go on from; notes down in the run who goes on, with what."""
+        state = {"step": 0, "losses": [], "best": None, "seconds": 0.0}
+        if folder := run.state():
+            state = devices.load_state(accelerator, folder)
+            report(f"going on after step {state['step']}")
+        device = devices.device_name(accelerator.device)
+        if accelerator.is_main_process:
+            run.cut_log(state["step"])
+            sitting = {"device": device, "precision": precision, "processes": accelerator.num_processes}
+            run.add_segment({"step": state["step"], "date": now(), **sitting, "commit": commit(), "num_workers": self.settings.num_workers})
+            # `precision` stays that of the first sitting; what each computed in is in `segments`.
+            run.note(**{**sitting, "precision": run.config.get("precision", precision)}, steps=self.steps)
+        crops = f"{self.settings.batch_size} scans x {self.settings.crops_per_scan} crops"
+        report(
+            f"{self.config['stage']} {self.config['task']}: {len(self.scans)} training scans, {self.steps} steps of {crops}, "
+            f"{parameter_count(self.model) / 1e6:.2f} M parameters, {device}, {precision}"
+        )
+        return state
+
+    def _scores(self, accelerator, model: nn.Module, validate: Validate | None, step: int) -> dict[str, float]:
+        """Figures of the validation cases where the step is due for them, else none."""
+        every = self.settings.val_every
+        if not validate or not every or (step < self.steps and step % every):
+            return {}
         model.eval()
         with torch.inference_mode(), accelerator.autocast():
             scores = validate(accelerator.unwrap_model(model))
         model.train()
         return scores
+
+    def _keep_best(self, run: Run, accelerator, state: dict[str, Any], score: float) -> None:
+        if math.isnan(score):
+            raise UserError(
+                "no validation case can be scored (no class with both outcomes, or masks that are all empty): "
+                "use --set select=last, or more validation cases"
+            )
+        if accelerator.is_main_process and (state["best"] is None or score > state["best"]):
+            state["best"] = score
+            save_weights(self.model, run.path / BEST, self.facts)
+
+    def _log(self, run: Run, accelerator, report: Say, state: dict[str, Any], scores: dict[str, float], lr: float, left: float) -> None:
+        """A line of progress where one is due: the mean loss since the last one, and `left` seconds to go."""
+        step = state["step"]
+        if not scores and step < self.steps and step % self.settings.log_every:
+            return
+        entry = {"step": step, "loss": sum(state["losses"]) / len(state["losses"]), **scores, "lr": lr}
+        state["losses"] = []
+        if accelerator.is_main_process:
+            run.log(**entry, seconds=round(state["seconds"], 2))
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in entry.items() if k not in ("step", "lr"))
+        report(f"step {step:>6}/{self.steps}  {shown}  lr {lr:.2e}  {left:.0f} s left")
+
+    def _save(self, run: Run, accelerator, state: dict[str, Any], stop: bool) -> None:
+        """Weights to watch the network learn, and a state to go on from, where they are due."""
+        step, settings = state["step"], self.settings
+        if accelerator.is_main_process and settings.keep_every and step % settings.keep_every == 0:
+            (run.path / "checkpoints").mkdir(exist_ok=True)
+            save_weights(self.model, run.path / "checkpoints" / f"step{step:07d}.safetensors", self.facts)
+        if stop or step == self.steps or step % settings.save_every == 0:
+            devices.save_state(accelerator, run, state)

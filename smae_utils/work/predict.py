@@ -22,11 +22,12 @@ from smae_utils.data.pictures import read_image
 from smae_utils.data.reading import Volume, first_file, read_volume, units_of
 from smae_utils.data.tasks import Case, Task, get_task
 from smae_utils.data.tasks.lists import images_of, is_list
-from smae_utils.data.transforms import ResizeRadiograph, prepare
+from smae_utils.data.transforms import ResizeRadiograph
 from smae_utils.errors import UserError
 from smae_utils.paths import NIBABEL_ENDINGS, case_name, has_ending, split_series
 from smae_utils.show.plots import show_flat_overlay, show_overlay
 from smae_utils.work import devices
+from smae_utils.work.build import build_transform
 from smae_utils.work.evaluation import load_finetuned, save_nifti, write_mask
 from smae_utils.work.inference import check_scan, classify, segment
 from smae_utils.work.progress import Say, Teller, say
@@ -247,7 +248,7 @@ def _classify(model, task: Task, settings, cases: list[Case], out: Path, device,
 
 def occlusion_map(model, case: Case, task: Task, settings, device, finding: int) -> np.ndarray:
     """(grid) fall of the probability of a finding when one patch is replaced by the image's mean (Zeiler and Fergus, arXiv 1311.2901)."""
-    image = ResizeRadiograph(settings.crop_size)(read_case(prepare(task, settings, with_label=False), case))["image"]
+    image = ResizeRadiograph(settings.crop_size)(read_case(build_transform(task, settings, with_label=False), case))["image"]
     patch = settings.patch_size
     grid = tuple(n // patch for n in settings.crop_size)
     covered = image.repeat(int(np.prod(grid)), 1, 1, 1)

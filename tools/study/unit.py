@@ -18,8 +18,9 @@ from smae_utils.method.checkpoints.load import WEIGHTS
 from smae_utils.work.build import build_model
 from smae_utils.work.cost import crop_cost
 from smae_utils.work.evaluation import evaluate, read_metrics
+from smae_utils.work.finetune import finetune
+from smae_utils.work.pretrain import pretrain
 from smae_utils.work.settings import FinetuneSettings, PretrainSettings, Settings, make_settings
-from smae_utils.work.training import finetune, pretrain
 from tools.study.cases import all_cases, draw_labelled, parts, write_list
 from tools.study.plan import Arm, Row, Study
 
