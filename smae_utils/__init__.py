@@ -18,6 +18,8 @@ _DEFINED_IN = {
     "finetune": "work.finetune",
     "evaluate": "work.evaluation",
     "compare": "work.evaluation",
+    "Predictor": "work.predictor",
+    "predict": "predict_files",
     "explore": "show.explorer",
 }
 __all__ = [*_DEFINED_IN, "__version__"]

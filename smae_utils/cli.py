@@ -230,7 +230,7 @@ def _check(args) -> int:
 
 
 def _predict(args) -> None:
-    from smae_utils.work.predict import predict
+    from smae_utils.predict_files import predict
 
     predict(args.run, args.scans, args.out, args.probabilities, args.occlusion)
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -18,6 +19,7 @@ from smae_utils.data.tasks import get_task
 from smae_utils.work.build import build_splits
 from smae_utils.work.run_folder import Run
 from smae_utils.work.settings import FinetuneSettings
+from tools.__main__ import main as tools_main
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,9 +28,9 @@ ROOT = Path(__file__).parents[1]
 def smae(capsys, tiny, bare):
     """Call the command line in this process: (exit code, standard output, standard error)."""
 
-    def call(*words) -> tuple[int, str, str]:
+    def call(*words, command=main) -> tuple[int, str, str]:
         capsys.readouterr()
-        code = main([str(w) for w in words])
+        code = command([str(w) for w in words])
         out, err = capsys.readouterr()
         return code, out, err
 
@@ -37,6 +39,7 @@ def smae(capsys, tiny, bare):
         return call(stage, "--task", task, "--data", data, "--preset", bare, "--out", out, *words, "--set", *(f"{k}={v}" for k, v in values.items()))
 
     call.train = train
+    call.tools = partial(call, command=tools_main)
     return call
 
 
@@ -72,7 +75,7 @@ def test_unknown_words(smae, brats, tmp_path):
     refused(smae("run", "07_nothing"), "07_nothing", "01_masking")
     refused(smae("run", "01_masking", "-p", "sed", "1"), "sed", "seed: int")
     refused(smae("run", "01_masking", "-p", "seed", "many"), "seed must be int", "many")
-    refused(smae("demo", "--task", "btvc", "--out", tmp_path / "demo"), "btvc", "btcv")
+    refused(smae.tools("demo", "--task", "btvc", "--out", tmp_path / "demo"), "btvc", "btcv")
     assert not (tmp_path / "run").exists() and not (tmp_path / "demo").exists()
 
 
@@ -207,8 +210,8 @@ def test_the_demo_deletes_only_what_it_made(smae, tmp_path):
     mine = tmp_path / "demo" / "btcv" / "data"
     mine.mkdir(parents=True)
     (mine / "RawData.zip").write_text("mine", encoding="utf-8")
-    refused(smae("demo", "--task", "btcv", "--out", tmp_path / "demo"), "did not make")
-    refused(smae("demo", "--task", "btcv", "--out", tmp_path / "demo", "--preset", "dmeo"), "dmeo")
+    refused(smae.tools("demo", "--task", "btcv", "--out", tmp_path / "demo"), "did not make")
+    refused(smae.tools("demo", "--task", "btcv", "--out", tmp_path / "demo", "--preset", "dmeo"), "dmeo")
     assert (mine / "RawData.zip").read_text(encoding="utf-8") == "mine"
 
 

@@ -100,8 +100,8 @@ def test_files_that_are_no_dicom_are_named(content, tmp_path):
 
 @pytest.mark.slow
 def test_a_dicom_folder_is_predicted_in_its_own_space(btcv, tiny, bare, tmp_path):
+    from smae_utils.predict_files import predict
     from smae_utils.work.finetune import finetune
-    from smae_utils.work.predict import predict
 
     run = finetune("btcv", btcv, tmp_path / "run", preset=bare, overrides={**tiny["btcv", "finetune"], "steps": 1}, report=[].append)
     folder = tmp_path / "series"

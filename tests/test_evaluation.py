@@ -18,11 +18,12 @@ from sklearn.metrics import f1_score, roc_auc_score
 from smae_utils.data import out_of_core
 from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
-from smae_utils.work import evaluation, inference
 from smae_utils.work.build import build_splits, build_transform
 from smae_utils.work.evaluation import compare, evaluate, summarise
 from smae_utils.work.finetune import finetune
-from smae_utils.work.inference import region_labels
+from smae_utils.work.grids import region_labels
+from smae_utils.work.metrics import dsc
+from smae_utils.work.predictor import Predictor, Segmented
 from smae_utils.work.pretrain import pretrain
 from smae_utils.work.run_folder import Run
 from smae_utils.work.settings import FinetuneSettings
@@ -57,9 +58,9 @@ def nearest_hd95(pred: np.ndarray, label: np.ndarray, spacing) -> float:
     return max(np.percentile(cKDTree(there).query(here)[0], 95) for here, there in ((a, b), (b, a)))
 
 
-def blocks(model, image, task, *_) -> torch.Tensor:
+def blocks(predictor, image, *_) -> torch.Tensor:
     """Probabilities in blocks of 4 voxels, drawn anew for each scan of another size: masks with something of every class everywhere."""
-    rng = np.random.default_rng(image.shape[1])
+    rng, task = np.random.default_rng(image.shape[1]), predictor.task
     coarse = torch.from_numpy(rng.random((task.out_chans, *(-(-n // 4) for n in image.shape[1:]))).astype(np.float32))
     for axis in (1, 2, 3):
         coarse = coarse.repeat_interleave(4, axis)
@@ -71,7 +72,7 @@ def blocks(model, image, task, *_) -> torch.Tensor:
 def test_written_masks_lie_on_the_scans_own_grid_and_give_the_reported_figures(task, runs, data, monkeypatch):
     # A tiny network may find nothing at all, and then there would be nothing to compare.
     run = runs[task][0]
-    monkeypatch.setattr(inference, "probabilities", blocks)
+    monkeypatch.setattr(Predictor, "probabilities", blocks)
     table = evaluate(run.path, report=quiet)
     record = get_task(task)
     cases = {c["case"]: c for c in build_splits(record, data[task], FinetuneSettings())["test"]}
@@ -108,11 +109,11 @@ def test_a_perfect_model_scores_near_one_on_every_scan_whatever_its_orientation(
         masks = [torch.from_numpy(m).float() for m in record.class_masks(label)]
         if record.exclusive:
             masks = [1 - sum(masks), *masks]
-        monkeypatch.setattr(inference, "probabilities", lambda *_, masks=masks: torch.stack(masks))
-        predicted = inference.segment(None, case, record, settings, torch.device("cpu")).labels
+        monkeypatch.setattr(Predictor, "probabilities", lambda *_, masks=masks: torch.stack(masks))
+        predicted = Predictor.of(torch.nn.Linear(1, 1), record, settings).segment(case).labels
         stored = nib.load(case["label"])
         orientations.add(nib.aff2axcodes(stored.affine))
-        scores = [inference.dsc(p, t) for p, t in zip(record.class_masks(predicted), record.class_masks(np.asarray(stored.dataobj)))]
+        scores = [dsc(p, t) for p, t in zip(record.class_masks(predicted), record.class_masks(np.asarray(stored.dataobj)))]
         assert np.nanmean(scores) > 0.8 and np.nanmin(scores) > 0.55, case["case"]
     assert len(orientations) > 1
 
@@ -123,12 +124,13 @@ def test_slabs_of_windows_give_what_one_run_gives(overlap, monkeypatch):
     torch.manual_seed(0)
     task, settings = get_task("btcv"), replace(FinetuneSettings(), crop_size=(8, 8, 8), overlap=overlap)
     net, image = torch.nn.Conv3d(1, task.out_chans, 3, padding=1), torch.rand(1, 11, 8, 61)
+    predictor = Predictor.of(net, task, settings)
     with torch.inference_mode():
-        whole = inference.probabilities(net, image, task, settings, torch.device("cpu"))
+        whole = predictor.probabilities(image)
         expected = sliding_window_inference(image[None], (8, 8, 8), 1, net, overlap=overlap, mode="gaussian")[0].softmax(0)
         monkeypatch.setattr(out_of_core, "CHANNEL_VOXELS", 11 * 8 * 14 * 20)
         told = []
-        parts = inference.probabilities(net, image, task, settings, torch.device("cpu"), lambda *n: told.append(n))
+        parts = predictor.probabilities(image, lambda *n: told.append(n))
     assert torch.allclose(whole, expected, atol=1e-5)
     assert parts.dtype == torch.float16 and torch.allclose(parts.float(), whole, atol=1e-3)
     assert told[-1][0] == told[-1][1] == max(n for n, _ in told)
@@ -152,7 +154,7 @@ def test_room_for_a_large_volume_is_zeros_in_a_file_and_a_full_disk_is_told_at_o
 
 def test_a_mask_that_is_not_brought_back_to_the_scans_grid_is_noticed(btcv, tiny, bare, tmp_path, monkeypatch):
     run = finetune("btcv", btcv, tmp_path / "run", preset=bare, overrides={**tiny["btcv", "finetune"], "steps": 1}, report=quiet)
-    monkeypatch.setattr(evaluation, "segment", lambda *_, **__: inference.Segmented(np.zeros((3, 3, 3), np.uint8), np.eye(4), None))
+    monkeypatch.setattr(Predictor, "segment", lambda *_, **__: Segmented(np.zeros((3, 3, 3), np.uint8), np.eye(4), None))
     with pytest.raises(UserError, match="must lie on one grid"):
         evaluate(run.path, report=quiet)
 

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from smae_utils.cli import main
 from smae_utils.data.batches import derive_seed
 from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
@@ -23,6 +22,7 @@ from smae_utils.method.checkpoints.load import save_weights
 from smae_utils.work.build import build_model, build_optimizer
 from smae_utils.work.finetune import finetune
 from smae_utils.work.settings import FinetuneSettings, make_settings
+from tools.__main__ import main
 from tools.study import tables
 from tools.study.cases import all_cases, draw_labelled, parts
 from tools.study.plan import read_study
@@ -76,7 +76,7 @@ def dots(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def smae(study: Path, data: Path, tmp_path: Path, *words: str) -> int:
-    return main(["evidence", str(study), "--data", str(data), "--out", str(tmp_path / "out"), "--results", str(tmp_path / "res"), *words])
+    return main(["study", str(study), "--data", str(data), "--out", str(tmp_path / "out"), "--results", str(tmp_path / "res"), *words])
 
 
 @pytest.mark.parametrize("name", ["hippocampus", "cxr14_64px"])

@@ -20,9 +20,9 @@ from smae_utils.method.mae import MaskedAutoencoder
 from smae_utils.method.patches import split_by_noise
 from smae_utils.method.unetr import UNETR
 from smae_utils.method.vit import ViTClassifier
-from smae_utils.work.evaluation import load_finetuned
 from smae_utils.work.export import export
 from smae_utils.work.finetune import finetune
+from smae_utils.work.predictor import load_finetuned
 from smae_utils.work.pretrain import pretrain
 from smae_utils.work.run_folder import Run
 

@@ -27,17 +27,18 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from smae_utils.cli import main
+from smae_utils.data.case import IGNORE
 from smae_utils.data.pictures import ReadRadiograph, read_image
 from smae_utils.data.reading import Volume, read_channels, read_label, read_mask, read_volume
-from smae_utils.data.tasks import IGNORE, Task, get_task
+from smae_utils.data.tasks import Task, get_task
 from smae_utils.data.tasks.lists import record_of, task_from_record
 from smae_utils.errors import UserError
 from smae_utils.paths import case_name
+from smae_utils.predict_files import _sizes
 from smae_utils.work import check as checking
 from smae_utils.work.build import build_augmentation, build_loss, known_bce
 from smae_utils.work.evaluation import score_masks, write_mask
 from smae_utils.work.metrics import mean_auc
-from smae_utils.work.predict import _sizes
 from smae_utils.work.settings import FinetuneSettings
 
 PAGE = Path(__file__).parents[1] / "docs" / "formats.md"

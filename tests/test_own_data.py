@@ -16,14 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
+from smae_utils import predict_files as predict
 from smae_utils.cli import main
 from smae_utils.data.tasks import get_task
 from smae_utils.work import check as checking
-from smae_utils.work import inference, predict
 from smae_utils.work.build import build_splits, build_transform
-from smae_utils.work.evaluation import load_finetuned
 from smae_utils.work.finetune import finetune
-from smae_utils.work.inference import classify, dsc
+from smae_utils.work.metrics import dsc
+from smae_utils.work.predictor import Predictor, load_finetuned
 from smae_utils.work.run_folder import Run
 from smae_utils.work.settings import FinetuneSettings, resolve
 
@@ -277,7 +277,7 @@ def perfect(monkeypatch, trained):
             prepared = build_transform(task, settings, with_label=True)({"case": "c", "image": str(image), "label": str(label)})["label"][0]
             return torch.nn.functional.one_hot(prepared.as_tensor().long(), len(task.classes) + 1).movedim(-1, 0).float()
 
-        monkeypatch.setattr(inference, "probabilities", known)
+        monkeypatch.setattr(Predictor, "probabilities", known)
         return predict.predict(run, [image for image, _ in pairs], out, report=quiet)
 
     return call
@@ -364,7 +364,7 @@ def test_tumour_masks_hold_the_labels_of_the_challenge_and_their_regions_are_nes
         coarse = torch.rand(1, 3, 4, 4, 4, generator=generator)
         return torch.nn.functional.interpolate(coarse, size=image.shape[1:], mode="trilinear")[0]
 
-    monkeypatch.setattr(inference, "probabilities", noise)
+    monkeypatch.setattr(Predictor, "probabilities", noise)
     table = predict.predict(run.path, [c["image"] for c in cases], tmp_path / "out", probabilities=True, report=quiet).set_index("case")
     for case in cases:
         mask = on_the_grid_of(tmp_path / "out" / f"{case['case']}.nii.gz", Path(case["image"]))
@@ -391,8 +391,7 @@ def test_probabilities_of_radiographs_are_those_of_the_classifier(classifier, cx
     cases = build_splits(task, cxr14, settings)["test"]
     predict.predict(classifier, [c["image"] for c in cases], tmp_path / "out", report=quiet)
     written = pd.read_csv(tmp_path / "out" / "probabilities.csv")
-    with torch.inference_mode():
-        expected = classify(model, cases, task, settings, torch.device("cpu"))
+    expected = Predictor.of(model, task, settings).classify(cases)
     assert list(written.columns[1:-1]) == list(task.classes)
     np.testing.assert_allclose(written[list(task.classes)].to_numpy(), expected, atol=1e-3)
     assert np.ptp(expected, axis=0).max() > 1e-3  # else any order of the images would pass
@@ -579,9 +578,9 @@ def test_a_run_means_the_same_after_its_list_was_changed_or_moved_away(tmp_path,
 
     import nibabel as nib
 
-    from smae_utils.work.evaluation import load_finetuned
+    from smae_utils.predict_files import predict
     from smae_utils.work.finetune import finetune
-    from smae_utils.work.predict import predict
+    from smae_utils.work.predictor import load_finetuned
     from smae_utils.work.run_folder import Run
 
     rng = np.random.default_rng(0)

@@ -272,13 +272,6 @@ def installed(tmp_path):
     return call
 
 
-@pytest.mark.parametrize("command", ["test", "env", "readme"])
-def test_what_needs_a_clone_says_so_in_one_line_where_the_package_is_installed(command, installed):
-    done = installed(command)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: ") and "clone the repository" in done.stderr
-
-
 def test_jupyterlab_of_an_installed_package_opens_a_copy_of_its_notebooks_that_stays_the_users(installed):
     code = "from smae_utils.run_notebook import notebooks_to_open; print(notebooks_to_open())"
     mine = installed.here / "notebooks" / "00_data.ipynb"
@@ -427,8 +420,8 @@ def test_the_installed_wheel_runs_apart_from_the_clone(wheel, tmp_path):
 
 
 def test_words_after_test_go_to_pytest_as_they_are(monkeypatch):
-    from smae_utils.cli import main
     from tools import environment
+    from tools.__main__ import main
 
     calls = []
     monkeypatch.setattr(environment.subprocess, "run", lambda command, **more: calls.append(command) or subprocess.CompletedProcess(command, 5))
@@ -436,14 +429,14 @@ def test_words_after_test_go_to_pytest_as_they_are(monkeypatch):
     (command,) = calls
     assert command[1:3] == ["-m", "pytest"] and command[-5:] == ["-m", "not slow", "tests/test_cost.py", "-k", "flops"]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert '$(RUN) test -m "not slow" $(TESTS)' in makefile
+    assert '$(TOOLS) test -m "not slow" $(TESTS)' in makefile
 
 
 @pytest.mark.parametrize("fetched", [True, False], ids=["fetched", "offline"])
 @pytest.mark.parametrize("root", [True, False], ids=["root", "user"])
 def test_a_browser_is_installed_on_request_only_and_the_system_is_changed_only_as_root(root, fetched, monkeypatch, capsys):
-    from smae_utils.cli import main
     from tools import environment
+    from tools.__main__ import main
 
     calls = []
     monkeypatch.setattr(environment, "make_environment", lambda: None)

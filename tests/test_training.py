@@ -23,6 +23,7 @@ from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
 from smae_utils.work import finetune as finetuning
 from smae_utils.work import loop
+from smae_utils.work import pretrain as pretraining
 from smae_utils.work.build import build_model, build_optimizer, build_splits
 from smae_utils.work.finetune import finetune
 from smae_utils.work.loop import Loop
@@ -372,7 +373,7 @@ def test_the_best_weights_on_validation_are_kept_when_asked(cxr14, tiny, bare, t
         kept.append({k: v.clone() for k, v in net.state_dict().items()})
         return next(scores)
 
-    monkeypatch.setattr(training, "score_cases", score)
+    monkeypatch.setattr(finetuning, "score_cases", score)
     overrides = {**tiny["cxr14", "finetune"], "select": "best", "val_every": 1}
     run = finetune("cxr14", cxr14, tmp_path / "run", preset=bare, overrides=overrides, report=quiet)
     final = tensors(run)
@@ -417,7 +418,8 @@ def test_training_leaves_the_global_generators_as_they_were(fails, cxr14, tiny, 
 
 def test_notes_of_a_task_are_told_at_the_start_of_both_stages(brats, tiny, bare, tmp_path, monkeypatch):
     record = dataclasses.replace(get_task("brats"), notes=("the column 'age' is not used",))
-    monkeypatch.setattr(training, "get_task", lambda name: record)
+    for module in (pretraining, finetuning):
+        monkeypatch.setattr(module, "get_task", lambda name: record)
     for stage, train in (("pretrain", pretrain), ("finetune", finetune)):
         said = []
         train("brats", brats, tmp_path / stage, preset=bare, overrides={**tiny["brats", stage], "steps": 1}, report=said.append)

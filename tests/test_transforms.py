@@ -17,7 +17,7 @@ from smae_utils.data.transforms import RandomRadiograph, ReadRadiograph
 from smae_utils.errors import UserError
 from smae_utils.phantoms.shapes import rotation, save_nifti
 from smae_utils.work.build import build_augmentation, build_transform
-from smae_utils.work.inference import to_scan_grid
+from smae_utils.work.grids import to_scan_grid
 from smae_utils.work.metrics import dsc
 from smae_utils.work.settings import FinetuneSettings, PretrainSettings
 

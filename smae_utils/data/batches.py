@@ -16,7 +16,8 @@ from monai.transforms import Compose
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from smae_utils.errors import UserError
-from smae_utils.data.tasks import Case, Splits, Task, hold_out
+from smae_utils.data.case import Case, Splits, hold_out
+from smae_utils.data.tasks import Task
 
 
 def read_splits(

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from smae_utils.paths import has_ending
 from smae_utils.data.reading import FILE_ERRORS, check_channels, check_finite, check_grid, check_header, unreadable, volume_shape
-from smae_utils.data.tasks import Case, Task
+from smae_utils.data.case import Case, files_of
+from smae_utils.data.tasks import Task
 from smae_utils.data.transforms import normalisation, oriented, resampled
 
 # Voxels x channels that are held in memory at a time, in a few arrays: 256 MB each in fp32. What is larger goes to a temporary file.
@@ -83,7 +84,7 @@ class ScanOnDisk:
     """
 
     def __init__(self, image: str | list[str], task: Task, stack: ExitStack):
-        files = image if isinstance(image, list) else [image]
+        files = files_of(image)
         self.name, self.parts = files[0], []
         for file in files:
             part = nib.load(file)
@@ -133,7 +134,7 @@ def _unpacked(file: str, stack: ExitStack) -> str:
 
 def is_large(case: Case) -> bool:
     """Whether a case is NIfTI and has more voxels than are held at a time."""
-    files = case["image"] if isinstance(case["image"], list) else [case["image"]]
+    files = files_of(case["image"])
     if not all(has_ending(f, (".nii", ".nii.gz")) for f in files):
         return False
     try:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .shapes import case_rng, coverage, ellipsoid, grid_mm, rotation, save_nifti, to_body, tube
+from smae_utils.phantoms.shapes import case_rng, coverage, ellipsoid, grid_mm, rotation, save_nifti, to_body, tube
 
 ORGANS = (
     "spleen",

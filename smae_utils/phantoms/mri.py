@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .shapes import case_rng, coverage, ellipsoid, grid_mm, rotation, save_nifti, to_body, tube
+from smae_utils.phantoms.shapes import case_rng, coverage, ellipsoid, grid_mm, rotation, save_nifti, to_body, tube
 
 AXCODES = ("RAS", "LPS", "LAS", "RPS", "LPI", "PSR")
 EDEMA, NON_ENHANCING, ENHANCING = 1, 2, 3

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from smae_utils.data.batches import read_case
-from smae_utils.data.tasks import IGNORE, Task, task_of
+from smae_utils.data.case import IGNORE
+from smae_utils.data.tasks import Task, task_of
 from smae_utils.data.tasks.lists import is_list
 from smae_utils.data.transforms import ResizeRadiograph, middle, resize
 from smae_utils.errors import UserError
@@ -19,8 +20,8 @@ from smae_utils.method.checkpoints.load import load_weights
 from smae_utils.method.mae import MaskedAutoencoder
 from smae_utils.paths import case_name, split_series
 from smae_utils.work.build import build_mae, build_splits, build_transform
-from smae_utils.work.evaluation import load_finetuned
-from smae_utils.work.inference import activate, label_map
+from smae_utils.work.grids import activate, label_map
+from smae_utils.work.predictor import load_finetuned
 from smae_utils.work.run_folder import Run, find_data
 from smae_utils.work.settings import PretrainSettings, Settings, make_settings
 

@@ -16,7 +16,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from smae_utils.data.batches import read_case
-from smae_utils.data.tasks import IGNORE, Task, get_task
+from smae_utils.data.case import IGNORE
+from smae_utils.data.tasks import Task, get_task
 from smae_utils.data.tasks.lists import is_list
 from smae_utils.data.tasks.mni152 import write_list as write_mni152_list
 from smae_utils.data.transforms import ResizeRadiograph, middle, resize

@@ -12,7 +12,8 @@ from monai.transforms import Compose
 from torch import Tensor, nn
 
 from smae_utils.data.batches import read_splits
-from smae_utils.data.tasks import IGNORE, Splits, Task
+from smae_utils.data.case import IGNORE, Splits
+from smae_utils.data.tasks import Task
 from smae_utils.data.transforms import augment_finetune, augment_pretrain, prepare
 from smae_utils.errors import UserError
 from smae_utils.method.mae import MaskedAutoencoder

@@ -15,9 +15,10 @@ import numpy as np
 import pandas as pd
 
 from smae_utils.data.batches import read_case
+from smae_utils.data.case import IGNORE, Case, files_of
 from smae_utils.data.pictures import ReadRadiograph
 from smae_utils.data.reading import by, contradiction, read_channels, read_label
-from smae_utils.data.tasks import IGNORE, Case, Task, get_task
+from smae_utils.data.tasks import Task, get_task
 from smae_utils.data.tasks.lists import is_list
 from smae_utils.errors import UserError
 from smae_utils.paths import NIFTI_ENDINGS, has_ending
@@ -119,7 +120,7 @@ def _hash(values: np.ndarray) -> str:
 
 def _nifti_files(case: Case, task: Task) -> list[str]:
     """Images and mask of a case, as far as they are NIfTI."""
-    files = [*(case["image"] if isinstance(case["image"], list) else [case["image"]])]
+    files = files_of(case["image"])
     if task.kind == "segmentation" and "label" in case:
         files.append(case["label"])
     return [f for f in files if has_ending(f, NIFTI_ENDINGS)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +14,19 @@ import pandas as pd
 import torch
 from PIL import Image
 
+from smae_utils.data.batches import read_case
+from smae_utils.data.case import Case
 from smae_utils.data.reading import Volume, read_label
-from smae_utils.data.tasks import Case, Task, task_of
+from smae_utils.data.tasks import Task, task_of
 from smae_utils.data.tasks.lists import is_list
 from smae_utils.errors import UserError
-from smae_utils.method.checkpoints.load import load_weights
-from smae_utils.work import devices
-from smae_utils.work.build import build_model, build_splits
-from smae_utils.work.inference import classify, ignoring, segment
+from smae_utils.work.build import build_splits
+from smae_utils.work.grids import dsc_of_classes, ignoring, label_map
 from smae_utils.work.metrics import dsc, hd95_mm, mean_auc
+from smae_utils.work.predictor import Predictor
 from smae_utils.work.progress import Say, Teller, say
 from smae_utils.work.run_folder import FREE_SETTINGS, Run, find_data, said_of_list, write_text
 from smae_utils.work.settings import FinetuneSettings, make_settings
-
-
-def load_finetuned(run: Run) -> tuple[torch.nn.Module, Task, FinetuneSettings]:
-    """The network of a finished fine-tuning run, with its weights and in eval mode, and what it was made for."""
-    config = run.config
-    task = task_of(config)
-    settings = make_settings(FinetuneSettings, config["settings"], where=str(run.path / "config.yaml"))
-    model = build_model(task, settings)
-    load_weights(model, run.path, require="")
-    return model.eval(), task, settings
 
 
 def evaluate(
@@ -50,14 +42,14 @@ def evaluate(
         One row a case and class: dsc, hd95_mm (or hd95_px), and whether label and prediction are there; for classification target and score.
     """
     run = Run.open(run_dir, stage="finetune")
-    if not run.finished:
-        raise UserError(f"{run.path} is not finished: go on with finetune --resume before evaluating it")
     if split not in ("test", "val"):
         raise UserError(f"split must be test or val, got {split!r}")
-    model, task, settings = load_finetuned(run)
+    predictor = Predictor.from_run(run)
     where, folder = find_data(run, data_dir)
-    if is_list(task.name):
-        task = task_of(run.config, where)
+    if is_list(predictor.task.name):
+        predictor = replace(predictor, task=task_of(run.config, where))
+    task = predictor.task
+    settings = make_settings(FinetuneSettings, run.config["settings"], where=str(run.path / "config.yaml"))
     cases = _labelled(build_splits(task, folder, settings).get(split), split, folder or where, report)
     recorded = run.config["cases"]
     trained = set(recorded["train"]) | (set(recorded["val"]) if split == "test" else set())
@@ -65,24 +57,43 @@ def evaluate(
         raise UserError(
             f"{len(seen)} of the {split} cases were used in training this run, {seen[0]} for one: evaluate on the data it was trained with"
         )
-    device = devices.best_device()
-    precision, line = devices.usable_precision(run.config.get("precision", "auto"), device)
-    if line:
-        report(line)
-    model.to(device, memory_format=devices.memory_format(task.spatial_dims))
+    if predictor.note:
+        report(predictor.note)
     started = time.monotonic()
-    with devices.inference_context(device, precision):
-        if task.kind == "classification":
-            table = _classification_rows(model, cases, task, settings, device)
-        else:
-            masks = run.path / _of_split("predictions", split) if save_masks else None
-            table = _segmentation_rows(model, cases, task, settings, device, masks, report)
+    if task.kind == "classification":
+        table = _classification_rows(predictor, cases)
+    else:
+        masks = run.path / _of_split("predictions", split) if save_masks else None
+        table = _segmentation_rows(predictor, cases, masks, report)
     summary = summarise(table, task)
     write_text(run.path / f"{_of_split('metrics', split)}.csv", table.to_csv(index=False))
     run.write_json(f"{_of_split('metrics', split)}.json", {"split": split, "cases": len(cases), **summary})
     means = "  ".join(f"{k} {v:.4g}" for k, v in summary["mean"].items())
     report(f"{run.path.name}: {len(cases)} {split} cases  {means}  ({time.monotonic() - started:.0f} s)")
     return table
+
+
+def score_cases(predictor: Predictor, cases: list[Case]) -> float:
+    """One number for choosing on validation cases: the mean that is reported (mAUC, or the mean over classes of their mean DSC).
+
+    DSC is that of the prepared grid; the final evaluation uses the scan's own.
+    """
+    task = predictor.task
+    if task.kind == "classification":
+        return mean_auc(np.stack([c["label"] for c in cases]), predictor.classify(cases))[0]
+    transform = predictor.prepared(with_label=True)
+    scores = []
+    for case in cases:
+        data = read_case(transform, case)
+        label = torch.as_tensor(data["label"])[0].numpy()
+        if task.spatial_dims == 2:
+            numbers = predictor.segment(case).labels
+        else:
+            numbers = label_map(predictor.probabilities(data["image"].as_tensor()), task)
+        scores.append(list(dsc_of_classes(numbers, label, task)))
+    classes = [column[np.isfinite(column)] for column in np.array(scores, float).T]
+    means = [column.mean() for column in classes if len(column)]
+    return float(np.mean(means)) if means else float("nan")
 
 
 def metrics_file(run_dir: str | Path, split: str = "test") -> Path:
@@ -114,8 +125,8 @@ def _labelled(cases: list[Case] | None, split: str, where: str | Path, report: S
     return labelled
 
 
-def _classification_rows(model, cases, task: Task, settings, device) -> pd.DataFrame:
-    scores = classify(model, cases, task, settings, device)
+def _classification_rows(predictor: Predictor, cases: list[Case]) -> pd.DataFrame:
+    task, scores = predictor.task, predictor.classify(cases)
     rows = []
     for n, case in enumerate(cases):
         for i, name in enumerate(task.classes):
@@ -124,13 +135,14 @@ def _classification_rows(model, cases, task: Task, settings, device) -> pd.DataF
     return pd.DataFrame(rows).astype({"target": "Int64"})
 
 
-def _segmentation_rows(model, cases, task: Task, settings, device, folder: Path | None, report: Say) -> pd.DataFrame:
+def _segmentation_rows(predictor: Predictor, cases: list[Case], folder: Path | None, report: Say) -> pd.DataFrame:
+    task = predictor.task
     for case in cases:  # what cannot be scored shows before minutes of prediction
         read_label(case, task)
     rows = []
     for number, case in enumerate(cases, start=1):
         label, image = read_label(case, task)
-        predicted = segment(model, case, task, settings, device, progress=Teller(case["case"], report)).labels
+        predicted = predictor.segment(case, progress=Teller(case["case"], report)).labels
         spacing = image.spacing_mm if image else task.spacing_mm or (1.0, 1.0)
         rows += score_masks(predicted, label, task, spacing, case["case"])
         if folder:

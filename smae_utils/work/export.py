@@ -17,7 +17,7 @@ from smae_utils.errors import UserError
 from smae_utils.method.checkpoints.load import load_weights
 from smae_utils.method.checkpoints.other_libraries import MONAI_BLOCK
 from smae_utils.work.build import build_mae
-from smae_utils.work.evaluation import load_finetuned
+from smae_utils.work.predictor import load_finetuned
 from smae_utils.work.run_folder import Run, write_text
 from smae_utils.work.settings import PretrainSettings, Settings, make_settings
 

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from smae_utils.data.batches import Scans, derive_seed
-from smae_utils.data.tasks import Case, get_task
+from smae_utils.data.case import Case
+from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
 from smae_utils.method.checkpoints.load import (
     load_weights,
 )
 from smae_utils.work.build import build_augmentation, build_loss, build_model, build_splits, build_transform, class_weights
-from smae_utils.work.inference import score_cases
+from smae_utils.work.evaluation import score_cases
 from smae_utils.work.loop import Loop, kept_generators
+from smae_utils.work.predictor import Predictor
 from smae_utils.work.progress import Say, say
 from smae_utils.work.run_folder import Run
 from smae_utils.work.settings import FinetuneSettings, resolve
@@ -99,7 +101,7 @@ def finetune(
         return criterion(net(batch["image"]), batch["label"])
 
     def validate(net: nn.Module) -> dict[str, float]:
-        return {"val_score": score_cases(net, record, settings, splits["val"])}
+        return {"val_score": score_cases(Predictor.of(net, record, settings), splits["val"])}
 
     config = config_of("finetune", task, record, data_dir, out, preset, settings, splits, init, adapt)
     augment = build_augmentation(record, settings)

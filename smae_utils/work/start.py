@@ -6,7 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from smae_utils.data.tasks import Case, Task
+from smae_utils.data.case import Case
+from smae_utils.data.tasks import Task
 from smae_utils.data.tasks.lists import is_list, record_of
 from smae_utils.errors import UserError
 from smae_utils.method.checkpoints.load import (

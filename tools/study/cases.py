@@ -11,7 +11,8 @@ import pandas as pd
 from filelock import FileLock
 
 from smae_utils.data.batches import derive_seed
-from smae_utils.data.tasks import Case, get_task
+from smae_utils.data.case import Case
+from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
 from smae_utils.work.run_folder import write_text
 from tools.study.plan import Row, Study

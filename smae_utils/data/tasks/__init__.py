@@ -2,145 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
-import numpy as np
-
-from smae_utils.errors import UserError
-
-Case = dict
-Splits = dict[str, list[Case]]
-# In label images as training holds them: voxels that neither loss nor scores look at.
-IGNORE = 255
-
-
-@dataclass(frozen=True)
-class Task:
-    """One record of what a task is; everything else asks this record and never the task's name.
-
-    Attributes:
-        name: how the command line calls it; of a list file its path.
-        title: in words.
-        kind: "segmentation" or "classification".
-        spatial_dims: 2 or 3.
-        channels: names of the image channels.
-        classes: what is reported: organs, tumour regions, findings.
-        read_splits: (data folder, seed, fold) -> {"train": [...], "val": [...], "test": [...]} of cases. A case is a dict with
-            `case`, `patient`, `image` (path, or paths of the channels) and `label` (path of a mask, or for classification a vector of
-            1, 0 and NaN for unknown); paths only, nothing is read.
-        spacing_mm: voxel size that scans are resampled to; of 2D images the pixel size, where it is known.
-        window: intensity range mapped to 0..1 (HU for CT); None standardises the non-zero voxels of each channel.
-        regions: label numbers that make up each class, when classes overlap (then each class has its own sigmoid);
-            None: class i has label number i + 1 and classes exclude each other (softmax with background).
-        stored_labels: which values in mask files mean label number 0, 1, ...; the first of each is what predictions are written with.
-            Empty: number i is stored as i.
-        ignored_labels: values in mask files that neither loss nor scores look at.
-        real_train: training scans of the real data set, for counting what a recipe costs there.
-        sided: labels tell left from right, so images are not mirrored left-right.
-        subset: classes of which the mean is reported too (the 8 organs of the paper).
-        packaged: for scans that come inside a Python package: where they lie.
-        source: where the data come from.
-        like: for a task made from a list: the task whose sections of the presets it takes.
-        settings: what such a task wants differently, shaped like a preset's section.
-        notes: what was assumed or left unused when a list was read, a sentence each.
-    """
-
-    name: str
-    title: str
-    kind: str
-    spatial_dims: int
-    channels: tuple[str, ...]
-    classes: tuple[str, ...]
-    read_splits: Callable[[Path, int, int], Splits]
-    spacing_mm: tuple[float, ...] = ()
-    window: tuple[float, float] | None = None
-    regions: tuple[tuple[int, ...], ...] | None = None
-    stored_labels: tuple[tuple[int, ...], ...] = ()
-    ignored_labels: tuple[int, ...] = ()
-    real_train: int = 0
-    sided: bool = False
-    subset: tuple[str, ...] = ()
-    packaged: Callable[[], Path] | None = None
-    source: str = ""
-    like: str = ""
-    settings: dict = field(default_factory=dict, hash=False)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def in_chans(self) -> int:
-        return len(self.channels)
-
-    @property
-    def exclusive(self) -> bool:
-        """True when a voxel has one class at most."""
-        return self.kind == "segmentation" and self.regions is None
-
-    @property
-    def out_chans(self) -> int:
-        return len(self.classes) + (1 if self.exclusive else 0)
-
-    @property
-    def whole(self) -> bool:
-        """True when the network sees the whole image, resized to its input; False when it sees windows of a fixed voxel size."""
-        return self.spatial_dims == 2 or self.kind == "classification"
-
-    @property
-    def distance(self) -> str:
-        """Name of the surface distance: `hd95_mm`, or `hd95_px` of 2D images whose pixel size nobody said."""
-        return "hd95_mm" if self.spatial_dims == 3 or self.spacing_mm else "hd95_px"
-
-    @property
-    def label_values(self) -> int:
-        """How many label numbers there are: 0 .. label_values - 1."""
-        return len(self.classes) + 1 if self.regions is None else max(map(max, self.regions)) + 1
-
-    @property
-    def class_values(self) -> tuple[tuple[int, ...], ...]:
-        """The label numbers that make up each class."""
-        return self.regions or tuple((i + 1,) for i in range(len(self.classes)))
-
-    @property
-    def label_numbers(self) -> dict[int, int]:
-        """Value in a mask file -> label number, or `IGNORE`."""
-        stored = self.stored_labels or tuple((i,) for i in range(self.label_values))
-        numbers = {value: number for number, values in enumerate(stored) for value in values}
-        return {0: 0, **numbers, **dict.fromkeys(self.ignored_labels, IGNORE)}
-
-    @property
-    def written_labels(self) -> np.ndarray:
-        """(label_values,) the value that predictions are written with for each label number, in the smallest integer type that holds all."""
-        values = [of[0] for of in self.stored_labels] or list(range(self.label_values))
-        low, high = min(values), max(values)
-        kind = next(t for t in (np.uint8, np.int16, np.uint16, np.int32) if np.iinfo(t).min <= low and high <= np.iinfo(t).max)
-        return np.array(values, kind)
-
-    @property
-    def label_names(self) -> tuple[str, ...]:
-        """What label numbers 1, 2, ... mean: a class, or the regions that hold it."""
-        if self.exclusive:
-            return self.classes
-        inside = [[name for name, of in zip(self.classes, self.class_values) if number in of] for number in range(1, self.label_values)]
-        return tuple(" + ".join(names) for names in inside)
-
-    def class_masks(self, label: np.ndarray) -> list[np.ndarray]:
-        """Label numbers -> one boolean mask a class."""
-        return [np.isin(label, values) for values in self.class_values]
-
-
-@cache
-def _registry() -> dict[str, Task]:
-    modules = (importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__))
-    return {m.TASK.name: m.TASK for m in modules if hasattr(m, "TASK")}
-
-
-def task_names() -> list[str]:
-    """Names of all tasks."""
-    return sorted(_registry())
+from smae_utils.data.case import IGNORE, Case, Splits, hold_out
+from smae_utils.data.tasks.lists import is_list, task_from_list, task_from_record
+from smae_utils.data.tasks.record import Task
+from smae_utils.data.tasks.registry import existing_folder, named_task, task_names
 
 
 def get_task(name: str) -> Task:
@@ -149,13 +16,7 @@ def get_task(name: str) -> Task:
     Raises:
         UserError: if the name is unknown.
     """
-    from smae_utils.data.tasks.lists import is_list, task_from_list
-
-    if is_list(name):
-        return task_from_list(name)
-    if name not in _registry():
-        raise UserError(f"unknown task {name!r}: expected one of {', '.join(task_names())}, or the path of a list file (.json, .csv)")
-    return _registry()[name]
+    return task_from_list(name) if is_list(name) else named_task(name)
 
 
 def task_of(config: dict, list_file: str | Path | None = None) -> Task:
@@ -164,33 +25,7 @@ def task_of(config: dict, list_file: str | Path | None = None) -> Task:
     Args:
         list_file: where the list lies now, if it was moved.
     """
-    from smae_utils.data.tasks.lists import task_from_record
-
     return task_from_record(str(list_file or config["task"]), config["record"]) if "record" in config else get_task(config["task"])
 
 
-def existing_folder(data_dir: Path | str, *candidates: str) -> Path:
-    """The first of `candidates` below `data_dir` that exists.
-
-    Raises:
-        UserError: with the layout that was looked for.
-    """
-    root = Path(data_dir)
-    if not root.is_dir():
-        raise UserError(
-            f"data folder {root} does not exist: give the folder of the download, or write phantoms there with 'python -m smae_utils phantom'"
-        )
-    for candidate in candidates:
-        if (root / candidate).exists():
-            return root / candidate
-    raise UserError(f"{root} does not look like this task's download: expected one of {', '.join(candidates)} in it")
-
-
-def hold_out(cases: list[Case], share: float, seed: int) -> tuple[list[Case], list[Case]]:
-    """Split a part off **by patient**, at least one patient: (rest, part), both in their old order."""
-    patients = sorted({c["patient"] for c in cases})
-    if len(patients) < 2:
-        raise UserError(f"{len(cases)} training cases of {len(patients)} patient: at least 2 patients are needed to hold one out for validation")
-    count = min(max(1, round(share * len(patients))), len(patients) - 1)
-    chosen = {patients[i] for i in np.random.default_rng(seed).permutation(len(patients))[:count]}
-    return [c for c in cases if c["patient"] not in chosen], [c for c in cases if c["patient"] in chosen]
+__all__ = ["IGNORE", "Case", "Splits", "Task", "existing_folder", "get_task", "hold_out", "task_names", "task_of"]

@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 from smae_utils.errors import UserError
-from smae_utils.data.tasks import Splits, Task, existing_folder, hold_out
+from smae_utils.data.case import Splits, hold_out
+from smae_utils.data.tasks.record import Task
+from smae_utils.data.tasks.registry import existing_folder
 
 # TransUNet's split, used by the paper: 18 for training, these 12 for testing.
 TEST_IDS = (1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38)

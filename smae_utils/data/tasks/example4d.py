@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from smae_utils.data.tasks import Splits, Task, existing_folder
+from smae_utils.data.case import Splits
+from smae_utils.data.tasks.record import Task
+from smae_utils.data.tasks.registry import existing_folder
 
 
 def packaged() -> Path:

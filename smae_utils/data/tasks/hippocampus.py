@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from smae_utils.errors import UserError
-from smae_utils.data.tasks import Splits, Task, hold_out
+from smae_utils.data.case import Splits, hold_out
+from smae_utils.data.tasks.record import Task
 from smae_utils.data.tasks.msd import read_cases
 
 TEST_SEED, N_TEST = 2026, 60

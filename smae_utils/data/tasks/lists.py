@@ -29,7 +29,9 @@ import numpy as np
 
 from smae_utils.errors import UserError
 from smae_utils.paths import FLAT_ENDINGS, VOLUME_ENDINGS, case_name, is_dicom, split_series
-from smae_utils.data.tasks import Case, Splits, Task, get_task, hold_out
+from smae_utils.data.case import Case, Splits, files_of, hold_out
+from smae_utils.data.tasks.record import Task
+from smae_utils.data.tasks.registry import named_task
 from smae_utils.data.tasks.list_files import read_list
 from smae_utils.data.tasks.list_labels import class_names, class_vector, mask_classes
 
@@ -77,7 +79,7 @@ def _base(path: Path, content: dict[str, Any]) -> tuple[Task, bool]:
     if not isinstance(like, str) or is_list(like):
         raise UserError(f"{path}: 'like' must be the name of a task as btcv, brats or cxr14, got {like!r}")
     try:
-        base = get_task(like)
+        base = named_task(like)
     except UserError as error:
         raise UserError(f"{path}, 'like': {error}") from None
     if not (content.get("labels") or content.get("classes")):
@@ -200,7 +202,7 @@ def _guess_task(path: Path, content: dict[str, Any]) -> Task:
     """Kind, dimensions, classes and channels from what the entries look like."""
     entries = [e for part in content["cases"].values() for e in part]
     first = entries[0]["image"]
-    files = first if isinstance(first, list) else [first]
+    files = files_of(first)
     flat = _is_flat(path, content, str(files[0]))
     if flat and len(files) > 1:
         raise UserError(f"{path}: a 2D image is one file, got {files}")
@@ -213,7 +215,7 @@ def _guess_task(path: Path, content: dict[str, Any]) -> Task:
         )
     channels = content.get("channels") or tuple(f"channel {i + 1}" for i in range(len(files)))
     dims = 2 if flat else 3
-    shared = {"like": "cxr14" if flat else "btcv", "spacing_mm": () if flat else get_task("btcv").spacing_mm}
+    shared = {"like": "cxr14" if flat else "btcv", "spacing_mm": () if flat else named_task("btcv").spacing_mm}
     if any(masks) or not labels:
         kind = "segmentation" if any(masks) or not flat else "classification"
         classes, more = mask_classes(path, content.get("labels")) if any(masks) or (content.get("labels") and labels) else ((), {})
@@ -253,7 +255,7 @@ def _splits(path: Path, cases: dict[str, list[dict]], task: Task, data_dir: Path
                 where = f"{seen[case['case'].casefold()]} and {split}"
                 raise UserError(f"{path} lists {case['case']} twice ({where}): each scan once; add 'case' where names clash")
             seen[case["case"].casefold()] = split
-            for file in _image_files(case):
+            for file in files_of(case["image"]):
                 place = _resolved(file)
                 if place in files:
                     raise UserError(f"{path} lists {file} twice, as {files[place]} and as {case['case']}: each scan once")
@@ -306,10 +308,6 @@ def images_of(path: str | Path) -> list[Case]:
     return [_case(path, path.parent, {"case": name, **entry}, bare, False) for name, entry in zip(_names(every), every)]
 
 
-def _image_files(case: Case) -> list[str]:
-    return case["image"] if isinstance(case["image"], list) else [case["image"]]
-
-
 def _resolved(file: str) -> str:
     """Where a file really lies: links and `..` followed."""
     folder, series = split_series(file)
@@ -320,7 +318,7 @@ def _all_there(path: Path, root: Path, entries: Iterable[dict], kind: str) -> No
     """Refuse a list whose files are not all there, naming them: a mistake in a path is seldom alone."""
     missing = []
     for entry in entries:
-        names = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
+        names = files_of(entry["image"])
         missing += [str(root / n) for n in names if not split_series(root / n)[0].exists()]
         if "label" in entry and kind == "segmentation" and not (root / str(entry["label"])).is_file():
             missing.append(str(root / str(entry["label"])))
@@ -330,7 +328,7 @@ def _all_there(path: Path, root: Path, entries: Iterable[dict], kind: str) -> No
 
 
 def _case(path: Path, root: Path, entry: dict, task: Task, strict: bool) -> Case:
-    images = [str(root / name) for name in (entry["image"] if isinstance(entry["image"], list) else [entry["image"]])]
+    images = [str(root / name) for name in files_of(entry["image"])]
     case: Case = {"case": str(entry["case"]), "image": images if len(images) > 1 else images[0]}
     if not case["case"] or "/" in case["case"] or "\\" in case["case"]:
         raise UserError(f"{path}: 'case' names files of results, so it can hold no slash, got {case['case']!r}")

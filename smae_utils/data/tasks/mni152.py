@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 from smae_utils.errors import UserError
-from smae_utils.data.tasks import Splits, Task, existing_folder
+from smae_utils.data.case import Splits
+from smae_utils.data.tasks.record import Task
+from smae_utils.data.tasks.registry import existing_folder
 
 NAME = "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
 

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from smae_utils.errors import UserError
-from smae_utils.data.tasks import Case, existing_folder
+from smae_utils.data.case import Case
+from smae_utils.data.tasks.registry import existing_folder
 
 
 def read_cases(data_dir: Path, folder: str) -> list[Case]:

@@ -12,24 +12,20 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pandas as pd
-import torch
 from nibabel.affines import voxel_sizes
 from PIL import Image
 
 from smae_utils.data import out_of_core
-from smae_utils.data.batches import read_case
+from smae_utils.data.case import Case
 from smae_utils.data.pictures import read_image
 from smae_utils.data.reading import Volume, first_file, read_volume, units_of
-from smae_utils.data.tasks import Case, Task, get_task
+from smae_utils.data.tasks import Task, get_task
 from smae_utils.data.tasks.lists import images_of, is_list
-from smae_utils.data.transforms import ResizeRadiograph
 from smae_utils.errors import UserError
 from smae_utils.paths import NIBABEL_ENDINGS, case_name, has_ending, split_series
 from smae_utils.show.plots import show_flat_overlay, show_overlay
-from smae_utils.work import devices
-from smae_utils.work.build import build_transform
-from smae_utils.work.evaluation import load_finetuned, save_nifti, write_mask
-from smae_utils.work.inference import check_scan, classify, segment
+from smae_utils.work.evaluation import save_nifti, write_mask
+from smae_utils.work.predictor import Predictor
 from smae_utils.work.progress import Say, Teller, say
 from smae_utils.work.run_folder import Run, write_text
 
@@ -53,29 +49,24 @@ def predict(
         UserError: for a run or a scan that cannot be used; nothing is left half-written.
     """
     run = Run.open(run_dir, stage="finetune")
-    if not run.finished:
-        raise UserError(f"{run.path} is not finished: go on with finetune --resume before predicting")
-    model, task, settings = load_finetuned(run)
+    predictor = Predictor.from_run(run)
+    task = predictor.task
     if occlusion and (task.kind != "classification" or task.spatial_dims != 2):
         raise UserError(f"--occlusion is for classes of 2D images, {run.path} is a run of {task.spatial_dims}D {task.kind}: leave it out")
     cases = collect(scans, task, report)
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty: choose another --out, so that no result is mixed or overwritten")
-    device = devices.best_device()
-    precision, line = devices.usable_precision(run.config.get("precision", "auto"), device)
-    if line:
-        report(line)
-    model.to(device, memory_format=devices.memory_format(task.spatial_dims))
+    if predictor.note:
+        report(predictor.note)
     part = out.with_name(out.name + ".part")  # renamed when everything is there: a full disk or a kill leaves no half result under the name
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        with devices.inference_context(device, precision):
-            if task.kind == "classification":
-                table = _classify(model, task, settings, cases, part, device, occlusion, report)
-            else:
-                table = _segment(model, task, settings, cases, part, device, probabilities, report)
+        if task.kind == "classification":
+            table = _classify(predictor, cases, part, run.config["settings"]["patch_size"] if occlusion else 0, report)
+        else:
+            table = _segment(predictor, cases, part, probabilities, report)
         if out.exists():
             out.rmdir()
         part.rename(out)
@@ -155,12 +146,13 @@ def _in_order(case: Case, order: list[int], path: str) -> Case:
     return {**case, "image": [case["image"][i] for i in order]}
 
 
-def _segment(model, task: Task, settings, cases: list[Case], out: Path, device, probabilities: bool, report: Say) -> pd.DataFrame:
+def _segment(predictor: Predictor, cases: list[Case], out: Path, probabilities: bool, report: Say) -> pd.DataFrame:
+    task = predictor.task
     for case in cases:  # a scan that cannot be used shows before anything is written
-        check_scan(case, task)
+        predictor.check(case)
     rows, started = [], time.monotonic()
     for number, case in enumerate(cases, start=1):
-        values, affine, probs = segment(model, case, task, settings, device, keep=probabilities, progress=Teller(case["case"], report))
+        values, affine, probs = predictor.segment(case, keep=probabilities, progress=Teller(case["case"], report))
         image = None if affine is None else Volume(np.zeros(0), affine, first_file(case["image"]), _units(case))
         write_mask(out / (case["case"] if image else f"{case['case']}_mask"), values, task, image)
         if probs is not None and image:
@@ -231,32 +223,20 @@ def _picture(case: Case, values: np.ndarray, affine: np.ndarray | None, task: Ta
     plt.close(figure)
 
 
-def _classify(model, task: Task, settings, cases: list[Case], out: Path, device, occlusion: bool, report: Say) -> pd.DataFrame:
-    scores = classify(model, cases, task, settings, device)
+def _classify(predictor: Predictor, cases: list[Case], out: Path, patch: int, report: Say) -> pd.DataFrame:
+    """Probabilities of each class; with `patch` pixels (0: without) also pictures of what speaks for the likeliest."""
+    task, scores = predictor.task, predictor.classify(cases)
     table = pd.DataFrame(scores.round(4), columns=list(task.classes))
     table.insert(0, "case", [c["case"] for c in cases])
     table["image"] = [str(first_file(c["image"])) for c in cases]
     write_text(out / "probabilities.csv", table.to_csv(index=False))
-    if occlusion:
+    if patch:
         for case, row in zip(cases, scores):
             best = int(row.argmax())
-            heat = occlusion_map(model, case, task, settings, device, best)
+            heat = predictor.occlusion_map(case, patch, best)
             _draw_occlusion(case, heat, f"{case['case']}: {task.classes[best]} {row[best]:.2f}", out / f"{case['case']}_occlusion.png")
             report(f"{case['case']}  {task.classes[best]} {row[best]:.2f}")
     return table
-
-
-def occlusion_map(model, case: Case, task: Task, settings, device, finding: int) -> np.ndarray:
-    """(grid) fall of the probability of a finding when one patch is replaced by the image's mean (Zeiler and Fergus, arXiv 1311.2901)."""
-    image = ResizeRadiograph(settings.crop_size)(read_case(build_transform(task, settings, with_label=False), case))["image"]
-    patch = settings.patch_size
-    grid = tuple(n // patch for n in settings.crop_size)
-    covered = image.repeat(int(np.prod(grid)), 1, 1, 1)
-    for i, (row, column) in enumerate(np.ndindex(*grid)):
-        covered[i, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] = 0  # 0 is the mean: images are standardised
-    batch = torch.cat([image[None], covered])
-    scores = torch.cat([model(part.to(device)).float().sigmoid()[:, finding].cpu() for part in batch.split(64)])
-    return (scores[0] - scores[1:]).reshape(grid).numpy()
 
 
 def _draw_occlusion(case: Case, heat: np.ndarray, title: str, target: Path) -> None:
