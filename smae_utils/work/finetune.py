@@ -51,7 +51,7 @@ def finetune(
         overrides: settings that count more than the preset's.
         resume: go on from the run folder's last state; the loss sequence equals an uninterrupted run's.
         report: receives each line of progress.
-        adapt: let weights of other channels or of 2D images be fitted, see `weights.load_weights`.
+        adapt: let weights of other channels or of 2D images be fitted, see `method.checkpoints.load.load_weights`.
 
     Raises:
         UserError: if the weights do not exist, do not fill the encoder or have seen test cases, or if the data, the

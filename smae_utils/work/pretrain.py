@@ -50,7 +50,7 @@ def pretrain(
         report: receives each line of progress.
         init: "scratch", or weights to go on from: a run folder, a checkpoint file, or "timm:NAME". The whole encoder is
             taken from there, and of the decoder what fits.
-        adapt: let weights of other channels or of 2D images be fitted, see `weights.load_weights`.
+        adapt: let weights of other channels or of 2D images be fitted, see `method.checkpoints.load.load_weights`.
 
     Raises:
         UserError: if the data, the settings, the weights or the run folder cannot be used.

@@ -62,7 +62,7 @@ def tell_notes(record: Task, report: Say) -> None:
 
 
 def facts_of(record: Task, settings: Settings, train: list[Case], init: str | Path) -> dict[str, Any]:
-    """What weights have to say of themselves when another run starts from them, see `weights.save_weights`."""
+    """What weights have to say of themselves when another run starts from them, see `method.checkpoints.load.save_weights`."""
     earlier = set() if str(init) == "scratch" else seen_cases(init)
     z_score = "z-score of non-zero voxels" if record.spatial_dims == 3 else "z-score of all pixels"
     return {

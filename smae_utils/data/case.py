@@ -1,0 +1,46 @@
+"""A case: one scan or image of a patient, by the paths of its files. Nothing of it is read yet."""
+
+from __future__ import annotations
+
+from typing import NotRequired, TypedDict
+
+import numpy as np
+
+from smae_utils.errors import UserError
+
+# In label images as training holds them: voxels that neither loss nor scores look at.
+IGNORE = 255
+
+
+class Case(TypedDict):
+    """Paths and labels of a case. What transforms make of it, with tensors in their place, is a sample and no `Case`.
+
+    Attributes:
+        case: its name, which is also that of its results.
+        patient: cases of one patient never stand on both sides of a split.
+        image: file, DICOM folder (or folder#series), or the files of its channels.
+        label: file of the mask; for classification a vector of 1, 0 and NaN for unknown; absent where nothing is known.
+    """
+
+    case: str
+    patient: str
+    image: str | list[str]
+    label: NotRequired[str | np.ndarray]
+
+
+Splits = dict[str, list[Case]]  # "train", "val", "test"
+
+
+def files_of(image: str | list[str]) -> list[str]:
+    """The files of an image, one a channel or one in all."""
+    return list(image) if isinstance(image, list) else [image]
+
+
+def hold_out(cases: list[Case], share: float, seed: int) -> tuple[list[Case], list[Case]]:
+    """Split a part off **by patient**, at least one patient: (rest, part), both in their old order."""
+    patients = sorted({c["patient"] for c in cases})
+    if len(patients) < 2:
+        raise UserError(f"{len(cases)} training cases of {len(patients)} patient: at least 2 patients are needed to hold one out for validation")
+    count = min(max(1, round(share * len(patients))), len(patients) - 1)
+    chosen = {patients[i] for i in np.random.default_rng(seed).permutation(len(patients))[:count]}
+    return [c for c in cases if c["patient"] not in chosen], [c for c in cases if c["patient"] in chosen]
