@@ -15,14 +15,12 @@ from monai.data import MetaTensor, get_track_meta, set_track_meta
 from monai.transforms import Compose
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from smae_utils.errors import UserError
 from smae_utils.data.case import Case, Splits, hold_out
 from smae_utils.data.tasks import Task
+from smae_utils.errors import UserError
 
 
-def read_splits(
-    task: Task, data_dir: str | Path, split_seed: int = 0, fold: int = 0, test_share: float = 0.0, train_on_val: bool = False
-) -> Splits:
+def read_splits(task: Task, data_dir: str | Path, split_seed: int = 0, fold: int = 0, test_share: float = 0.0, train_on_val: bool = False) -> Splits:
     """Train, validation and test cases of a data folder.
 
     Args:

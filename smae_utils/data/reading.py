@@ -20,10 +20,10 @@ from nibabel.processing import resample_from_to
 from nibabel.spatialimages import HeaderDataError
 
 from smae_utils.data import dicom
-from smae_utils.errors import UserError
-from smae_utils.paths import ITK_ENDINGS, NIBABEL_ENDINGS, case_name, has_ending, is_dicom, split_series
 from smae_utils.data.pictures import ReadRadiograph, read_flat_mask, read_image
 from smae_utils.data.tasks import Task
+from smae_utils.errors import UserError
+from smae_utils.paths import ITK_ENDINGS, NIBABEL_ENDINGS, case_name, has_ending, is_dicom, split_series
 
 # What nibabel, zlib and the system raise for a file that is damaged; everything else is a mistake of this package and is not blamed on the file.
 FILE_ERRORS = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError)

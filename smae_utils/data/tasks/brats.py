@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from smae_utils.errors import UserError
 from smae_utils.data.case import Splits, hold_out
-from smae_utils.data.tasks.record import Task
 from smae_utils.data.tasks.msd import read_cases
+from smae_utils.data.tasks.record import Task
+from smae_utils.errors import UserError
 
 FOLDS = 5
 

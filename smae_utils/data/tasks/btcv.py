@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from smae_utils.errors import UserError
 from smae_utils.data.case import Splits, hold_out
 from smae_utils.data.tasks.record import Task
 from smae_utils.data.tasks.registry import existing_folder
+from smae_utils.errors import UserError
 
 # TransUNet's split, used by the paper: 18 for training, these 12 for testing.
 TEST_IDS = (1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from smae_utils.errors import UserError
 from smae_utils.data.case import Splits, hold_out
 from smae_utils.data.tasks.record import Task
 from smae_utils.data.tasks.registry import existing_folder
+from smae_utils.errors import UserError
 
 FINDINGS = (
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax", "Consolidation",

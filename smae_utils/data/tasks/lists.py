@@ -27,13 +27,13 @@ from typing import Any
 
 import numpy as np
 
-from smae_utils.errors import UserError
-from smae_utils.paths import FLAT_ENDINGS, VOLUME_ENDINGS, case_name, is_dicom, split_series
 from smae_utils.data.case import Case, Splits, files_of, hold_out
-from smae_utils.data.tasks.record import Task
-from smae_utils.data.tasks.registry import named_task
 from smae_utils.data.tasks.list_files import read_list
 from smae_utils.data.tasks.list_labels import class_names, class_vector, mask_classes
+from smae_utils.data.tasks.record import Task
+from smae_utils.data.tasks.registry import named_task
+from smae_utils.errors import UserError
+from smae_utils.paths import FLAT_ENDINGS, VOLUME_ENDINGS, case_name, is_dicom, split_series
 
 SIDES = re.compile(r"(?:^|[^a-z])(?:left|right|[lr]h?)(?:[^a-z]|$)", re.IGNORECASE)
 

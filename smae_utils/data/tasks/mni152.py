@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from smae_utils.errors import UserError
 from smae_utils.data.case import Splits
 from smae_utils.data.tasks.record import Task
 from smae_utils.data.tasks.registry import existing_folder
+from smae_utils.errors import UserError
 
 NAME = "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from smae_utils.errors import UserError
 from smae_utils.data.case import Case
 from smae_utils.data.tasks.registry import existing_folder
+from smae_utils.errors import UserError
 
 
 def read_cases(data_dir: Path, folder: str) -> list[Case]:
