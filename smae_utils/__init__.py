@@ -9,6 +9,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from smae_utils import moved
+
 # Name -> the module that defines it. torch and the rest are loaded only when one is asked for.
 _DEFINED_IN = {
     "MaskedAutoencoder": "method.mae",
@@ -38,3 +40,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_DEFINED_IN})
+
+
+moved.install()

@@ -18,7 +18,7 @@ BELOW = {
     "work": {*GROUND, "method", "data"},
     "show": {*GROUND, "method", "data", "work", "phantoms"},
 }
-TOP = ("cli", "run_notebook", "predict_files", "__main__", "__init__")
+TOP = ("cli", "run_notebook", "predict_files", "moved", "__main__", "__init__")
 
 
 def name_of(file: Path) -> str:

@@ -381,7 +381,8 @@ def test_the_wheel_holds_what_the_package_ships_and_nothing_of_the_repository_be
         files = [p.relative_to(ROOT).as_posix() for p in tracked_files() if p.is_relative_to(ROOT / folder) and p.match(pattern)]
         assert files
         expected |= {f if folder == "smae_utils" else f"smae_utils/{f}" for f in files}
-    assert {"smae_utils/tools/study/hippocampus.yaml", "smae_utils/notebooks/01_masking.ipynb"} <= expected <= names
+    assert {"smae_utils/presets/demo.yaml", "smae_utils/notebooks/01_masking.ipynb"} <= expected <= names
+    assert not any("study" in n or n.startswith("tools") for n in names)  
     assert all(n.startswith("smae_utils/") and "__pycache__" not in n for n in names)
     assert "Provides-Extra: notebooks" in metadata and "Typing :: Typed" in metadata
     assert not re.search(r"^Requires-Dist: (jupyterlab|papermill|ipywidgets|nbconvert)[^;]*$", metadata, re.M)
@@ -478,3 +479,14 @@ def test_the_package_names_what_most_people_need_and_loads_it_when_it_is_used():
         assert getattr(smae_utils, name) is not None
     with pytest.raises(AttributeError, match="MaskedAutoencoda"):
         smae_utils.MaskedAutoencoda  # noqa: B018
+
+
+def test_old_names_of_modules_lead_to_the_new_ones_and_say_so():
+    from smae_utils.moved import MOVED
+
+    code = "import sys, importlib, warnings; warnings.simplefilter('ignore')\n" + "\n".join(
+        f"assert importlib.import_module('smae_utils.{old}') is importlib.import_module('smae_utils.{new}'), '{old}'" for old, new in MOVED.items()
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    said = subprocess.run([sys.executable, "-W", "always", "-c", "import smae_utils.mae"], capture_output=True, text=True, cwd=ROOT).stderr
+    assert "smae_utils.mae is now smae_utils.method.mae" in said

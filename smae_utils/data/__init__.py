@@ -1,1 +1,15 @@
 """From files to batches: tasks and lists, readers, transforms, crops. Knows of the method its patches at most."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["read_case"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:  # loaded when asked for: torch and MONAI come with it
+        from smae_utils.data import batches
+
+        return getattr(batches, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

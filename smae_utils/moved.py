@@ -1,0 +1,66 @@
+"""Modules that lay flat in the package before they got floors: their old names still lead to them, with a warning. To go with version 0.3."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+MOVED = {
+    "accel": "work.devices",
+    "batch": "run_notebook",
+    "build": "work.build",
+    "check": "work.check",
+    "evaluation": "work.evaluation",
+    "explorer": "show.explorer",
+    "foreign": "method.checkpoints.other_libraries",
+    "large": "data.out_of_core",
+    "lesson": "show.notebook_helpers",
+    "mae": "method.mae",
+    "metrics": "work.metrics",
+    "patches": "method.patches",
+    "predict": "predict_files",
+    "reading": "data.reading",
+    "runs": "work.run_folder",
+    "settings": "work.settings",
+    "tasks": "data.tasks",
+    "timm_glue": "timm_library",
+    "transforms": "data.transforms",
+    "unetr": "method.unetr",
+    "vit": "method.vit",
+    "weights": "method.checkpoints.load",
+}
+
+
+class _Same(Loader):
+    """Gives the module of another name."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = importlib.import_module(self.name)
+        self.spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.spec  # the import system wrote the old name there
+
+
+class _OldNames(MetaPathFinder):
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        package, _, name = fullname.partition(".")
+        if package != "smae_utils" or name not in MOVED:
+            return None
+        new = f"{package}.{MOVED[name]}"
+        warnings.warn(f"{fullname} is now {new}", DeprecationWarning, stacklevel=2)
+        return ModuleSpec(fullname, _Same(new))
+
+
+def install() -> None:
+    """From now on old names are found."""
+    sys.meta_path.append(_OldNames())
