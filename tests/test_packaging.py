@@ -382,7 +382,7 @@ def test_the_wheel_holds_what_the_package_ships_and_nothing_of_the_repository_be
         assert files
         expected |= {f if folder == "smae_utils" else f"smae_utils/{f}" for f in files}
     assert {"smae_utils/presets/demo.yaml", "smae_utils/notebooks/01_masking.ipynb"} <= expected <= names
-    assert not any("study" in n or n.startswith("tools") for n in names)  
+    assert not any("study" in n or n.startswith("tools") for n in names)
     assert all(n.startswith("smae_utils/") and "__pycache__" not in n for n in names)
     assert "Provides-Extra: notebooks" in metadata and "Typing :: Typed" in metadata
     assert not re.search(r"^Requires-Dist: (jupyterlab|papermill|ipywidgets|nbconvert)[^;]*$", metadata, re.M)
