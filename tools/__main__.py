@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add("study", _study, "does self pre-training help on real scans? the study of docs/protocol.md; goes on where it stopped")
     command.add_argument("study", help="hippocampus, cxr14_64px, or a YAML file like those of tools/study")
     command.add_argument("--data", required=True, help="folder of the scans")
-    command.add_argument("--part", nargs="*", default=[], help="room, recipe, tune, main; main when left out")
+    command.add_argument("--part", nargs="*", default=[], help="room, probe, recipe, tune, main; main when left out")
     command.add_argument("--seeds", nargs="*", type=int, default=[], help="the protocol's when left out")
     command.add_argument("--labelled", nargs="*", type=_row, default=[], help="only these rows of the main table, as 2 or 10%%")
     command.add_argument("--arm", nargs="*", default=[], help="only these arms of the main table")

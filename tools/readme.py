@@ -18,6 +18,7 @@ from smae_utils.work.build import build_mae, build_splits
 from smae_utils.work.run_folder import Run, find_data
 from smae_utils.work.settings import STAGES, PretrainSettings, describe, make_settings
 from tools.demo import pivot
+from tools.study.figures import NAMES
 from tools.study.plan import Study, read_study
 from tools.study.tables import KEYS, Results, intervals, patient_interval
 
@@ -44,7 +45,7 @@ def paper_block(root: Path) -> str:
     return _table(pd.read_csv(file, comment="#")) + "\n" + _facts(file)
 
 
-STUDIES = {"hippocampus": "dsc", "cxr14_64px": "mauc"}  # of tools/study, with their primary figures
+STUDIES = ("hippocampus", "cxr14_64px")  # of tools/study
 
 
 def _study(root: Path, name: str, table: str) -> pd.DataFrame:
@@ -61,8 +62,9 @@ def _span(low: float, high: float) -> str:
 
 
 def _order(study: Study, table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of a table of intervals in the order of the study: by labelled cases, then by arm."""
+    """Rows of a table of intervals in the order of the study: by labelled cases, then by arm. What the study no longer names is left out."""
     rows, arms = [str(row) for row in study.labelled], list(study.arms)
+    table = table[table.labelled.isin(rows) & table.arm.isin(arms)]
     return table.sort_values(["labelled", "arm"], key=lambda c: c.map((rows if c.name == "labelled" else arms).index))
 
 
@@ -77,19 +79,26 @@ def main_block(root: Path, name: str, arms: Iterable[str] = (), up: str = "../")
     """The figure, and each arm beside scratch, by labelled cases, from the study's `main.csv`."""
     study, folder = read_study(name), root / "results" / "evidence" / "real" / name
     main = Results(folder).counted(study)
-    if main.empty or (table := intervals(main[main.metric == STUDIES[name]])).empty:
-        return "Not run yet."
-    cases = Results(folder).read("cases")
-    rows = []
-    for row in _order(study, table).itertuples():
-        if arms and row.arm not in arms:
-            continue
-        line = {"labelled": row.labelled, "arm": row.arm, "units": row.units, "scratch": row.scratch, "arm's": row.value}
-        line |= {"difference": f"{row.difference:+.3f}", "95 % interval": _span(row.low, row.high)}
-        if study.folds:
-            line["by patients"] = _span(*patient_interval(cases, row.labelled, row.arm)[1:])
-        rows.append(line)
-    return _figure(root, name, up) + _table(pd.DataFrame(rows)) + _details([folder / "main.csv"])
+    parts = [_figure(root, name, up)]
+    for metric in [study.metric] + (["hd95_mm"] if study.metric == "dsc" else []):
+        table = _order(study, intervals(main[main.metric == metric])) if len(main) else main
+        rows = [row for row in table.itertuples() if not arms or row.arm in arms]
+        if not rows:
+            return "Not run yet."
+        cases = Results(folder).read("cases") if study.folds else None
+        parts.append(
+            f"{NAMES[metric]}{'' if metric == study.metric else ' (less is better)'}\n\n{_table(pd.DataFrame([_line(row, cases) for row in rows]))}\n\n"
+        )
+    return "".join(parts).rstrip() + _details([folder / "main.csv"])
+
+
+def _line(row, cases: pd.DataFrame | None) -> dict[str, object]:
+    """An arm beside scratch, as a row of a document's table; with the cases of a study with folds also the interval by patients."""
+    line = {"labelled": row.labelled, "arm": row.arm, "units": row.units, "scratch": row.scratch, "arm's": row.value}
+    line |= {"difference": f"{row.difference:+.3f}", "95 % interval": _span(row.low, row.high)}
+    if cases is not None:
+        line["by patients"] = _span(*patient_interval(cases, row.labelled, row.arm)[1:])
+    return line
 
 
 def first_block(root: Path) -> str:
@@ -127,16 +136,16 @@ def missing_block(root: Path) -> str:
     return "\n".join(lines)
 
 
-def chosen_block(root: Path, name: str, table: str) -> str:
-    """Scores of the development seed: `room`, `recipe` or `tune`."""
-    found = _study(root, name, table)
+def chosen_block(root: Path, name: str, table: str, file: str = "") -> str:
+    """Scores of the development seed: `room`, `recipe` or `tune`, of the file of that name or of another."""
+    found = _study(root, name, file or table)
     if found.empty:
         return "Not run yet."
     keys = [key for key in KEYS[table] if key in found]
     wide = found.pivot_table(index=keys, columns="metric", values="value", sort=False).reset_index()
-    return _table(wide.sort_values(keys[0] if table == "tune" else STUDIES[name], ascending=table == "tune", kind="stable")) + _details(
-        [root / "results" / "evidence" / "real" / name / f"{table}.csv"]
-    )
+    by = keys[0] if table == "tune" else next(metric for metric in (read_study(name).metric, "auc") if metric in wide)
+    wide = wide.sort_values(by, ascending=table == "tune", kind="stable")
+    return _table(wide) + _details([root / "results" / "evidence" / "real" / name / f"{file or table}.csv"])
 
 
 # Arms of the phantom study that are shown, in their order.
@@ -169,6 +178,8 @@ def explorer_block(root: Path) -> str:
     return _table(pd.read_csv(file, comment="#")) + "\n" + _facts(file)
 
 
+EARLIER = "whole_window"  # of hippocampus: first tries, with windows that held the whole structure
+
 # file of the project -> name of a block in it -> what writes it
 BLOCKS: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {"real": first_block},
@@ -176,7 +187,10 @@ BLOCKS: dict[str, dict[str, Callable[[Path], str]]] = {
     "docs/real_data.md": {"paper": paper_block},
     "docs/explorer.md": {"explorer": explorer_block},
     "docs/evidence.md": {**{f"main-{name}": partial(main_block, name=name) for name in STUDIES}, "stopped": stopped_block, "missing": missing_block},
-    "docs/recipe.md": {f"{table}-{name}": partial(chosen_block, name=name, table=table) for name in STUDIES for table in ("room", "recipe", "tune")},
+    "docs/recipe.md": {
+        **{f"{table}-{name}": partial(chosen_block, name=name, table=table) for name in STUDIES for table in ("room", "probe", "recipe", "tune")},
+        **{f"{table}-{EARLIER}": partial(chosen_block, name="hippocampus", table=table, file=f"{table}_{EARLIER}") for table in ("room", "recipe")},
+    },
     "docs/phantoms.md": {"phantoms": phantoms_block},
     "docs/settings.md": {"settings": settings_block},
 }

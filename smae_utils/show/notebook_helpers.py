@@ -10,20 +10,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from smae_utils.data.batches import read_case
-from smae_utils.data.case import IGNORE
+from smae_utils.data.case import Case
 from smae_utils.data.tasks import Task, get_task
 from smae_utils.data.tasks.lists import is_list
 from smae_utils.data.tasks.mni152 import write_list as write_mni152_list
-from smae_utils.data.transforms import ResizeRadiograph, middle, resize
-from smae_utils.method.patches import patchify
+from smae_utils.data.transforms import ResizeRadiograph, middle
 from smae_utils.phantoms import DEFAULT_N, write_phantoms
 from smae_utils.places import work_root
+from smae_utils.show.linear_probe import linear_probe
 from smae_utils.work.build import build_transform
 from smae_utils.work.settings import Settings
 
@@ -80,8 +76,9 @@ def fresh(folder: Path) -> Path:
 
 def evidence_table(task: str) -> pd.DataFrame:
     """What the committed study on real scans found for a task: difference of each arm to scratch with its 95 % interval over seeds; may be empty."""
-    file = work_root() / "results" / "evidence" / "real" / Path(task).stem / "intervals.csv"
-    return pd.read_csv(file, comment="#").round(3) if file.is_file() else pd.DataFrame()
+    folder = work_root() / "results" / "evidence" / "real"
+    files = sorted(folder.glob(f"{Path(task).stem}*/intervals.csv"))  # a study's name starts with its task's
+    return pd.read_csv(files[0], comment="#").round(3) if files else pd.DataFrame()
 
 
 def run_folder(task: str, run_dir: str = "", preset: str = "demo", seed: int = 0) -> Path:
@@ -89,38 +86,17 @@ def run_folder(task: str, run_dir: str = "", preset: str = "demo", seed: int = 0
     return Path(run_dir) if run_dir else work_root() / "runs" / f"{Path(task).stem}-{Path(preset).stem}-seed{seed}"
 
 
-def probe(task: Task, settings: Settings, encoder: torch.nn.Module, cases: list[dict], most: int = 60) -> float:
-    """How well a linear model reads labels off an encoder's tokens: AUC on the last third of at most so many cases, fitted on the others.
-
-    Masks: is more than a tenth of a patch structure, from its token. Classes: the first class with both outcomes, from the mean of an image's tokens.
+def probe(task: Task, settings: Settings, encoder: torch.nn.Module, cases: list[Case], most: int = 60) -> float:
+    """Mean AUC of a linear probe (see `linear_probe`) on the last third of the patients of at most so many cases, fitted on the others.
 
     Returns:
-        NaN where there are too few cases, or no class with both outcomes in both parts.
+        NaN where there are too few patients, or no class with both outcomes in both parts.
     """
     cases = cases[: most if task.kind == "classification" else most // 5]
-    fitted = len(cases) - max(1, len(cases) // 3)
-    with torch.inference_mode():
-        rows = [_tokens_and_labels(task, settings, encoder.eval(), case) for case in cases]
-    parts = [[np.concatenate([row[i] for row in part]) for i in (0, 1)] for part in (rows[:fitted], rows[fitted:]) if part]
-    if len(parts) < 2:
-        return float("nan")
-    (x, y), (new_x, new_y) = parts
-    for column in range(y.shape[1]):
-        if len(np.unique(y[:, column])) == 2 == len(np.unique(new_y[:, column])):
-            model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300, C=0.1)).fit(x, y[:, column])
-            return float(roc_auc_score(new_y[:, column], model.decision_function(new_x)))
-    return float("nan")
-
-
-def _tokens_and_labels(task: Task, settings: Settings, encoder: torch.nn.Module, case: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of tokens (N, D) and of labels (N, columns) of one case."""
-    tokens = encoder(load_crop(task, settings, case)[None])[0][0, encoder.prefix_tokens :].numpy()
-    if task.kind == "classification":
-        return tokens.mean(0, keepdims=True), np.nan_to_num(np.asarray(case["label"], float))[None] > 0.5
-    label = read_case(build_transform(task, settings, with_label=True), case)["label"]
-    label = resize(label, settings.crop_size, True) if task.whole else middle(label.as_tensor(), settings.crop_size)
-    structure = ((label > 0) & (label != IGNORE)).float()[None]
-    return tokens, patchify(structure, encoder.patch_size)[0].mean(-1, keepdim=True).numpy() > 0.1
+    patients = list(dict.fromkeys(case["patient"] for case in cases))
+    held_out = set(patients[len(patients) - max(1, len(patients) // 3) :])
+    parts = [[case for case in cases if (case["patient"] in held_out) == scored] for scored in (False, True)]
+    return linear_probe(task, settings, encoder, *parts)
 
 
 def versions() -> str:

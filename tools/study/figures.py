@@ -20,6 +20,8 @@ STYLES = {
     "self_all": ("#0072B2", "D", "pre-trained on all training images"),
     "scratch_equal_compute": ("#E69F00", "^", "from scratch, equal total compute"),
     "cnn": ("#009E73", "v", "convolutional network"),
+    "scratch_scaled": ("#CC79A7", "P", "random weights of the pre-trained size"),
+    "frozen": ("#D55E00", "X", "pre-trained and frozen"),
 }
 NAMES = {"dsc": "mean DSC", "mauc": "mAUC", "hd95_mm": "HD95 in mm"}
 
@@ -37,12 +39,14 @@ def draw(folder: Path, study: Study) -> None:
 
 
 def figure_of(main: pd.DataFrame, study: Study) -> Figure:
-    """Scores of the arms, and below them differences to scratch with their intervals."""
+    """Scores of the arms, then differences to scratch with their intervals: of the primary figure, and of HD95 where there is one."""
     rows = [str(row) for row in study.labelled if str(row) in set(main.labelled)]
-    figure, (scores, gains) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    primary, table = main[main.metric == study.metric], intervals(main)
+    main = main[main.labelled.isin(rows)]
+    metrics = [study.metric] + (["hd95_mm"] if "hd95_mm" in set(main.metric) else [])
+    figure, (scores, *gains) = plt.subplots(1, 1 + len(metrics), figsize=(4.5 * (1 + len(metrics)), 3.6), layout="constrained")
+    table = intervals(main)
     for number, (arm, (colour, marker, label)) in enumerate(STYLES.items()):
-        part = primary[primary.arm == arm]
+        part = main[(main.arm == arm) & (main.metric == study.metric)]
         if part.empty:
             continue
         shift = (number - 2) * 0.06
@@ -50,15 +54,15 @@ def figure_of(main: pd.DataFrame, study: Study) -> Figure:
         scores.plot(place, part.value, marker, color=colour, alpha=0.35, markersize=3)
         mean = part.groupby("labelled").value.mean().reindex([row for row in rows if row in set(part.labelled)])
         scores.plot([rows.index(row) + shift for row in mean.index], mean, "-", color=colour, marker=marker, markersize=5, label=label)
-        found = table[(table.arm == arm) & (table.metric == study.metric)]
-        if len(found):
+        for metric, axis in zip(metrics, gains):
+            found = table[(table.arm == arm) & (table.metric == metric)]
             at = [rows.index(row) + shift for row in found.labelled]
-            gains.errorbar(
-                at, found.difference, [found.difference - found.low, found.high - found.difference], fmt=marker, color=colour, capsize=3, markersize=5
-            )
-    gains.axhline(0, color="#777777", linewidth=1)
+            spread = [found.difference - found.low, found.high - found.difference]
+            axis.errorbar(at, found.difference, spread, fmt=marker, color=colour, capsize=3, markersize=5)
     _name(scores, rows, NAMES[study.metric])
-    _name(gains, rows, f"{NAMES[study.metric]}, difference to scratch")
+    for metric, axis in zip(metrics, gains):
+        axis.axhline(0, color="#777777", linewidth=1)
+        _name(axis, rows, f"{NAMES[metric]}, difference to scratch")
     scores.legend(fontsize=7)
     figure.suptitle(f"{study.title}: {main.groupby(['seed', 'fold']).ngroups} seeds" + (" x folds" if study.folds else ""), fontsize=10)
     return figure

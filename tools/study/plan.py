@@ -59,6 +59,7 @@ class Study:
         arms: name -> `Arm`.
         grids: arm -> settings to try; `lr` is the learning rate itself. All of one size.
         designs: name -> settings to try with scratch alone, to find a set-up with room.
+        probes: name -> settings with which a linear probe compares tokens of a random and of a pre-trained encoder (`recipe_arm`'s).
         recipes: name -> settings of pre-training (key `pretrain`) to try one at a time, with `recipe_arm` at `recipe_rows`.
     """
 
@@ -82,6 +83,7 @@ class Study:
     pretrainings: dict[str, dict[str, Any]] = field(default_factory=dict)
     designs: dict[str, dict[str, Any]] = field(default_factory=dict)
     design_rows: tuple[Row, ...] = ()
+    probes: dict[str, dict[str, Any]] = field(default_factory=dict)
     recipes: dict[str, dict[str, Any]] = field(default_factory=dict)
     recipe_arm: str = "self_all"
     recipe_rows: tuple[Row, ...] = ()
@@ -144,6 +146,6 @@ def shortened(study: Study, times: int) -> Study:
     def cut_both(more: dict[str, Any]) -> dict[str, Any]:
         return {k: cut(v) if k in ("pretrain", "finetune") else v for k, v in more.items()}
 
-    tried = {part: {name: cut_both(more) for name, more in getattr(study, part).items()} for part in ("designs", "recipes")}
+    tried = {part: {name: cut_both(more) for name, more in getattr(study, part).items()} for part in ("designs", "recipes", "probes")}
     shorter = {part: cut(getattr(study, part)) for part in ("pretrain", "finetune")}
     return dataclasses.replace(study, **shorter, **tried, pretrainings={k: cut(v) for k, v in study.pretrainings.items()})

@@ -16,7 +16,7 @@ from tools.study.plan import Arm, Row, Study, read_study, shortened
 from tools.study.tables import Results, said
 from tools.study.unit import Made, Place, Unit
 
-PARTS = ("room", "recipe", "tune", "main")
+PARTS = ("room", "probe", "recipe", "tune", "main")
 Rows = list[dict[str, Any]]
 Answer = tuple[Rows, Rows, Made]  # rows of the table, rows of the scored cases, where the run was made
 
@@ -32,7 +32,7 @@ def run_study(
         data: folder of the real scans.
         out: folder of the runs; what is finished there is not trained again.
         results: folder of the CSV files, one more folder a study; rows that are there are not run again.
-        parts: "room" (designs, scratch alone), "recipe" (kinds of pre-training), "tune" (rates), all on the development seed, and "main".
+        parts: "room" (designs, scratch alone), "probe" (what a linear model reads off tokens), "recipe" (kinds of pre-training), "tune" (rates), all on the development seed, and "main".
         seeds, labelled, arms: only these of the main table; all when empty.
         jobs: processes at a time, which share the threads that torch may take (`OMP_NUM_THREADS`).
         quick: divides steps; such figures mean nothing and are refused beside others.
@@ -77,6 +77,18 @@ def _jobs(part: str, study: Study, place: Place, tables: Results, seeds: tuple[i
             )
             for name, design in study.designs.items()
             for row in study.design_rows
+        ]
+    if part == "probe":
+        arm = study.arms[study.recipe_arm]
+        return [
+            (
+                {"design": name, "encoder": encoder, "labelled": row, "setup": study.setup(study.recipe_arm, {}, design)},
+                probe_one,
+                (study, place, dev, arm if encoder == "pre-trained" else scratch, row, design, f"probe-{name}"),
+            )
+            for name, design in study.probes.items()
+            for encoder in ("random", "pre-trained")
+            for row in study.recipe_rows
         ]
     if part == "recipe":
         main = study.recipe_arm
@@ -131,6 +143,13 @@ def run_one(study, place, seed, fold, name, arm, row, tuned, design=None, folder
     rows = [{"metric": metric, "value": value} for metric, value in means.items()]
     kept = ["patient", "case", "class", *(["target", "score"] if study.metric == "mauc" else ["dsc"])]
     return rows, table[kept].to_dict("records"), made
+
+
+def probe_one(study, place, seed, arm, row, design, folder) -> Answer:
+    """What a linear model reads off an encoder's tokens."""
+    torch.set_num_threads(place.threads)
+    means, made = Unit(study, place, seed, 0, design, folder).probe(arm, row)
+    return [{"metric": metric, "value": value} for metric, value in means.items()], [], made
 
 
 def run_jobs(jobs: int, todo: list[tuple], receive: Callable[[dict, Answer], None]) -> None:

@@ -18,6 +18,7 @@ from tools.study.plan import Study
 
 KEYS = {
     "room": ["design", "labelled"],
+    "probe": ["design", "encoder", "labelled"],
     "recipe": ["recipe", "labelled"],
     "tune": ["arm", "setting"],
     "main": ["labelled", "arm", "seed", "fold"],

@@ -14,16 +14,19 @@ from safetensors.torch import save_file
 
 from smae_utils.data.batches import derive_seed
 from smae_utils.data.tasks import get_task
-from smae_utils.method.checkpoints.load import WEIGHTS
+from smae_utils.method.checkpoints.load import WEIGHTS, load_weights
+from smae_utils.show.linear_probe import effective_rank, linear_probe
 from smae_utils.work.build import build_model
 from smae_utils.work.cost import crop_cost
 from smae_utils.work.evaluation import evaluate, read_metrics
 from smae_utils.work.finetune import finetune
 from smae_utils.work.pretrain import pretrain
+from smae_utils.work.run_folder import provenance
 from smae_utils.work.settings import FinetuneSettings, PretrainSettings, Settings, make_settings
 from tools.study.cases import all_cases, draw_labelled, parts, write_list
 from tools.study.plan import Arm, Row, Study
 
+PROBED = 20  # cases that a linear probe is scored on
 PRESET = ""  # what a study's file does not say are the defaults of settings.py
 
 
@@ -141,6 +144,23 @@ class Unit:
         patients = {case["case"]: case["patient"] for case in self.test}
         means = {name: value for name, value in read_metrics(folder)["mean"].items() if name in ("mauc", "dsc", "hd95_mm") and value is not None}
         return means, table.assign(patient=table["case"].map(patients)), made
+
+    def probe(self, arm: Arm, row: Row) -> tuple[dict[str, float], Made]:
+        """Mean AUC of a linear model on tokens of an encoder that is not fine-tuned, fitted on the row's labelled cases, and the tokens' effective rank."""
+        task = get_task(self.list_of(row))
+        settings = make_settings(FinetuneSettings, self.values("finetune", row, {}), "study")
+        torch.manual_seed(derive_seed(self.seed, 20))
+        model = build_model(task, settings)
+        if arm.init != "scratch":
+            load_weights(model, self.pretrained(arm.init, row))
+        labelled = draw_labelled(self.training, row, self.seed)
+        scored = self.test[:PROBED]
+        figures = {
+            "auc": linear_probe(task, settings, model.encoder, labelled, scored),
+            "effective_rank": effective_rank(task, settings, model.encoder, scored),
+        }
+        source = provenance()
+        return figures, Made(source["machine"], source["date"], source["commit"], source["packages"]["torch"], "cpu", "fp32")
 
     def _say(self, line: str) -> None:
         if not line.startswith(("  ", "note", "step")):

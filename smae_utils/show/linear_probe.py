@@ -1,0 +1,89 @@
+"""The cheapest test of an encoder: what a linear model reads off its tokens (Alain and Bengio, arXiv 1610.01644)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+
+from smae_utils.data.batches import read_case
+from smae_utils.data.case import Case
+from smae_utils.data.tasks import Task
+from smae_utils.data.transforms import ResizeRadiograph, resize
+from smae_utils.method.patches import patchify
+from smae_utils.work.build import build_transform
+from smae_utils.work.settings import Settings
+
+# A patch counts as a class when so much of it is.
+SHARE = 0.3
+
+
+def linear_probe(task: Task, settings: Settings, encoder: nn.Module, fitted: list[Case], scored: list[Case]) -> float:
+    """Mean AUC over classes of a logistic regression on tokens, fitted on some labelled cases and scored on others.
+
+    Masks: is more than `SHARE` of a patch this class, from its token; windows lie at both ends of each axis, so that one place in a window is
+    several in the scan. Classes of whole images: from the mean of an image's tokens; what is unknown is left out.
+
+    Returns:
+        NaN where no class has both outcomes in both parts.
+    """
+    parts = []
+    with torch.inference_mode():
+        for cases in (fitted, scored):
+            rows = [row for case in cases for row in _rows(task, settings, encoder.eval(), case)]
+            if not rows:
+                return float("nan")
+            parts.append([np.concatenate([row[i] for row in rows]) for i in (0, 1)])
+    (x, y), (new_x, new_y) = parts
+    scores = []
+    for truth, new_truth in zip(y.T, new_y.T):
+        known, new_known = np.isfinite(truth), np.isfinite(new_truth)
+        if len(np.unique(truth[known])) == 2 == len(np.unique(new_truth[new_known])):
+            model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300, C=0.1)).fit(x[known], truth[known])
+            scores.append(roc_auc_score(new_truth[new_known], model.decision_function(new_x[new_known])))
+    return float(np.mean(scores)) if scores else float("nan")
+
+
+def effective_rank(task: Task, settings: Settings, encoder: nn.Module, cases: list[Case]) -> float:
+    """In how many directions an encoder's tokens differ: exp of the entropy of the shares of variance (Roy and Vetterli, EUSIPCO 2007)."""
+    with torch.inference_mode():
+        tokens = torch.cat(
+            [encoder.eval()(image[None])[0][0, encoder.prefix_tokens :] for case in cases for image, _ in _windows(task, settings, case)]
+        )
+    variances = torch.linalg.svdvals(tokens - tokens.mean(0)) ** 2
+    shares = variances / variances.sum()
+    return float(torch.exp(-(shares * shares.clamp_min(1e-12).log()).sum()))
+
+
+def _windows(task: Task, settings: Settings, case: Case) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Images (C, *crop_size) of a case, and label numbers (1, *crop_size) where it has a mask."""
+    masked = task.kind == "segmentation" and "label" in case
+    sample = read_case(build_transform(task, settings, with_label=masked), case)
+    size = settings.crop_size
+    if task.whole:
+        yield ResizeRadiograph(size)(sample)["image"], resize(sample["label"], size, label=True) if masked else None
+        return
+    image, label = (sample[key].as_tensor() if key in sample else None for key in ("image", "label"))
+    ends = [sorted({0, n - c}) for n, c in zip(image.shape[1:], size)]
+    for corner in itertools.product(*ends):
+        box = (slice(None), *(slice(o, o + c) for o, c in zip(corner, size)))
+        yield image[box], label[box] if masked else None
+
+
+def _rows(task: Task, settings: Settings, encoder: nn.Module, case: Case) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Tokens (N, D) and labels (N, classes; NaN: unknown) of each window."""
+    for image, label in _windows(task, settings, case):
+        tokens = encoder(image[None])[0][0, encoder.prefix_tokens :].numpy()
+        if task.kind == "classification":
+            yield tokens.mean(0, keepdims=True), np.asarray(case["label"], float)[None]
+        else:
+            masks = [torch.from_numpy(mask).float() for mask in task.class_masks(label.numpy())]
+            shares = [patchify(mask[None], encoder.patch_size)[0].mean(-1) for mask in masks]
+            yield tokens, (torch.stack(shares, 1) > SHARE).double().numpy()

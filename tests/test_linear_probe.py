@@ -1,0 +1,86 @@
+"""The linear probe of notebook 03 reads off tokens what is in them, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from smae_utils.data.tasks import get_task
+from smae_utils.method.patches import patchify
+from smae_utils.show import linear_probe, notebook_helpers
+from smae_utils.work.settings import FinetuneSettings, make_settings
+
+
+class Tokens(torch.nn.Module):
+    """An "encoder" whose tokens are what is asked for: the mean of each patch, or noise."""
+
+    def __init__(self, patch: int, knows: bool):
+        super().__init__()
+        self.patch_size, self.knows, self.prefix_tokens = patch, knows, 1
+
+    def forward(self, image):
+        tokens = patchify(image, self.patch_size).mean(-1, keepdim=True)
+        tokens = tokens if self.knows else torch.randn_like(tokens)
+        return torch.cat([torch.zeros_like(tokens[:, :1]), tokens], 1), []
+
+
+@pytest.mark.parametrize("task", ["btcv", "cxr14"])
+def test_the_probe_reads_what_tokens_hold(task, data, tiny, monkeypatch):
+    record, settings = get_task(task), make_settings(FinetuneSettings, tiny[task, "finetune"], "test")
+    cases = record.read_splits(data[task], 0, 0)["train"]
+    windows = linear_probe._windows
+
+    def telling(task, settings, case):
+        """Images that are as bright as their first finding says, or as their own mask."""
+        for image, label in windows(task, settings, case):
+            yield torch.full_like(image, float(case["label"][0] == 1)) if label is None else (label > 0).float(), label
+
+    monkeypatch.setattr(linear_probe, "_windows", telling)
+    few = dataclasses.replace(record, classes=record.classes[:1])  # the others are not what is shown
+    torch.manual_seed(0)
+    if task == "btcv":
+        structure = dataclasses.replace(record, classes=("structure",), regions=(tuple(range(1, 14)),))
+        assert notebook_helpers.probe(structure, settings, Tokens(4, knows=True), cases) > 0.99
+        assert notebook_helpers.probe(structure, settings, Tokens(4, knows=False), cases) < 0.9  # few cases: chance is wide
+        return
+    cases = [{**case, "label": case["label"][:1]} for case in cases]
+    assert notebook_helpers.probe(few, settings, Tokens(4, knows=True), cases) > 0.99
+    assert notebook_helpers.probe(few, settings, Tokens(4, knows=False), cases) < 0.9
+    assert math.isnan(notebook_helpers.probe(few, settings, Tokens(4, knows=True), cases[:1]))
+
+
+def test_the_probe_never_scores_a_patient_that_it_was_fitted_on_and_leaves_out_what_is_unknown(monkeypatch):
+    cases = [{"case": f"c{i}", "patient": f"p{i // 4}", "image": "x", "label": np.array([float(i % 2)])} for i in range(12)]
+    seen = []
+    monkeypatch.setattr(notebook_helpers, "linear_probe", lambda task, settings, encoder, *parts: seen.append(parts))
+    notebook_helpers.probe(get_task("cxr14"), None, None, cases)
+    fitted, scored = ({c["patient"] for c in part} for part in seen[0])
+    assert fitted == {"p0", "p1"} and scored == {"p2"}
+    task = dataclasses.replace(get_task("cxr14"), classes=("a",))
+    monkeypatch.setattr(linear_probe, "_windows", lambda task, settings, case: [(torch.full((1, 8, 8), float(case["shown"])), None)])
+    known = [{"label": np.array([float(i % 2)]), "shown": i % 2} for i in range(8)]
+    unknown = [{"label": np.array([np.nan]), "shown": 1} for _ in range(8)]  # counted as absent, these would confuse the fit
+    assert linear_probe.linear_probe(task, None, Tokens(4, knows=True), known + unknown, known + unknown) == 1.0
+
+
+def test_the_effective_rank_counts_the_directions_of_tokens(monkeypatch):
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(16, 16))[0]
+
+    class Directions(torch.nn.Module):
+        prefix_tokens = 0
+
+        def __init__(self, n):
+            super().__init__()
+            self.n = n
+
+        def forward(self, image):
+            return torch.randn(1, 4096, self.n) @ basis[: self.n], []
+
+    monkeypatch.setattr(linear_probe, "_windows", lambda *_: [(torch.zeros(1, 8, 8), None)])
+    for n in (1, 5):
+        assert linear_probe.effective_rank(None, None, Directions(n), [{}]) == pytest.approx(n, rel=0.02)
