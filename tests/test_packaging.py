@@ -67,7 +67,7 @@ def test_the_arms_of_a_preset_differ_only_in_learning_rate_and_layer_decay():
     for preset in ("demo", "small", "paper"):
         for task in ("btcv", "cxr14", "brats"):
             a, b = (resolve(get_task(task), "finetune", preset, arm) for arm in ("scratch", "self"))
-            assert {k for k in a.__dataclass_fields__ if getattr(a, k) != getattr(b, k)} <= {"lr", "base_lr", "layer_decay"}
+            assert {k for k in a.__dataclass_fields__ if getattr(a, k) != getattr(b, k)} <= {"lr", "base_lr", "layer_decay", "encoder_lr"}
 
 
 def test_paper_learning_rates_are_the_released_effective_ones():
