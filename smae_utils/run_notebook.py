@@ -116,6 +116,7 @@ def run_notebook(notebook: str | Path, out_dir: str | Path, parameters: dict[str
             str(source),
             str(target),
             parameters=values,
+            **_kernel_for(source),
             progress_bar=False,
             stdout_file=sys.stdout,
             coalesce_streams=True,
@@ -133,6 +134,13 @@ def run_notebook(notebook: str | Path, out_dir: str | Path, parameters: dict[str
     if failure:
         raise UserError(failure)
     return target
+
+
+def _kernel_for(notebook: Path) -> dict[str, str]:
+    """This environment's kernel, where a notebook names none, as one that a program wrote."""
+    import nbformat
+
+    return {} if nbformat.read(notebook, as_version=4).metadata.get("kernelspec") else {"kernel_name": "python3", "language": "python"}
 
 
 def _drop_widget_state(notebook: Path) -> None:
