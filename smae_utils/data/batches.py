@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -56,7 +56,7 @@ def derive_seed(*parts: int) -> int:
     return int(np.random.SeedSequence([p % 2**32 for p in parts]).generate_state(1)[0])
 
 
-def read_case(transform: Callable[[dict], Any], case: Case) -> Any:
+def read_case(transform: Callable[[dict[str, Any]], Any], case: Mapping[str, Any]) -> Any:
     """Apply a deterministic transform to a case.
 
     Raises:

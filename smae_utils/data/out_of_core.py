@@ -11,7 +11,7 @@ import math
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from monai.data import MetaTensor
 from nibabel.affines import from_matvec
 from torch import Tensor
 
-from smae_utils.data.case import Case, files_of
+from smae_utils.data.case import files_of
 from smae_utils.data.reading import FILE_ERRORS, check_channels, check_finite, check_grid, check_header, unreadable, volume_shape
 from smae_utils.data.tasks import Task
 from smae_utils.data.transforms import normalisation, oriented, resampled
@@ -56,6 +56,12 @@ def blocks(shape: Sequence[int], channels: int = 1, to_other: np.ndarray | None 
     side = max(8, math.floor((CHANNEL_VOXELS / 8 / channels / finer) ** (1 / 3) + 1e-9))
     cuts = [[slice(start, min(start + side, n)) for start in range(0, n, side)] for n in shape]
     return ((a, b, c) for a in cuts[0] for b in cuts[1] for c in cuts[2])
+
+
+def whole(shape: Sequence[int]) -> Box:
+    """The box that is a whole grid (X, Y, Z)."""
+    x, y, z = (slice(0, n) for n in shape)
+    return x, y, z
 
 
 def start_of(box: Box) -> np.ndarray:
@@ -132,7 +138,7 @@ def _unpacked(file: str, stack: ExitStack) -> str:
     return str(target)
 
 
-def is_large(case: Case) -> bool:
+def is_large(case: Mapping[str, Any]) -> bool:
     """Whether a case is NIfTI and has more voxels than are held at a time."""
     files = files_of(case["image"])
     if not all(has_ending(f, (".nii", ".nii.gz")) for f in files):
@@ -143,7 +149,7 @@ def is_large(case: Case) -> bool:
         return False  # reading it whole says what is wrong with it
 
 
-def look_through(case: Case, task: Task) -> None:
+def look_through(case: Mapping[str, Any], task: Task) -> None:
     """Read a large scan once, and refuse what `ReadScan` and `CheckCase` refuse."""
     with ExitStack() as stack:
         scan = ScanOnDisk(case["image"], task, stack)
@@ -167,7 +173,7 @@ class Prepared(NamedTuple):
     scan_affine: np.ndarray
 
 
-def prepare_large(case: Case, task: Task, spacing_mm: Sequence[float] = (), crop_size: Sequence[int] = ()) -> Prepared:
+def prepare_large(case: Mapping[str, Any], task: Task, spacing_mm: Sequence[float] = (), crop_size: Sequence[int] = ()) -> Prepared:
     """`transforms.prepare` for a scan that is not to be held: its image, its grid and the scan's."""
     with ExitStack() as stack:
         scan = ScanOnDisk(case["image"], task, stack)
@@ -226,5 +232,5 @@ def _body(image: np.ndarray) -> Box:
         for axis in range(3):
             there[axis][box[axis]] |= found.any(tuple(a for a in range(3) if a != axis))
     if not there[0].any():
-        return tuple(slice(0, n) for n in image.shape[1:])
+        return whole(image.shape[1:])
     return tuple(slice(int(np.argmax(t)), int(len(t) - np.argmax(t[::-1]))) for t in there)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shlex
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -309,7 +310,7 @@ def describe_values(task: Task) -> str:
     return ", ".join(map(str, stored[:12])) + (" and more" if len(stored) > 12 else "")
 
 
-def read_label(case: dict, task: Task) -> tuple[np.ndarray, Volume | None]:
+def read_label(case: Mapping[str, Any], task: Task) -> tuple[np.ndarray, Volume | None]:
     """A case's mask as label numbers on the grid of its image, and the image (None for 2D).
 
     Raises:

@@ -77,12 +77,12 @@ class MaskedAutoencoder(nn.Module):
         length = self.encoder.pos_embed.shape[1]
         visible_count(length, mask_ratio)
 
-        block_args = [encoder.get("mlp_ratio", 4.0), encoder.get("qkv_bias", True), encoder.get("norm_eps", 1e-6)]
+        mlp_ratio, qkv_bias, norm_eps = encoder.get("mlp_ratio", 4.0), encoder.get("qkv_bias", True), encoder.get("norm_eps", 1e-6)
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim).normal_(std=0.02))
         self.decoder_pos_embed = nn.Parameter(sincos_positions(self.grid, decoder_embed_dim), requires_grad=False)
-        self.decoder_blocks = transformer_blocks(decoder_embed_dim, decoder_depth, decoder_num_heads, *block_args, of="decoder_")
-        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=encoder.get("norm_eps", 1e-6))
+        self.decoder_blocks = transformer_blocks(decoder_embed_dim, decoder_depth, decoder_num_heads, mlp_ratio, qkv_bias, norm_eps, of="decoder_")
+        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=norm_eps)
         self.decoder_pred = nn.Linear(decoder_embed_dim, self.encoder.patch_embed.proj.weight[0].numel())
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             part.apply(init_transformer)

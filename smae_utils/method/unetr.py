@@ -55,18 +55,26 @@ class UNETR(nn.Module):
         def width(level: int) -> int:
             return feature_size * 2**level
 
-        shared = {"spatial_dims": ndim, "kernel_size": 3, "norm_name": "instance", "res_block": True}
         self.feature_size, self.norm_skips = feature_size, norm_skips
-        self.image_skip = UnetrBasicBlock(in_channels=in_chans, out_channels=feature_size, stride=1, **shared) if use_image else None
+        self.image_skip = UnetrBasicBlock(ndim, in_chans, feature_size, 3, stride=1, norm_name="instance", res_block=True) if use_image else None
         self.skips = nn.ModuleList(
             UnetrPrUpBlock(
-                in_channels=embed_dim, out_channels=width(k), num_layer=stages - k - 1, stride=1, upsample_kernel_size=2, conv_block=True, **shared
+                spatial_dims=ndim,
+                in_channels=embed_dim,
+                out_channels=width(k),
+                num_layer=stages - k - 1,
+                kernel_size=3,
+                stride=1,
+                upsample_kernel_size=2,
+                norm_name="instance",
+                conv_block=True,
+                res_block=True,
             )
             for k in range(1, stages)
         )
         widths = [width(level) for level in range(stages)] + [embed_dim]
         self.ups = nn.ModuleList(
-            UnetrUpBlock(in_channels=widths[level + 1], out_channels=widths[level], upsample_kernel_size=2, **shared)
+            UnetrUpBlock(ndim, widths[level + 1], widths[level], kernel_size=3, upsample_kernel_size=2, norm_name="instance", res_block=True)
             for level in reversed(range(stages))
         )
         self.out = UnetOutBlock(spatial_dims=ndim, in_channels=feature_size, out_channels=out_chans)

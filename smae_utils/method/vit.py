@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +15,17 @@ from smae_utils.method.patches import as_tuple, gather_tokens, grid_size, patchi
 from smae_utils.timm_library import Block, CpuAttention
 
 
-def transformer_blocks(dim: int, depth: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, norm_eps: float, drop_path: float = 0.0, of: str = ""):
+def transformer_blocks(
+    dim: int, depth: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, norm_eps: float, drop_path: float = 0.0, of: str = ""
+) -> nn.ModuleList:
     """`depth` pre-norm blocks of timm; stochastic depth grows linearly from 0 to `drop_path`. `of` goes before names in errors."""
     if dim % num_heads:
         raise UserError(f"{of}embed_dim {dim} does not divide into {of}num_heads {num_heads}")
     rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-    norm = partial(nn.LayerNorm, eps=norm_eps)
-    common = {"qkv_bias": qkv_bias, "norm_layer": norm, "attn_layer": CpuAttention}
-    return nn.ModuleList(Block(dim, num_heads, mlp_ratio, drop_path=rate, **common) for rate in rates)
+    norm: Any = partial(nn.LayerNorm, eps=norm_eps)  # timm's types want a class; it calls whatever makes a norm
+    return nn.ModuleList(
+        Block(dim, num_heads, mlp_ratio, qkv_bias=qkv_bias, drop_path=rate, norm_layer=norm, attn_layer=CpuAttention) for rate in rates
+    )
 
 
 def init_transformer(module: nn.Module) -> None:
@@ -41,8 +45,8 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_chans: int, patch_size: tuple[int, ...], embed_dim: int):
         super().__init__()
-        conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(patch_size)]
-        self.proj = conv(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+        convs: dict[int, Callable[..., nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+        self.proj = convs[len(patch_size)](in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
         nn.init.xavier_uniform_(self.proj.weight.view(embed_dim, -1))
 
     def forward(self, patches: Tensor) -> Tensor:

@@ -93,24 +93,29 @@ def build_model(task: Task, settings: FinetuneSettings) -> nn.Module:
 
 def build_cnn(task: Task) -> nn.Module:
     """The plain convolutional network that a transformer has to be compared with, about as large as the demo's transformers."""
-    sizes = {"spatial_dims": task.spatial_dims, "in_channels": task.in_chans, "out_channels": task.out_chans}
+    dims, given, wanted = task.spatial_dims, task.in_chans, task.out_chans
     if task.kind == "classification":
-        return DenseNet(**sizes, init_features=32, growth_rate=16, block_config=(4, 6, 8))
-    return UNet(**sizes, channels=(16, 32, 64, 128), strides=(2, 2, 2), num_res_units=2, norm="instance")
+        return DenseNet(dims, given, wanted, init_features=32, growth_rate=16, block_config=(4, 6, 8))
+    return UNet(dims, given, wanted, channels=(16, 32, 64, 128), strides=(2, 2, 2), num_res_units=2, norm="instance")
 
 
 def _build_vit(task: Task, settings: FinetuneSettings) -> ViTClassifier | UNETR:
     common = {**_encoder_args(task, settings), "drop_path": settings.drop_path}
     if task.kind == "classification":
         return ViTClassifier(**common, num_classes=len(task.classes), pool=settings.pool)
-    skips = {"use_image": settings.image_skip, "norm_skips": settings.norm_skips}
-    return UNETR(**common, out_chans=task.out_chans, feature_size=settings.feature_size, **skips)
+    return UNETR(
+        **common,
+        out_chans=task.out_chans,
+        feature_size=settings.feature_size,
+        use_image=settings.image_skip,
+        norm_skips=settings.norm_skips,
+    )
 
 
 def region_targets(label: Tensor, task: Task) -> Tensor:
     """Integer label (B, 1, *spatial) -> one channel a class (B, classes, *spatial), overlapping where regions do."""
     values = label.new_tensor
-    return torch.cat([torch.isin(label, values(region)) for region in task.regions], 1).float()
+    return torch.cat([torch.isin(label, values(region)) for region in task.class_values], 1).float()
 
 
 def build_loss(task: Task, class_weights: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
@@ -124,11 +129,10 @@ def build_loss(task: Task, class_weights: Tensor | None = None) -> Callable[[Ten
     """
     if task.kind == "classification":
         return known_bce
-    smooth = {"batch": True, "smooth_nr": 1.0, "smooth_dr": 1.0}
     if not task.exclusive:
-        overlapping = DiceLoss(sigmoid=True, **smooth)
+        overlapping = DiceLoss(sigmoid=True, batch=True, smooth_nr=1.0, smooth_dr=1.0)
         return lambda logits, label: overlapping(as_background(logits.float(), label, False), region_targets(label, task))
-    dice = DiceLoss(include_background=False, to_onehot_y=True, softmax=True, **smooth)
+    dice = DiceLoss(include_background=False, to_onehot_y=True, softmax=True, batch=True, smooth_nr=1.0, smooth_dr=1.0)
     ce = nn.CrossEntropyLoss(weight=class_weights, ignore_index=IGNORE)
 
     def dice_ce(logits: Tensor, label: Tensor) -> Tensor:
@@ -164,7 +168,8 @@ def class_weights(labels: Iterable[Tensor], n_values: int, power: float) -> Tens
 
     Power 0.5 kept every organ of the CT phantom alive where unweighted cross-entropy lost nine of thirteen within the same steps.
     """
-    counts = sum(torch.bincount(label.flatten().long(), minlength=256)[:n_values] for label in labels).double().clamp(min=1)
+    counted = torch.stack([torch.bincount(label.flatten().long(), minlength=256)[:n_values] for label in labels])
+    counts = counted.sum(0).double().clamp(min=1)
     weights = (counts.sum() / counts) ** power
     return (weights * counts.sum() / (weights * counts).sum()).float()
 
@@ -194,4 +199,5 @@ def build_optimizer(model: nn.Module, settings: Settings, layer_decay: float = 1
         scale = layer_decay ** (depth + 1 - layer) * (encoder_lr if slow else 1)
         group = groups.setdefault((layer, plain, slow), {"params": [], "weight_decay": 0.0 if plain else settings.weight_decay, "lr_scale": scale})
         group["params"].append(parameter)
-    return torch.optim.AdamW(list(groups.values()), lr=learning_rate(settings), betas=settings.betas, fused=True)
+    betas = (settings.betas[0], settings.betas[1])
+    return torch.optim.AdamW(list(groups.values()), lr=learning_rate(settings), betas=betas, fused=True)

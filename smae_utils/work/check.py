@@ -61,7 +61,8 @@ def check(list_or_task: str, data_dir: str = "", preset: str = "small", say: Cal
         UserError: if the list itself cannot be understood.
     """
     task = get_task(list_or_task)
-    splits = task.read_splits(Path(data_dir), 0, None if is_list(task.name) else 0)
+    fold = None if is_list(task.name) else 0
+    splits = task.read_splits(Path(data_dir), 0, fold)  # type: ignore[arg-type]  # a list's reader takes None too
     rows, problems = [], []
     for split, cases in splits.items():
         for case in cases:
@@ -122,7 +123,7 @@ def _nifti_files(case: Case, task: Task) -> list[str]:
     """Images and mask of a case, as far as they are NIfTI."""
     files = files_of(case["image"])
     if task.kind == "segmentation" and "label" in case:
-        files.append(case["label"])
+        files.append(str(case["label"]))
     return [f for f in files if has_ending(f, NIFTI_ENDINGS)]
 
 

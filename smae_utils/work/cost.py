@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smae_utils.data.tasks import Task, get_task
 from smae_utils.work.build import build_mae, build_model
-from smae_utils.work.settings import PretrainSettings, Settings, resolve, total_steps
+from smae_utils.work.settings import PretrainSettings, StageSettings, resolve, total_steps
 
 
 class CropCost(NamedTuple):
@@ -29,9 +29,8 @@ class CropCost(NamedTuple):
     weights: int
 
 
-def crop_cost(task: Task, settings: Settings) -> CropCost:
+def crop_cost(task: Task, settings: StageSettings) -> CropCost:
     """Counted, not measured, and without allocating weights or data."""
-    pretraining = isinstance(settings, PretrainSettings)
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -40,12 +39,12 @@ def crop_cost(task: Task, settings: Settings) -> CropCost:
 
     # The meta device does the shapes and none of the arithmetic.
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = build_mae(task, settings) if pretraining else build_model(task, settings)
+        model = build_mae(task, settings) if isinstance(settings, PretrainSettings) else build_model(task, settings)
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         image = torch.zeros(1, task.in_chans, *settings.crop_size)
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             out = model(image)
-        (out.loss if pretraining else out.float().mean()).backward()
+        (out.loss if isinstance(settings, PretrainSettings) else out.float().mean()).backward()
     held = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
     return CropCost(float(counter.get_total_flops()), held, sum(4 * p.numel() for p in model.parameters()))
 

@@ -19,7 +19,7 @@ from smae_utils.method.checkpoints.other_libraries import MONAI_BLOCK
 from smae_utils.work.build import build_mae
 from smae_utils.work.predictor import load_finetuned
 from smae_utils.work.run_folder import Run, write_text
-from smae_utils.work.settings import PretrainSettings, Settings, make_settings
+from smae_utils.work.settings import FinetuneSettings, PretrainSettings, Settings, StageSettings, make_settings
 
 TARGETS = ("timm", "monai-vit", "monai-unetr")
 
@@ -44,7 +44,7 @@ def export(run_dir: str | Path, to: str, out: str | Path) -> Path:
     model, task, settings = _open(run)
     tensors = {k: v.detach().clone() for k, v in model.state_dict().items()}
     make = {"timm": _timm, "monai-vit": _monai_vit, "monai-unetr": _monai_unetr}[to]
-    converted, arguments = make(tensors, task, settings, run.config["stage"])
+    converted, arguments = make(tensors, task, settings)
     converted = _complete(converted, arguments)
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -74,7 +74,7 @@ def _complete(converted: dict[str, Tensor], arguments: dict[str, Any]) -> dict[s
     return {**unused, **converted}
 
 
-def _open(run: Run) -> tuple[torch.nn.Module, Task, Settings]:
+def _open(run: Run) -> tuple[torch.nn.Module, Task, StageSettings]:
     if run.config["stage"] == "finetune":
         return load_finetuned(run)
     task = task_of(run.config)
@@ -101,18 +101,19 @@ def _shape(task: Task, settings: Settings) -> dict[str, Any]:
     return {"img_size": list(settings.crop_size), "patch_size": settings.patch_size}
 
 
-def _timm(tensors: dict[str, Tensor], task: Task, settings: Settings, stage: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _timm(tensors: dict[str, Tensor], task: Task, settings: StageSettings) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if task.spatial_dims != 2:
         raise UserError("timm's VisionTransformer is 2D, this run is 3D: use --to monai-vit or monai-unetr")
-    _need("timm", settings, {"norm_eps": 1e-6, **({"network": "vit"} if stage == "finetune" else {})})
+    tuned = isinstance(settings, FinetuneSettings)
+    _need("timm", settings, {"norm_eps": 1e-6, **({"network": "vit"} if tuned else {})})
     out = _encoder(tensors)
     if settings.class_token:  # there the class token has a row of the position table; ours is part of the token
         out["pos_embed"] = torch.cat([torch.zeros_like(out["pos_embed"][:, :1]), out["pos_embed"]], 1)
-    mean = stage == "finetune" and settings.pool == "mean"
+    mean = isinstance(settings, FinetuneSettings) and settings.pool == "mean"
     out |= {k: v for k, v in tensors.items() if k.startswith(("head.", "fc_norm."))}
     arguments = {
         "constructor": "timm.models.vision_transformer.VisionTransformer", **_shape(task, settings), "in_chans": task.in_chans,
-        "num_classes": len(task.classes) if stage == "finetune" else 0, "embed_dim": settings.embed_dim, "depth": settings.depth,
+        "num_classes": len(task.classes) if tuned else 0, "embed_dim": settings.embed_dim, "depth": settings.depth,
         "num_heads": settings.num_heads, "class_token": settings.class_token,
         "global_pool": "avg" if mean else "token" if settings.class_token else "", "fc_norm": mean,
     }  # fmt: skip
@@ -136,9 +137,10 @@ def _monai_arguments(task: Task, settings: Settings) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _monai_vit(tensors: dict[str, Tensor], task: Task, settings: Settings, stage: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    classifier = stage == "finetune" and task.kind == "classification"
-    if stage == "finetune" and not classifier:
+def _monai_vit(tensors: dict[str, Tensor], task: Task, settings: StageSettings) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tuned = isinstance(settings, FinetuneSettings)
+    classifier = tuned and task.kind == "classification"
+    if tuned and not classifier:
         raise UserError("this run is a UNETR: use --to monai-unetr, or export its pre-training run")
     wanted = {"norm_eps": 1e-5, "class_token": classifier}
     _need("monai-vit", settings, {**wanted, "pool": "cls", "network": "vit"} if classifier else wanted)
@@ -152,8 +154,8 @@ def _monai_vit(tensors: dict[str, Tensor], task: Task, settings: Settings, stage
     return out, arguments
 
 
-def _monai_unetr(tensors: dict[str, Tensor], task: Task, settings: Settings, stage: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if stage != "finetune" or task.kind != "segmentation":
+def _monai_unetr(tensors: dict[str, Tensor], task: Task, settings: StageSettings) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not isinstance(settings, FinetuneSettings) or task.kind != "segmentation":
         raise UserError("monai-unetr holds a fine-tuned UNETR: give the run of a segmentation task, or use --to monai-vit for the encoder")
     wanted = {"patch_size": 16, "depth": 12, "class_token": False, "norm_eps": 1e-5, "network": "vit", "image_skip": True, "norm_skips": False}
     _need("monai-unetr", settings, wanted)

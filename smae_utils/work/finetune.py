@@ -22,7 +22,7 @@ from smae_utils.work.loop import Loop, kept_generators
 from smae_utils.work.predictor import Predictor
 from smae_utils.work.progress import Say, say
 from smae_utils.work.run_folder import Run
-from smae_utils.work.settings import FinetuneSettings, resolve
+from smae_utils.work.settings import resolve
 from smae_utils.work.start import check_unseen, config_of, facts_of, is_scratch, tell_notes
 
 
@@ -60,7 +60,6 @@ def finetune(
     record = get_task(task)
     scratch = is_scratch(init)
     settings = resolve(record, "finetune", preset, "scratch" if scratch else "self", overrides)
-    assert isinstance(settings, FinetuneSettings)
     splits = build_splits(record, data_dir, settings)
     if not scratch:
         check_unseen(init, splits)

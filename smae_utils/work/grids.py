@@ -58,16 +58,15 @@ def to_scan_grid(channels: Tensor, source: np.ndarray, shape: Sequence[int], tar
     Only the box of the source that the target touches is read. The source's edge holds for half a voxel more, no less certain than
     what lies inside; further out everything is 0.
     """
-    found = out_of_core.touched(tuple(slice(0, n) for n in shape), np.linalg.inv(source) @ target, channels.shape[1:])
+    found = out_of_core.touched(out_of_core.whole(shape), np.linalg.inv(source) @ target, channels.shape[1:])
     if found is None:
         return torch.zeros(len(channels), *shape)
     box, moved = channels[(slice(None), *found)].float(), source @ out_of_core.start_of(found)
     covered = torch.cat([box, torch.ones_like(box[:1])])
-    resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=torch.float32)
+    resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=np.float32)
     with torch.autocast("cpu", enabled=False):  # bf16 is too coarse for where a voxel lies
-        out = resample(
-            MetaTensor(covered, affine=torch.from_numpy(moved)), dst_affine=torch.from_numpy(target), spatial_size=tuple(shape)
-        ).as_tensor()
+        resampled = resample(MetaTensor(covered, affine=torch.from_numpy(moved)), dst_affine=torch.from_numpy(target), spatial_size=tuple(shape))
+    out = resampled.as_subclass(Tensor)
     coverage = out[-1:]
     return out[:-1] / coverage.clamp(min=0.5) * (coverage >= 0.5 - 1e-4)
 
@@ -85,9 +84,10 @@ def region_labels(masks: list[np.ndarray], task: Task) -> np.ndarray:
     A voxel gets the label of the innermost region that holds it, as far as the wider ones hold it too: enhancing tumour outside
     the tumour is none. The label of a region is the one that it has and the next narrower one has not.
     """
+    regions = task.class_values
     out, inside = np.zeros(masks[0].shape, np.uint8), np.ones(masks[0].shape, bool)
-    for i, (mask, values) in enumerate(zip(masks, task.regions)):
-        inner = task.regions[i + 1] if i + 1 < len(task.regions) else ()
+    for i, (mask, values) in enumerate(zip(masks, regions)):
+        inner = regions[i + 1] if i + 1 < len(regions) else ()
         inside = inside & mask
         out[inside] = next(v for v in values if v not in inner)
     return out

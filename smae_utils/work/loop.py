@@ -124,7 +124,8 @@ class Loop:
     def _train(self, run: Run, accelerator, precision: str, report: Say, validate: Validate | None, best: bool) -> None:
         """From the run's last state, or from the start, to the last step."""
         optimizer = build_optimizer(self.model, self.settings, self.layer_decay)
-        self.model.to(memory_format=devices.memory_format(len(self.settings.crop_size)))
+        form = devices.memory_format(len(self.settings.crop_size))
+        self.model.to(memory_format=form)  # type: ignore[call-overload]  # torch's types leave it out
         model, optimizer = accelerator.prepare(self.model, optimizer)
         schedule = self._schedule(optimizer)
         state = self._begin(run, accelerator, precision, report)
@@ -193,7 +194,7 @@ class Loop:
 
     def _begin(self, run: Run, accelerator, precision: str, report: Say) -> dict[str, Any]:
         """The state to go on from; notes down in the run who goes on, with what."""
-        state = {"step": 0, "losses": [], "best": None, "seconds": 0.0}
+        state: dict[str, Any] = {"step": 0, "losses": [], "best": None, "seconds": 0.0}
         if folder := run.state():
             state = devices.load_state(accelerator, folder)
             report(f"going on after step {state['step']}")

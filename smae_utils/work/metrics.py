@@ -51,11 +51,11 @@ def hd95_mm(pred: np.ndarray, label: np.ndarray, spacing_mm: Sequence[float]) ->
     if not pred.any() or not label.any():
         return float(np.linalg.norm([n * s for n, s in zip(pred.shape, spacing_mm)]))
     # Padding makes voxels at the border of the scan surface voxels like any other.
-    both = [torch.from_numpy(np.pad(a, 1))[None, None] for a in (pred, label)]
+    one, other = (torch.from_numpy(np.pad(a, 1))[None, None] for a in (pred, label))
     with warnings.catch_warnings():
         # MONAI warns of an argument that it passes to itself.
         warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
-        distance = compute_hausdorff_distance(*both, include_background=True, percentile=95, spacing=[float(s) for s in spacing_mm])
+        distance = compute_hausdorff_distance(one, other, include_background=True, percentile=95, spacing=[float(s) for s in spacing_mm])
     return float(distance.item())
 
 

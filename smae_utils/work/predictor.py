@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -98,7 +98,7 @@ class Predictor:
         model, task, settings = load_finetuned(run)
         device = device or devices.best_device()
         precision, note = devices.usable_precision(run.config.get("precision", "auto"), device)
-        model.to(device, memory_format=devices.memory_format(task.spatial_dims))
+        model.to(device, memory_format=devices.memory_format(task.spatial_dims))  # type: ignore[call-overload]  # torch's types leave it out
         return cls.of(model, task, settings, precision, note)
 
     def __call__(self, scan: str | Path | Sequence[str | Path]) -> Segmented | dict[str, float]:
@@ -214,7 +214,7 @@ class Predictor:
             scores = torch.cat([self.model(part.to(self.device)).float().sigmoid()[:, finding].cpu() for part in batch.split(64)])
         return (scores[0] - scores[1:]).reshape(grid).numpy()
 
-    def _read_scan(self, case: Case) -> out_of_core.Prepared:
+    def _read_scan(self, case: Mapping[str, Any]) -> out_of_core.Prepared:
         if out_of_core.is_large(case):
             return out_of_core.prepare_large(case, self.task, self.spacing_mm, self.crop_size)
         image = self.prepared()(case)["image"]
@@ -233,5 +233,5 @@ class Predictor:
         return Segmented(label_map(probs, self.task), None, probs.numpy() if keep else None)
 
 
-def _image_of(case: Case) -> dict:
+def _image_of(case: Case) -> dict[str, Any]:
     return {"case": case["case"], "image": case["image"]}

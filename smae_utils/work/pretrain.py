@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from smae_utils.data.batches import Crops, Scans, derive_seed, join
+from smae_utils.data.case import Splits
 from smae_utils.data.tasks import get_task
 from smae_utils.method.checkpoints.load import (
     load_weights,
@@ -57,10 +58,9 @@ def pretrain(
     """
     record = get_task(task)
     settings = resolve(record, "pretrain", preset, overrides=overrides)
-    assert isinstance(settings, PretrainSettings)
     scratch = is_scratch(init)
     splits = build_splits(record, data_dir, settings)
-    images = {part: [{k: c[k] for k in ("case", "patient", "image")} for c in cases] for part, cases in splits.items()}
+    images: Splits = {part: [{"case": c["case"], "patient": c["patient"], "image": c["image"]} for c in cases] for part, cases in splits.items()}
     tell_notes(record, report)
     torch.manual_seed(derive_seed(settings.seed, 10))
     model = build_mae(record, settings)
@@ -99,4 +99,5 @@ def drawn_ratio(settings: PretrainSettings, seed: int) -> float | None:
     """The mask ratio of a step, uniform in `mask_ratio_range` and drawn from the step's own seed; None: the model's own ratio."""
     if not settings.mask_ratio_range:
         return None
-    return float(np.random.default_rng(int(seed) % 2**63).uniform(*settings.mask_ratio_range))
+    low, high = settings.mask_ratio_range
+    return float(np.random.default_rng(int(seed) % 2**63).uniform(low, high))

@@ -17,7 +17,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -161,7 +161,7 @@ class Run:
         self.path = Path(path)
 
     @classmethod
-    def check(cls, path: str | Path, config: dict[str, Any], resume: bool = False, defaults: dict[str, Any] = MappingProxyType({})) -> Run:
+    def check(cls, path: str | Path, config: dict[str, Any], resume: bool = False, defaults: Mapping[str, Any] = MappingProxyType({})) -> Run:
         """A folder to start a run in, or one whose run can go on with `config`; nothing is written.
 
         What decides the result has to be the same: stage, task, what a list says, weights to start from, the settings
@@ -200,7 +200,7 @@ class Run:
         return run
 
     @classmethod
-    def start(cls, path: str | Path, config: dict[str, Any], resume: bool = False, defaults: dict[str, Any] = MappingProxyType({})) -> Run:
+    def start(cls, path: str | Path, config: dict[str, Any], resume: bool = False, defaults: Mapping[str, Any] = MappingProxyType({})) -> Run:
         """Create the folder, or open it again to go on, which `check` has to allow. Free settings and places are then `config`'s."""
         run = cls.check(path, config, resume, defaults)
         if not run.exists:
@@ -333,7 +333,7 @@ def said_of_list(config: dict[str, Any]) -> dict[str, Any] | None:
     return {k: v for k, v in record.items() if k != "title"} if record else None
 
 
-def _deciding(config: dict[str, Any], defaults: dict[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+def _deciding(config: dict[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """Of a configuration what decides the result. A list is told by what it says, not by where it lies."""
     settings = {**defaults, **config["settings"]}
     # The two ways to say a learning rate are one.

@@ -11,10 +11,10 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 import yaml
 
@@ -117,7 +117,9 @@ class FinetuneSettings(Settings):
 PAIRS = (("epochs", "steps"), ("warmup_steps", "warmup_epochs"), ("lr", "base_lr"))
 EITHER = (*PAIRS, *((b, a) for a, b in PAIRS))
 
-STAGE_SETTINGS: dict[str, type[Settings]] = {"pretrain": PretrainSettings, "finetune": FinetuneSettings}
+StageSettings = PretrainSettings | FinetuneSettings
+STAGE_SETTINGS: dict[str, type[PretrainSettings] | type[FinetuneSettings]] = {"pretrain": PretrainSettings, "finetune": FinetuneSettings}
+Asked = TypeVar("Asked", bound=Settings)
 
 
 def load_preset(name: str) -> dict[str, Any]:
@@ -146,8 +148,8 @@ def load_preset(name: str) -> dict[str, Any]:
             if part is not None and not isinstance(part, dict):
                 raise UserError(f"section {where} of {path} must be a mapping of settings, got {part!r}")
             for arm in ARMS:
-                if isinstance((part or {}).get(arm), (str, int, float, list)):
-                    raise UserError(f"section {where}: {arm} of {path} must be a mapping of settings, got {part[arm]!r}")
+                if isinstance(said := (part or {}).get(arm), (str, int, float, list)):
+                    raise UserError(f"section {where}: {arm} of {path} must be a mapping of settings, got {said!r}")
     return content
 
 
@@ -158,7 +160,17 @@ def _known_task(name: str, path: Path) -> None:
         raise UserError(f"{path} has a section {name!r}: {error}") from None
 
 
-def resolve(task: Task, stage: str, preset: str, arm: str = "scratch", overrides: dict[str, Any] | None = None) -> Settings:
+@overload
+def resolve(
+    task: Task, stage: Literal["pretrain"], preset: str, arm: str = "scratch", overrides: Mapping[str, Any] | None = None
+) -> PretrainSettings: ...
+@overload
+def resolve(
+    task: Task, stage: Literal["finetune"], preset: str, arm: str = "scratch", overrides: Mapping[str, Any] | None = None
+) -> FinetuneSettings: ...
+@overload
+def resolve(task: Task, stage: str, preset: str, arm: str = "scratch", overrides: Mapping[str, Any] | None = None) -> StageSettings: ...
+def resolve(task: Task, stage: str, preset: str, arm: str = "scratch", overrides: Mapping[str, Any] | None = None) -> StageSettings:
     """Defaults <- preset (all, then the task; general, then the stage, then the arm) <- a list file's own settings <- overrides.
 
     Raises:
@@ -168,7 +180,7 @@ def resolve(task: Task, stage: str, preset: str, arm: str = "scratch", overrides
     content = load_preset(preset)
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
-    layers: list[tuple[str, dict]] = []
+    layers: list[tuple[str, Mapping[str, Any]]] = []
     sections = [*((f"preset {preset!r}", content.get(name) or {}) for name in ("all", task.like, task.name)), (f"list {task.name}", task.settings)]
     for where, section in sections:
         layers += [(where, section), (where, section.get(stage) or {})]
@@ -186,7 +198,7 @@ def resolve(task: Task, stage: str, preset: str, arm: str = "scratch", overrides
     return make_settings(cls, values, where=origin)
 
 
-def make_settings(cls: type[Settings], values: dict[str, Any], where: str | dict[str, str]) -> Settings:
+def make_settings(cls: type[Asked], values: Mapping[str, Any], where: str | Mapping[str, str]) -> Asked:
     """A settings object from plain values, each checked against the type of its field.
 
     Args:

@@ -158,7 +158,7 @@ def task_from_record(name: str, record: dict[str, Any]) -> Task:
     values = {k: v if k == "settings" else tuples(v) for k, v in record.items()}
     bare = Task(name=name, read_splits=_no_reader, **values)
 
-    def read(data_dir: Path, seed: int = 0, fold: int = 0) -> Splits:
+    def read(data_dir: Path, seed: int = 0, fold: int | None = 0) -> Splits:
         return _splits(Path(name), read_list(Path(name))["cases"], bare, data_dir, seed, fold, strict=False)
 
     return replace(bare, read_splits=read)
@@ -233,7 +233,7 @@ def _no_reader(*_) -> Splits:
     raise NotImplementedError
 
 
-def _splits(path: Path, cases: dict[str, list[dict]], task: Task, data_dir: Path, seed: int = 0, fold: int = 0, strict: bool = True) -> Splits:
+def _splits(path: Path, cases: dict[str, list[dict]], task: Task, data_dir: Path, seed: int = 0, fold: int | None = 0, strict: bool = True) -> Splits:
     """Paths relative to `data_dir`, or to the list file where that is its own folder; a tenth of the patients is held out when nothing is.
 
     Args:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -261,7 +262,7 @@ def _compare_heads(checkpoint: Checkpoint, model: nn.Module, report: LoadReport)
             )
 
 
-def compare_facts(facts: dict[str, Any], expect: dict[str, Any]) -> list[str]:
+def compare_facts(facts: Mapping[str, Any], expect: Mapping[str, Any]) -> list[str]:
     """What weights were trained on against what they are wanted for: a note for each of other channels, spacing, ..."""
     notes = []
     theirs, ours = _channels(facts), _channels(expect)
@@ -273,7 +274,7 @@ def compare_facts(facts: dict[str, Any], expect: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _channels(facts: dict[str, Any]) -> list[str]:
+def _channels(facts: Mapping[str, Any]) -> list[str]:
     """Channel names to compare by; [] where they are unknown or one of them is only a number."""
     names = [str(name).strip().casefold() for name in facts.get("channels") or []]
     return [] if any(GENERIC.fullmatch(name) for name in names) else names

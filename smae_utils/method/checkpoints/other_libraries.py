@@ -11,7 +11,7 @@ import argparse
 import json
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -123,9 +123,9 @@ class Checkpoint(NamedTuple):
     grid: tuple[int, ...] | None
     norm_eps: float | None
     class_row: bool | None
-    encoder: dict[str, Any] = MappingProxyType({})
-    decoder: dict[str, Any] = MappingProxyType({})
-    facts: dict[str, Any] = MappingProxyType({})
+    encoder: Mapping[str, Any] = MappingProxyType({})
+    decoder: Mapping[str, Any] = MappingProxyType({})
+    facts: Mapping[str, Any] = MappingProxyType({})
 
 
 def read_timm(name: str) -> Checkpoint:
@@ -195,8 +195,8 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file} is no whole PyTorch checkpoint ({line}): copy or download it again") from None
     tensors = dict(_walk(content, ""))
     if not tensors:
-        wanted = "a state dict, or one under 'state_dict' or 'model'"
-        raise UserError(f"{file} holds no tensors by name: expected {wanted}")
+        expected = "a state dict, or one under 'state_dict' or 'model'"
+        raise UserError(f"{file} holds no tensors by name: expected {expected}")
     return tensors
 
 
@@ -294,7 +294,9 @@ def fold_class_rows(checkpoint: Checkpoint, grid: tuple[int, ...], names: set[st
     Raises:
         UserError: if the decoder's class row is not zero.
     """
-    tensors, old, notes = dict(checkpoint.tensors), None, []
+    tensors = dict(checkpoint.tensors)
+    old: tuple[int, ...] | None = None
+    notes: list[str] = []
     patches, token = tensors.get(PATCHES), tensors.get("encoder.cls_token")
     if checkpoint.grid or not grid or patches is None:
         return checkpoint, notes
@@ -306,7 +308,7 @@ def fold_class_rows(checkpoint: Checkpoint, grid: tuple[int, ...], names: set[st
         if found is None:
             continue
         row, old = found
-        if row and table == TABLES[0]:
+        if token is not None and row and table == TABLES[0]:
             tensors["encoder.cls_token"] = token + positions[:, :1]
         elif row and positions[:, 0].any():
             what = "this MAE decoder has a position for the class token that is not zero"
