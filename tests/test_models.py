@@ -409,3 +409,14 @@ def test_the_sanity_band_copies_the_nearest_visible_patch():
     fixed = 1 + (20 - 30) ** 2 + (100 - 30) ** 2
     assert band["nearest_visible"] in (pytest.approx((fixed + 5**2) / 4), pytest.approx((fixed + 25**2) / 4))
     assert band["patch_mean"] == 0
+
+
+def test_the_band_leaves_out_air_as_the_loss_does():
+    torch.manual_seed(0)
+    image = torch.randn(1, 1, 8, 8)
+    image[..., :4] = 0  # air: half of the patches hold one value
+    mask = torch.ones(1, 16)
+    mask[0, ::5] = 0
+    body = sanity_band(image[..., 4:], mask.reshape(1, 4, 4)[:, :, 2:].reshape(1, 8), 2, False)
+    assert sanity_band(image, mask, 2, False, air_loss=False)["patch_mean"] == pytest.approx(body["patch_mean"])
+    assert sanity_band(image, mask, 2, False)["patch_mean"] < body["patch_mean"]

@@ -194,8 +194,8 @@ def pixel_mask(mask: Tensor, patch_size: int | Sequence[int], shape: Sequence[in
     return out
 
 
-def sanity_band(image: Tensor, mask: Tensor, patch_size: int | Sequence[int], norm_pix_loss: bool = True) -> dict[str, float]:
-    """Losses that need no network, on the hidden patches: what a trained one has to beat.
+def sanity_band(image: Tensor, mask: Tensor, patch_size: int | Sequence[int], norm_pix_loss: bool = True, air_loss: bool = True) -> dict[str, float]:
+    """Losses that need no network, on the hidden patches: what a trained one has to beat. Counted as the network's own loss is.
 
     Returns:
         `patch_mean`: predicting each patch's own mean (1 for normalised targets, apart from flat patches);
@@ -209,8 +209,9 @@ def sanity_band(image: Tensor, mask: Tensor, patch_size: int | Sequence[int], no
     distance = torch.cdist(place, place).to(image.device) + 1e9 * mask.unsqueeze(1)
     copied = gather_tokens(target, distance.argmin(-1))
     flat = torch.zeros_like(target) if norm_pix_loss else mean.expand_as(target)
+    counted = mask if air_loss else mask * (patches.amax(-1) > patches.amin(-1))
 
     def loss(pred: Tensor) -> float:
-        return float(((pred - target).square().mean(-1) * mask).sum() / mask.sum())
+        return float(((pred - target).square().mean(-1) * counted).sum() / counted.sum().clamp(min=1))
 
     return {"patch_mean": loss(flat), "nearest_visible": loss(copied)}

@@ -76,7 +76,7 @@ def make_scene(model: MaskedAutoencoder | None, image: torch.Tensor, noise: torc
     batch = image[None].float().to(device)
     out = model.predict_all(batch, noise.to(device), ratio)
     pred, mask, loss = out.pred, out.mask, float(out.loss)
-    band = sanity_band(batch, mask, model.patch_size, model.norm_pix_loss)
+    band = sanity_band(batch, mask, model.patch_size, model.norm_pix_loss, model.air_loss)
     shown = model.to_image(batch, pred)
     pairs = {"rows": (batch, shown)}
     if model.norm_pix_loss:
