@@ -335,7 +335,7 @@ def test_a_fault_of_this_package_is_told_as_such_in_one_line_with_its_place(smae
     code, _, err = smae.train("pretrain", "brats", brats, tmp_path / "run")
     assert code == 1 and err.count("\n") == 1 and "Traceback" not in err
     assert err.startswith("internal error: KeyError: ") and "oops" in err and "--traceback" in err
-    assert "training.py:" in err  # the last place in this package
+    assert "pretrain.py:" in err  # the last place in this package
     code, _, err = smae.train("pretrain", "brats", brats, tmp_path / "run", "--traceback")
     assert code == 1 and "in broken" in err
     assert not (tmp_path / "run").exists()

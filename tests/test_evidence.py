@@ -215,7 +215,7 @@ def test_one_command_runs_goes_on_and_changes_nothing_when_run_again(dots, tmp_p
     kept = cases[(cases.arm == row.arm) & (cases.fold == row.fold)]
     assert row.value == pytest.approx(np.mean([roc_auc_score(p.target, p.score) for _, p in kept.groupby("class")]), abs=1e-4)
     head = (folder / "main.csv").read_text().splitlines()[:2]
-    assert "evidence study" in head[0] and "mean nothing" in head[0] and "commit" in head[1] and "UTC" in head[1]
+    assert "tools study" in head[0] and "mean nothing" in head[0] and "commit" in head[1] and "UTC" in head[1]
     capsys.readouterr()
     before = {file: file.read_bytes() for file in folder.iterdir() if file.suffix == ".csv"}
     assert smae(study, data, tmp_path, *few, "--labelled", "50%") == 0

@@ -63,8 +63,8 @@ def figure_of(main: pd.DataFrame, study: Study) -> Figure:
     for metric, axis in zip(metrics, gains):
         axis.axhline(0, color="#777777", linewidth=1)
         _name(axis, rows, f"{NAMES[metric]}, difference to scratch")
-    scores.legend(fontsize=7)
-    figure.suptitle(f"{study.title}: {main.groupby(['seed', 'fold']).ngroups} seeds" + (" x folds" if study.folds else ""), fontsize=10)
+    scores.legend(fontsize=7, loc="lower right")
+    figure.suptitle(f"{study.title}: {table.units.max()} {'seeds x folds' if study.folds else 'seeds'} with both arms", fontsize=10)
     return figure
 
 
