@@ -67,10 +67,10 @@ class Results:
         return not table.empty and bool((table.reindex(columns=list(key)).astype(str) == [str(v) for v in key.values()]).all(axis=1).any())
 
     def add(self, part: str, key: dict[str, Any], answer: tuple) -> None:
-        """Figures of one run, and of the main table those of its scored cases."""
+        """Figures of one run, and of the main table the scores of its cases where intervals by patients are made of them."""
         rows, cases, made = answer
         self._write(part, [{**key, **row} for row in rows], [*KEYS[part], "metric"], made)
-        if part == "main":
+        if part == "main" and cases and "score" in cases[0]:
             self._write("cases", [{**key, **row} for row in cases], [*KEYS[part], "case", "class"], made)
 
     def _write(self, name: str, rows: list[dict], keys: list[str], made) -> None:
