@@ -1,4 +1,7 @@
-"""Modules that lay flat in the package before they got floors: their old names still lead to them, with a warning. To go with version 0.3."""
+"""Modules that lay flat in the package before they got floors: their old names still lead to them, with a warning. To go with version 0.3.
+
+Those that were divided (`data`, `inference`, `training`) and those that left the package (`demo`, `environment`, `evidence`, `readme`) have none.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,28 @@ MOVED = {
     "batch": "run_notebook",
     "build": "work.build",
     "check": "work.check",
+    "cost": "work.cost",
+    "dicom": "data.dicom",
+    "download": "data.download",
     "evaluation": "work.evaluation",
     "explorer": "show.explorer",
+    "export": "work.export",
     "foreign": "method.checkpoints.other_libraries",
     "large": "data.out_of_core",
     "lesson": "show.notebook_helpers",
+    "loop": "work.loop",
     "mae": "method.mae",
     "metrics": "work.metrics",
     "patches": "method.patches",
+    "pictures": "data.pictures",
+    "plots": "show.plots",
     "predict": "predict_files",
+    "progress": "work.progress",
     "reading": "data.reading",
     "runs": "work.run_folder",
+    "scene": "show.masked_scene",
     "settings": "work.settings",
+    "sources": "show.explorer_source",
     "tasks": "data.tasks",
     "timm_glue": "timm_library",
     "transforms": "data.transforms",

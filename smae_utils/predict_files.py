@@ -16,13 +16,13 @@ from nibabel.affines import voxel_sizes
 from PIL import Image
 
 from smae_utils.data import out_of_core
-from smae_utils.data.case import Case
+from smae_utils.data.case import Case, case_of
 from smae_utils.data.pictures import read_image
 from smae_utils.data.reading import Volume, first_file, read_volume, units_of
 from smae_utils.data.tasks import Task, get_task
 from smae_utils.data.tasks.lists import images_of, is_list
 from smae_utils.errors import UserError
-from smae_utils.paths import NIBABEL_ENDINGS, case_name, has_ending, split_series
+from smae_utils.paths import NIBABEL_ENDINGS, has_ending, split_series
 from smae_utils.show.plots import show_flat_overlay, show_overlay
 from smae_utils.work.evaluation import save_nifti, write_mask
 from smae_utils.work.predictor import Predictor
@@ -49,7 +49,7 @@ def predict(
         UserError: for a run or a scan that cannot be used; nothing is left half-written.
     """
     run = Run.open(run_dir, stage="finetune")
-    predictor = Predictor.from_run(run)
+    predictor = Predictor.from_run(run, report=report)
     task = predictor.task
     if occlusion and (task.kind != "classification" or task.spatial_dims != 2):
         raise UserError(f"--occlusion is for classes of 2D images, {run.path} is a run of {task.spatial_dims}D {task.kind}: leave it out")
@@ -57,8 +57,6 @@ def predict(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty: choose another --out, so that no result is mixed or overwritten")
-    if predictor.note:
-        report(predictor.note)
     part = out.with_name(out.name + ".part")  # renamed when everything is there: a full disk or a kill leaves no half result under the name
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -93,7 +91,7 @@ def collect(scans: Sequence[str | Path | list[str]], task: Task, report: Say = s
             order = channel_order(listed, task, files[0], report)
             cases += [_in_order(c, order, files[0]) for c in images_of(files[0])]
         else:
-            cases.append({"case": case_name(files[0]), "patient": "", "image": files if len(files) > 1 else files[0]})
+            cases.append(case_of(files))
     if not cases:
         raise UserError("no scans were given: expected image files, DICOM folders or a list file")
     return distinct(cases)

@@ -22,8 +22,8 @@ from smae_utils.method.unetr import UNETR
 from smae_utils.method.vit import ViTClassifier
 from smae_utils.work.export import export
 from smae_utils.work.finetune import finetune
-from smae_utils.work.predictor import load_finetuned
 from smae_utils.work.pretrain import pretrain
+from smae_utils.work.rebuild import load_finetuned
 from smae_utils.work.run_folder import Run
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -56,7 +56,8 @@ def test_the_probe_reads_what_tokens_hold(task, data, tiny, monkeypatch):
 def test_the_probe_never_scores_a_patient_that_it_was_fitted_on_and_leaves_out_what_is_unknown(monkeypatch):
     cases = [{"case": f"c{i}", "patient": f"p{i // 4}", "image": "x", "label": np.array([float(i % 2)])} for i in range(12)]
     seen = []
-    monkeypatch.setattr(notebook_helpers, "linear_probe", lambda task, settings, encoder, *parts: seen.append(parts))
+    monkeypatch.setattr(notebook_helpers, "linear_probe", lambda *parts: seen.append(parts))
+    monkeypatch.setattr(notebook_helpers, "read_tokens", lambda task, settings, encoder, cases: cases)
     notebook_helpers.probe(get_task("cxr14"), None, None, cases)
     fitted, scored = ({c["patient"] for c in part} for part in seen[0])
     assert fitted == {"p0", "p1"} and scored == {"p2"}
@@ -64,23 +65,12 @@ def test_the_probe_never_scores_a_patient_that_it_was_fitted_on_and_leaves_out_w
     monkeypatch.setattr(linear_probe, "_windows", lambda task, settings, case: [(torch.full((1, 8, 8), float(case["shown"])), None)])
     known = [{"label": np.array([float(i % 2)]), "shown": i % 2} for i in range(8)]
     unknown = [{"label": np.array([np.nan]), "shown": 1} for _ in range(8)]  # counted as absent, these would confuse the fit
-    assert linear_probe.linear_probe(task, None, Tokens(4, knows=True), known + unknown, known + unknown) == 1.0
+    tokens = linear_probe.read_tokens(task, None, Tokens(4, knows=True), known + unknown)
+    assert linear_probe.linear_probe(tokens, tokens) == 1.0
 
 
-def test_the_effective_rank_counts_the_directions_of_tokens(monkeypatch):
-    torch.manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(16, 16))[0]
-
-    class Directions(torch.nn.Module):
-        prefix_tokens = 0
-
-        def __init__(self, n):
-            super().__init__()
-            self.n = n
-
-        def forward(self, image):
-            return torch.randn(1, 4096, self.n) @ basis[: self.n], []
-
-    monkeypatch.setattr(linear_probe, "_windows", lambda *_: [(torch.zeros(1, 8, 8), None)])
+def test_the_effective_rank_counts_the_directions_of_tokens():
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(16, 16)))[0]
     for n in (1, 5):
-        assert linear_probe.effective_rank(None, None, Directions(n), [{}]) == pytest.approx(n, rel=0.02)
+        assert linear_probe.effective_rank(rng.normal(size=(4096, n)) @ basis[:n]) == pytest.approx(n, rel=0.02)

@@ -23,7 +23,8 @@ from smae_utils.work import check as checking
 from smae_utils.work.build import build_splits, build_transform
 from smae_utils.work.finetune import finetune
 from smae_utils.work.metrics import dsc
-from smae_utils.work.predictor import Predictor, load_finetuned
+from smae_utils.work.predictor import Predictor
+from smae_utils.work.rebuild import load_finetuned
 from smae_utils.work.run_folder import Run
 from smae_utils.work.settings import FinetuneSettings, resolve
 
@@ -580,7 +581,7 @@ def test_a_run_means_the_same_after_its_list_was_changed_or_moved_away(tmp_path,
 
     from smae_utils.predict_files import predict
     from smae_utils.work.finetune import finetune
-    from smae_utils.work.predictor import load_finetuned
+    from smae_utils.work.rebuild import load_finetuned
     from smae_utils.work.run_folder import Run
 
     rng = np.random.default_rng(0)

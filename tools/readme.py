@@ -11,12 +11,12 @@ import pandas as pd
 
 from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
-from smae_utils.method.checkpoints.load import load_weights
 from smae_utils.show.notebook_helpers import load_crop
 from smae_utils.show.plots import show_reconstruction
-from smae_utils.work.build import build_mae, build_splits
+from smae_utils.work.build import build_splits
+from smae_utils.work.rebuild import load_pretrained
 from smae_utils.work.run_folder import Run, find_data
-from smae_utils.work.settings import STAGES, PretrainSettings, describe, make_settings
+from smae_utils.work.settings import STAGES, describe
 from tools.demo import pivot
 from tools.study.figures import NAMES
 from tools.study.plan import Study, read_study
@@ -79,13 +79,13 @@ def main_block(root: Path, name: str, arms: Iterable[str] = (), up: str = "../")
     """The figure, and each arm beside scratch, by labelled cases, from the study's `main.csv`."""
     study, folder = read_study(name), root / "results" / "evidence" / "real" / name
     main = Results(folder).counted(study)
+    cases = Results(folder).read("cases") if study.folds else None
     parts = [_figure(root, name, up)]
-    for metric in [study.metric] + (["hd95_mm"] if study.metric == "dsc" else []):
+    for metric in study.metrics:
         table = _order(study, intervals(main[main.metric == metric])) if len(main) else main
         rows = [row for row in table.itertuples() if not arms or row.arm in arms]
         if not rows:
             return "Not run yet."
-        cases = Results(folder).read("cases") if study.folds else None
         parts.append(
             f"{NAMES[metric]}{'' if metric == study.metric else ' (less is better)'}\n\n{_table(pd.DataFrame([_line(row, cases) for row in rows]))}\n\n"
         )
@@ -199,12 +199,9 @@ BLOCKS: dict[str, dict[str, Callable[[Path], str]]] = {
 def draw_reconstruction(run_dir: str | Path, target: Path) -> None:
     """The README's picture: the first held-out image of a pre-training run."""
     run = Run.open(run_dir, "pretrain")
+    model, task, settings = load_pretrained(run)
     name, data = find_data(run)
-    task = get_task(name)
-    settings = make_settings(PretrainSettings, run.config["settings"], str(run.path))
-    model = build_mae(task, settings).eval()
-    load_weights(model, run.path, require="")
-    splits = build_splits(task, data, settings)
+    splits = build_splits(get_task(name), data, settings)
     case = (splits["val"] or splits["test"])[0]  # never one it was trained on
     figure = show_reconstruction(model, load_crop(task, settings, case), seed=0)
     target.parent.mkdir(exist_ok=True)

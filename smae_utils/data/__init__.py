@@ -8,7 +8,7 @@ __all__ = ["read_case"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:  # loaded when asked for: torch and MONAI come with it
+    if name in __all__:  # what most imports of the old module `data` asked for; loaded then, since torch and MONAI come with it
         from smae_utils.data import batches
 
         return getattr(batches, name)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NotRequired, TypedDict
 
 import numpy as np
 
 from smae_utils.errors import UserError
+from smae_utils.paths import case_name
 
 # In label images as training holds them: voxels that neither loss nor scores look at.
 IGNORE = 255
@@ -34,6 +37,12 @@ Splits = dict[str, list[Case]]  # "train", "val", "test"
 def files_of(image: str | list[str]) -> list[str]:
     """The files of an image, one a channel or one in all."""
     return list(image) if isinstance(image, list) else [image]
+
+
+def case_of(files: Sequence[str | Path]) -> Case:
+    """A case of one image, named after its file; several files are its channels. Nobody says who the patient is."""
+    names = [str(file) for file in files]
+    return {"case": case_name(names[0]), "patient": "", "image": names if len(names) > 1 else names[0]}
 
 
 def hold_out(cases: list[Case], share: float, seed: int) -> tuple[list[Case], list[Case]]:

@@ -157,7 +157,7 @@ class MaskedAutoencoder(nn.Module):
         error = (pred.float() - self.target(patches)).square().mean(-1)
         if self.air_loss:
             return error.mean()
-        body = patches.amax(-1) > patches.amin(-1)  # a patch of one single value holds nothing
+        body = holds_something(patches)
         return (error * body).sum() / body.sum().clamp(min=1)
 
     def to_image(self, image: Tensor, pred: Tensor) -> Tensor:
@@ -194,6 +194,11 @@ def pixel_mask(mask: Tensor, patch_size: int | Sequence[int], shape: Sequence[in
     return out
 
 
+def holds_something(patches: Tensor) -> Tensor:
+    """Patches (B, K, p^d * C) -> (B, K) false where all of a patch is one single value, as air around a body is."""
+    return patches.amax(-1) > patches.amin(-1)
+
+
 def sanity_band(image: Tensor, mask: Tensor, patch_size: int | Sequence[int], norm_pix_loss: bool = True, air_loss: bool = True) -> dict[str, float]:
     """Losses that need no network, on the hidden patches: what a trained one has to beat. Counted as the network's own loss is.
 
@@ -209,7 +214,7 @@ def sanity_band(image: Tensor, mask: Tensor, patch_size: int | Sequence[int], no
     distance = torch.cdist(place, place).to(image.device) + 1e9 * mask.unsqueeze(1)
     copied = gather_tokens(target, distance.argmin(-1))
     flat = torch.zeros_like(target) if norm_pix_loss else mean.expand_as(target)
-    counted = mask if air_loss else mask * (patches.amax(-1) > patches.amin(-1))
+    counted = mask if air_loss else mask * holds_something(patches)
 
     def loss(pred: Tensor) -> float:
         return float(((pred - target).square().mean(-1) * counted).sum() / counted.sum().clamp(min=1))

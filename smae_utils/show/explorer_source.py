@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from smae_utils.data.batches import read_case
-from smae_utils.data.case import IGNORE
+from smae_utils.data.case import IGNORE, case_of
 from smae_utils.data.tasks import Task, task_of
 from smae_utils.data.tasks.lists import is_list
 from smae_utils.data.transforms import ResizeRadiograph, middle, resize
 from smae_utils.errors import UserError
 from smae_utils.method.checkpoints.load import load_weights
 from smae_utils.method.mae import MaskedAutoencoder
-from smae_utils.paths import case_name, split_series
-from smae_utils.work.build import build_mae, build_splits, build_transform
+from smae_utils.paths import split_series
+from smae_utils.work.build import build_splits, build_transform
 from smae_utils.work.grids import activate, label_map
-from smae_utils.work.predictor import load_finetuned
+from smae_utils.work.rebuild import load_finetuned, load_pretrained, settings_of
 from smae_utils.work.run_folder import Run, find_data
-from smae_utils.work.settings import PretrainSettings, Settings, make_settings
+from smae_utils.work.settings import FinetuneSettings, Settings
 
 
 class Source:
@@ -149,16 +149,13 @@ def open_source(
     run = model_or_run if isinstance(model_or_run, Run) else Run.open(model_or_run)
     if not run.finished:
         raise UserError(f"{run.path} is not finished: go on with --resume before looking at it")
-    config = run.config
-    task = task_of(config)
-    if config["stage"] == "finetune":
-        _, task, settings = load_finetuned(run)
-        model, finetuned = None, [run.path, *finetuned]
+    stage = run.config["stage"]
+    if stage == "finetune":
+        task, settings = task_of(run.config), settings_of(run, FinetuneSettings)
+        model, finetuned = None, [run.path, *finetuned]  # whose network is loaded below, with the others
     else:
-        settings = make_settings(PretrainSettings, config["settings"], where=str(run.path))
-        model = build_mae(task, settings).eval()
-        load_weights(model, run.path, require="")
-    source = Source(model, _cases(cases, *_data_of(run, task, data_dir), settings, config["stage"]), task, settings, spacing_mm)
+        model, task, settings = load_pretrained(run)
+    source = Source(model, _cases(cases, *_data_of(run, task, data_dir), settings, stage), task, settings, spacing_mm)
     source.run = run
     for path in finetuned:
         net, other, its = load_finetuned(Run.open(path, "finetune"))
@@ -192,6 +189,6 @@ def _cases(cases: Any, task: Task, data_dir: str | Path, settings: Settings, sta
         if isinstance(item, (str, Path)):
             if not split_series(item)[0].exists():
                 raise UserError(f"{item} does not exist: expected an image file, a case of a split or an array")
-            item = {"case": case_name(item), "patient": "", "image": str(item)}
+            item = case_of([item])
         out.append(item)
     return out

@@ -25,23 +25,28 @@ from smae_utils.work.settings import Settings
 SHARE = 0.3
 
 
-def linear_probe(task: Task, settings: Settings, encoder: nn.Module, fitted: list[Case], scored: list[Case]) -> float:
-    """Mean AUC over classes of a logistic regression on tokens, fitted on some labelled cases and scored on others.
+Tokens = tuple[np.ndarray, np.ndarray]  # (N, D) tokens, (N, classes) labels: 1, 0, or NaN where nobody knows
 
-    Masks: is more than `SHARE` of a patch this class, from its token; windows lie at both ends of each axis, so that one place in a window is
-    several in the scan. Classes of whole images: from the mean of an image's tokens; what is unknown is left out.
+
+def read_tokens(task: Task, settings: Settings, encoder: nn.Module, cases: list[Case]) -> Tokens:
+    """Tokens of an encoder and the labels that belong to them.
+
+    Masks: is more than `SHARE` of a patch this class, for each token; windows lie at both ends of each axis, so that one place in a window is
+    several in the scan. Classes of whole images: the mean of an image's tokens.
+    """
+    with torch.inference_mode():
+        rows = [row for case in cases for row in _rows(task, settings, encoder.eval(), case)]
+    tokens, labels = zip(*rows) if rows else ([np.empty((0, 0))], [np.empty((0, 0))])
+    return np.concatenate(tokens), np.concatenate(labels)
+
+
+def linear_probe(fitted: Tokens, scored: Tokens) -> float:
+    """Mean AUC over classes of a logistic regression, fitted on some tokens and scored on others; unknown labels are left out.
 
     Returns:
         NaN where no class has both outcomes in both parts.
     """
-    parts = []
-    with torch.inference_mode():
-        for cases in (fitted, scored):
-            rows = [row for case in cases for row in _rows(task, settings, encoder.eval(), case)]
-            if not rows:
-                return float("nan")
-            parts.append([np.concatenate([row[i] for row in rows]) for i in (0, 1)])
-    (x, y), (new_x, new_y) = parts
+    (x, y), (new_x, new_y) = fitted, scored
     scores = []
     for truth, new_truth in zip(y.T, new_y.T):
         known, new_known = np.isfinite(truth), np.isfinite(new_truth)
@@ -51,15 +56,11 @@ def linear_probe(task: Task, settings: Settings, encoder: nn.Module, fitted: lis
     return float(np.mean(scores)) if scores else float("nan")
 
 
-def effective_rank(task: Task, settings: Settings, encoder: nn.Module, cases: list[Case]) -> float:
-    """In how many directions an encoder's tokens differ: exp of the entropy of the shares of variance (Roy and Vetterli, EUSIPCO 2007)."""
-    with torch.inference_mode():
-        tokens = torch.cat(
-            [encoder.eval()(image[None])[0][0, encoder.prefix_tokens :] for case in cases for image, _ in _windows(task, settings, case)]
-        )
-    variances = torch.linalg.svdvals(tokens - tokens.mean(0)) ** 2
+def effective_rank(tokens: np.ndarray) -> float:
+    """In how many directions tokens (N, D) differ: exp of the entropy of the shares of variance (Roy and Vetterli, EUSIPCO 2007)."""
+    variances = np.linalg.svd(tokens - tokens.mean(0), compute_uv=False) ** 2
     shares = variances / variances.sum()
-    return float(torch.exp(-(shares * shares.clamp_min(1e-12).log()).sum()))
+    return float(np.exp(-(shares * np.log(shares.clip(1e-12))).sum()))
 
 
 def _windows(task: Task, settings: Settings, case: Case) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -19,7 +19,7 @@ from smae_utils.data.tasks.mni152 import write_list as write_mni152_list
 from smae_utils.data.transforms import ResizeRadiograph, middle
 from smae_utils.phantoms import DEFAULT_N, write_phantoms
 from smae_utils.places import work_root
-from smae_utils.show.linear_probe import linear_probe
+from smae_utils.show.linear_probe import linear_probe, read_tokens
 from smae_utils.work.build import build_transform
 from smae_utils.work.settings import Settings
 
@@ -96,7 +96,7 @@ def probe(task: Task, settings: Settings, encoder: torch.nn.Module, cases: list[
     patients = list(dict.fromkeys(case["patient"] for case in cases))
     held_out = set(patients[len(patients) - max(1, len(patients) // 3) :])
     parts = [[case for case in cases if (case["patient"] in held_out) == scored] for scored in (False, True)]
-    return linear_probe(task, settings, encoder, *parts)
+    return linear_probe(*(read_tokens(task, settings, encoder, part) for part in parts))
 
 
 def versions() -> str:

@@ -25,8 +25,9 @@ from smae_utils.work.grids import dsc_of_classes, ignoring, label_map
 from smae_utils.work.metrics import dsc, hd95_mm, mean_auc
 from smae_utils.work.predictor import Predictor
 from smae_utils.work.progress import Say, Teller, say
+from smae_utils.work.rebuild import settings_of
 from smae_utils.work.run_folder import FREE_SETTINGS, Run, find_data, said_of_list, write_text
-from smae_utils.work.settings import FinetuneSettings, make_settings
+from smae_utils.work.settings import FinetuneSettings
 
 
 def evaluate(
@@ -44,21 +45,18 @@ def evaluate(
     run = Run.open(run_dir, stage="finetune")
     if split not in ("test", "val"):
         raise UserError(f"split must be test or val, got {split!r}")
-    predictor = Predictor.from_run(run)
+    predictor = Predictor.from_run(run, report=report)
     where, folder = find_data(run, data_dir)
     if is_list(predictor.task.name):
         predictor = replace(predictor, task=task_of(run.config, where))
     task = predictor.task
-    settings = make_settings(FinetuneSettings, run.config["settings"], where=str(run.path / "config.yaml"))
-    cases = _labelled(build_splits(task, folder, settings).get(split), split, folder or where, report)
+    cases = _labelled(build_splits(task, folder, settings_of(run, FinetuneSettings)).get(split), split, folder or where, report)
     recorded = run.config["cases"]
     trained = set(recorded["train"]) | (set(recorded["val"]) if split == "test" else set())
     if seen := sorted(trained & {c["case"] for c in cases}):
         raise UserError(
             f"{len(seen)} of the {split} cases were used in training this run, {seen[0]} for one: evaluate on the data it was trained with"
         )
-    if predictor.note:
-        report(predictor.note)
     started = time.monotonic()
     if task.kind == "classification":
         table = _classification_rows(predictor, cases)

@@ -12,14 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smae_utils.data.tasks import Task, task_of
+from smae_utils.data.tasks import Task
 from smae_utils.errors import UserError
-from smae_utils.method.checkpoints.load import load_weights
 from smae_utils.method.checkpoints.other_libraries import MONAI_BLOCK
-from smae_utils.work.build import build_mae
-from smae_utils.work.predictor import load_finetuned
+from smae_utils.work.rebuild import load_finetuned, load_pretrained
 from smae_utils.work.run_folder import Run, write_text
-from smae_utils.work.settings import FinetuneSettings, PretrainSettings, Settings, StageSettings, make_settings
+from smae_utils.work.settings import FinetuneSettings, Settings, StageSettings
 
 TARGETS = ("timm", "monai-vit", "monai-unetr")
 
@@ -41,7 +39,7 @@ def export(run_dir: str | Path, to: str, out: str | Path) -> Path:
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty: choose another --out")
-    model, task, settings = _open(run)
+    model, task, settings = (load_finetuned if run.config["stage"] == "finetune" else load_pretrained)(run)
     tensors = {k: v.detach().clone() for k, v in model.state_dict().items()}
     make = {"timm": _timm, "monai-vit": _monai_vit, "monai-unetr": _monai_unetr}[to]
     converted, arguments = make(tensors, task, settings)
@@ -72,16 +70,6 @@ def _complete(converted: dict[str, Tensor], arguments: dict[str, Any]) -> dict[s
     unused = {name: value for name, value in model.state_dict().items() if "cross_attn" in name}
     model.load_state_dict({**unused, **converted})
     return {**unused, **converted}
-
-
-def _open(run: Run) -> tuple[torch.nn.Module, Task, StageSettings]:
-    if run.config["stage"] == "finetune":
-        return load_finetuned(run)
-    task = task_of(run.config)
-    settings = make_settings(PretrainSettings, run.config["settings"], where=str(run.path))
-    model = build_mae(task, settings)
-    load_weights(model, run.path, require="")
-    return model, task, settings
 
 
 def _need(to: str, settings: Settings, wanted: dict[str, Any]) -> None:

@@ -17,19 +17,18 @@ from torch import Tensor, nn
 
 from smae_utils.data import out_of_core
 from smae_utils.data.batches import read_case
-from smae_utils.data.case import Case
+from smae_utils.data.case import Case, case_of
 from smae_utils.data.pictures import ReadRadiograph
 from smae_utils.data.reading import CheckCase, ReadScan
-from smae_utils.data.tasks import Task, task_of
+from smae_utils.data.tasks import Task
 from smae_utils.data.transforms import ResizeRadiograph, prepare
 from smae_utils.errors import UserError
-from smae_utils.method.checkpoints.load import load_weights
-from smae_utils.paths import case_name
 from smae_utils.work import devices
-from smae_utils.work.build import build_model
 from smae_utils.work.grids import activate, label_map, slabs, to_scan_grid, windows
+from smae_utils.work.progress import Say, say
+from smae_utils.work.rebuild import load_finetuned
 from smae_utils.work.run_folder import Run
-from smae_utils.work.settings import FinetuneSettings, make_settings
+from smae_utils.work.settings import FinetuneSettings
 
 Progress = Callable[[int, int], None]  # windows done, windows in all
 
@@ -48,16 +47,6 @@ class Segmented(NamedTuple):
     probabilities: np.ndarray | None
 
 
-def load_finetuned(run: Run) -> tuple[nn.Module, Task, FinetuneSettings]:
-    """The network of a finished fine-tuning run, with its weights and in eval mode, and what it was made for."""
-    config = run.config
-    task = task_of(config)
-    settings = make_settings(FinetuneSettings, config["settings"], where=str(run.path / "config.yaml"))
-    model = build_model(task, settings)
-    load_weights(model, run.path, require="")
-    return model.eval(), task, settings
-
-
 @dataclass(frozen=True)
 class Predictor:
     """A network and how it looks at scans.
@@ -69,7 +58,6 @@ class Predictor:
         spacing_mm: voxel size that 3D scans are resampled to; empty: the task's own.
         overlap: of neighbouring windows, as a share of one.
         precision: "fp32" or "bf16"; "": whatever computes around it, as in training.
-        note: what the user should know of how it computes; "" when nothing.
     """
 
     model: nn.Module
@@ -78,16 +66,17 @@ class Predictor:
     spacing_mm: tuple[float, ...] = ()
     overlap: float = 0.5
     precision: str = ""
-    note: str = ""
 
     @classmethod
-    def of(cls, model: nn.Module, task: Task, settings: FinetuneSettings, precision: str = "", note: str = "") -> Predictor:
+    def of(cls, model: nn.Module, task: Task, settings: FinetuneSettings, precision: str = "") -> Predictor:
         """With the windows that a fine-tuning's settings say."""
-        return cls(model, task, settings.crop_size, settings.spacing_mm, settings.overlap, precision, note)
+        return cls(model, task, settings.crop_size, settings.spacing_mm, settings.overlap, precision)
 
     @classmethod
-    def from_run(cls, run: str | Path | Run, device: torch.device | None = None) -> Predictor:
+    def from_run(cls, run: str | Path | Run, device: torch.device | None = None, report: Say = say) -> Predictor:
         """The network of a fine-tuning run, on `device` or the best there is, in the run's precision where that computes it.
+
+        `report` is told when it does not.
 
         Raises:
             UserError: for a folder that is no finished fine-tuning run.
@@ -99,7 +88,9 @@ class Predictor:
         device = device or devices.best_device()
         precision, note = devices.usable_precision(run.config.get("precision", "auto"), device)
         model.to(device, memory_format=devices.memory_format(task.spatial_dims))  # type: ignore[call-overload]  # torch's types leave it out
-        return cls.of(model, task, settings, precision, note)
+        if note:
+            report(note)
+        return cls.of(model, task, settings, precision)
 
     def __call__(self, scan: str | Path | Sequence[str | Path]) -> Segmented | dict[str, float]:
         """A scan by its file, its DICOM folder, or the files of its channels -> labels on its own grid; of a classifier class -> probability.
@@ -107,8 +98,7 @@ class Predictor:
         Raises:
             UserError: for a scan that cannot be read or is not what the network was trained with.
         """
-        files = [str(scan)] if isinstance(scan, (str, Path)) else [str(file) for file in scan]
-        case: Case = {"case": case_name(files[0]), "patient": "", "image": files if len(files) > 1 else files[0]}
+        case = case_of([scan] if isinstance(scan, (str, Path)) else scan)
         if self.task.kind == "classification":
             return dict(zip(self.task.classes, map(float, self.classify([case])[0])))
         self.check(case)

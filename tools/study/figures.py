@@ -39,11 +39,11 @@ def draw(folder: Path, study: Study) -> None:
 
 
 def figure_of(main: pd.DataFrame, study: Study) -> Figure:
-    """Scores of the arms, then differences to scratch with their intervals: of the primary figure, and of HD95 where there is one."""
+    """Scores of the arms, then differences to scratch with their intervals: of the primary figure and of those beside it."""
     rows = [str(row) for row in study.labelled if str(row) in set(main.labelled)]
     main = main[main.labelled.isin(rows)]
-    metrics = [study.metric] + (["hd95_mm"] if "hd95_mm" in set(main.metric) else [])
-    figure, (scores, *gains) = plt.subplots(1, 1 + len(metrics), figsize=(4.5 * (1 + len(metrics)), 3.6), layout="constrained")
+    columns = 1 + len(study.metrics)
+    figure, (scores, *gains) = plt.subplots(1, columns, figsize=(4.5 * columns, 3.6), layout="constrained")
     table = intervals(main)
     for number, (arm, (colour, marker, label)) in enumerate(STYLES.items()):
         part = main[(main.arm == arm) & (main.metric == study.metric)]
@@ -54,13 +54,13 @@ def figure_of(main: pd.DataFrame, study: Study) -> Figure:
         scores.plot(place, part.value, marker, color=colour, alpha=0.35, markersize=3)
         mean = part.groupby("labelled").value.mean().reindex([row for row in rows if row in set(part.labelled)])
         scores.plot([rows.index(row) + shift for row in mean.index], mean, "-", color=colour, marker=marker, markersize=5, label=label)
-        for metric, axis in zip(metrics, gains):
+        for metric, axis in zip(study.metrics, gains):
             found = table[(table.arm == arm) & (table.metric == metric)]
             at = [rows.index(row) + shift for row in found.labelled]
             spread = [found.difference - found.low, found.high - found.difference]
             axis.errorbar(at, found.difference, spread, fmt=marker, color=colour, capsize=3, markersize=5)
     _name(scores, rows, NAMES[study.metric])
-    for metric, axis in zip(metrics, gains):
+    for metric, axis in zip(study.metrics, gains):
         axis.axhline(0, color="#777777", linewidth=1)
         _name(axis, rows, f"{NAMES[metric]}, difference to scratch")
     scores.legend(fontsize=7, loc="lower right")

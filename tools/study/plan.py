@@ -88,6 +88,11 @@ class Study:
     recipe_arm: str = "self_all"
     recipe_rows: tuple[Row, ...] = ()
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The figures that are kept: the primary one, and HD95 beside DSC."""
+        return (self.metric, "hd95_mm") if self.metric == "dsc" else (self.metric,)
+
     def setup(self, arm: str, setting: dict[str, Any], more: dict[str, Any] | None = None) -> str:
         """Eight letters that change with anything that decides a figure of this arm: rows of another set-up are not taken for this one's."""
         said = [self.task, self.all, self.pretrain, self.finetune, self.pretrainings, self.crops, self.split_seed, self.dev_share, self.folds]

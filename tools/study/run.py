@@ -18,7 +18,7 @@ from tools.study.unit import Made, Place, Unit
 
 PARTS = ("room", "probe", "recipe", "tune", "main")
 Rows = list[dict[str, Any]]
-Answer = tuple[Rows, Rows, Made]  # rows of the table, rows of the scored cases, where the run was made
+Answer = tuple[Rows, Rows, Made]  # rows of the table, scores of cases for intervals by patients, where the run was made
 
 
 def run_study(
@@ -141,8 +141,8 @@ def run_one(study, place, seed, fold, name, arm, row, tuned, design=None, folder
     torch.set_num_threads(place.threads)
     means, table, made = Unit(study, place, seed, fold, design, folder).run_arm(name, arm, row, tuned)
     rows = [{"metric": metric, "value": value} for metric, value in means.items()]
-    kept = ["patient", "case", "class", *(["target", "score"] if study.metric == "mauc" else ["dsc"])]
-    return rows, table[kept].to_dict("records"), made
+    scores = table[["patient", "case", "class", "target", "score"]].to_dict("records") if study.metric == "mauc" else []
+    return rows, scores, made
 
 
 def probe_one(study, place, seed, arm, row, design, folder) -> Answer:

@@ -70,7 +70,7 @@ class Results:
         """Figures of one run, and of the main table the scores of its cases where intervals by patients are made of them."""
         rows, cases, made = answer
         self._write(part, [{**key, **row} for row in rows], [*KEYS[part], "metric"], made)
-        if part == "main" and cases and "score" in cases[0]:
+        if part == "main" and cases:
             self._write("cases", [{**key, **row} for row in cases], [*KEYS[part], "case", "class"], made)
 
     def _write(self, name: str, rows: list[dict], keys: list[str], made) -> None:

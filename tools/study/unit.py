@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from smae_utils.data.batches import derive_seed
 from smae_utils.data.tasks import get_task
 from smae_utils.method.checkpoints.load import WEIGHTS, load_weights
-from smae_utils.show.linear_probe import effective_rank, linear_probe
+from smae_utils.show.linear_probe import effective_rank, linear_probe, read_tokens
 from smae_utils.work.build import build_model
 from smae_utils.work.cost import crop_cost
 from smae_utils.work.evaluation import evaluate, read_metrics
@@ -142,7 +142,7 @@ class Unit:
         source, config = run.config["provenance"], run.config
         made = Made(source["machine"], source["date"], source["commit"], source["packages"]["torch"], config["device"], config["precision"])
         patients = {case["case"]: case["patient"] for case in self.test}
-        means = {name: value for name, value in read_metrics(folder)["mean"].items() if name in ("mauc", "dsc", "hd95_mm") and value is not None}
+        means = {name: value for name, value in read_metrics(folder)["mean"].items() if name in self.study.metrics and value is not None}
         return means, table.assign(patient=table["case"].map(patients)), made
 
     def probe(self, arm: Arm, row: Row) -> tuple[dict[str, float], Made]:
@@ -153,12 +153,9 @@ class Unit:
         model = build_model(task, settings)
         if arm.init != "scratch":
             load_weights(model, self.pretrained(arm.init, row))
-        labelled = draw_labelled(self.training, row, self.seed)
-        scored = self.test[:PROBED]
-        figures = {
-            "auc": linear_probe(task, settings, model.encoder, labelled, scored),
-            "effective_rank": effective_rank(task, settings, model.encoder, scored),
-        }
+        labelled, scored = draw_labelled(self.training, row, self.seed), self.test[:PROBED]
+        fitted, held_out = (read_tokens(task, settings, model.encoder, cases) for cases in (labelled, scored))
+        figures = {"auc": linear_probe(fitted, held_out), "effective_rank": effective_rank(held_out[0])}
         source = provenance()
         return figures, Made(source["machine"], source["date"], source["commit"], source["packages"]["torch"], "cpu", "fp32")
 
