@@ -205,7 +205,9 @@ def test_one_command_runs_goes_on_and_changes_nothing_when_run_again(dots, tmp_p
     assert smae(study, data, tmp_path, *few, "--part", "room", "recipe", "tune", "main", "--labelled", "50%") == 0
     folder = tmp_path / "res" / "study"
     first = {file.name: pd.read_csv(file, comment="#") for file in folder.glob("*.csv")}
-    assert {"room.csv", "recipe.csv", "tune.csv", "main.csv", "cases.csv", "intervals.csv"} == set(first) and (folder / "main.png").is_file()
+    assert {"room.csv", "recipe.csv", "tune.csv", "main.csv", "cases.csv", "patients.csv", "intervals.csv"} == set(first) and (
+        folder / "main.png"
+    ).is_file()
     assert set(first["room.csv"].design) == {"chosen", "deeper"} and set(first["recipe.csv"].recipe) == {"base", "learned"}
     assert len(first["tune.csv"]) == 4 and set(first["main.csv"].fold) == {0, 1, 2}
     arms = ["scratch", "scratch_equal_compute", "scratch_scaled", "self", "self_all"]

@@ -20,7 +20,7 @@ from smae_utils.work.settings import STAGES, describe
 from tools.demo import pivot
 from tools.study.figures import NAMES
 from tools.study.plan import Study, read_study
-from tools.study.tables import KEYS, Results, intervals, patient_interval
+from tools.study.tables import KEYS, Results, intervals
 
 
 def _facts(file: Path) -> str:
@@ -79,7 +79,7 @@ def main_block(root: Path, name: str, arms: Iterable[str] = (), up: str = "../")
     """The figure, and each arm beside scratch, by labelled cases, from the study's `main.csv`."""
     study, folder = read_study(name), root / "results" / "evidence" / "real" / name
     main = Results(folder).counted(study)
-    cases = Results(folder).read("cases") if study.folds else None
+    patients = Results(folder).read("patients")
     parts = [_figure(root, name, up)]
     for metric in study.metrics:
         table = _order(study, intervals(main[main.metric == metric])) if len(main) else main
@@ -87,17 +87,18 @@ def main_block(root: Path, name: str, arms: Iterable[str] = (), up: str = "../")
         if not rows:
             return "Not run yet."
         parts.append(
-            f"{NAMES[metric]}{'' if metric == study.metric else ' (less is better)'}\n\n{_table(pd.DataFrame([_line(row, cases) for row in rows]))}\n\n"
+            f"{NAMES[metric]}{'' if metric == study.metric else ' (less is better)'}\n\n{_table(pd.DataFrame([_line(row, patients) for row in rows]))}\n\n"
         )
     return "".join(parts).rstrip() + _details([folder / "main.csv"])
 
 
-def _line(row, cases: pd.DataFrame | None) -> dict[str, object]:
-    """An arm beside scratch, as a row of a document's table; with the cases of a study with folds also the interval by patients."""
+def _line(row, patients: pd.DataFrame) -> dict[str, object]:
+    """An arm beside scratch, as a row of a document's table; where intervals by patients were made, those too."""
     line = {"labelled": row.labelled, "arm": row.arm, "units": row.units, "scratch": row.scratch, "arm's": row.value}
     line |= {"difference": f"{row.difference:+.3f}", "95 % interval": _span(row.low, row.high)}
-    if cases is not None:
-        line["by patients"] = _span(*patient_interval(cases, row.labelled, row.arm)[1:])
+    if not patients.empty:
+        own = patients[(patients.labelled == row.labelled) & (patients.arm == row.arm)]
+        line["by patients"] = _span(*own[["low", "high"]].to_numpy()[0]) if len(own) else "not made"
     return line
 
 

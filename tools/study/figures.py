@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from smae_utils.work.run_folder import write_text
 from tools.study.plan import Study
-from tools.study.tables import Results, intervals
+from tools.study.tables import Results, intervals, patient_interval
 
 STYLES = {
     "scratch": ("#555555", "o", "from scratch"),
@@ -27,12 +27,20 @@ NAMES = {"dsc": "mean DSC", "mauc": "mAUC", "hd95_mm": "HD95 in mm"}
 
 
 def draw(folder: Path, study: Study) -> None:
-    """`intervals.csv` and `main.png` from `main.csv`, when it is there."""
-    main = Results(folder).counted(study)
+    """`intervals.csv` and `main.png` from `main.csv`, when it is there, and `patients.csv` where the scores of cases are."""
+    results = Results(folder)
+    main = results.counted(study)
     if main.empty or (table := intervals(main)).empty:
         return
     text = table.to_csv(index=False, float_format="%.4g")
     write_text(folder / "intervals.csv", f"# paired by seed and fold, 95 % t intervals, from main.csv\n{text}")
+    cases = results.read("cases")
+    if study.folds and not cases.empty:
+        rows = [(r.labelled, r.arm, *patient_interval(cases, r.labelled, r.arm)) for r in table.itertuples() if r.metric == study.metric]
+        text = pd.DataFrame(rows, columns=["labelled", "arm", "difference", "low", "high"]).to_csv(index=False, float_format="%.4g")
+        write_text(
+            folder / "patients.csv", f"# each seed's folds pooled, patients and seeds resampled together, 95 % intervals, from cases.csv\n{text}"
+        )
     figure = figure_of(main, study)
     figure.savefig(folder / "main.png", dpi=90)
     plt.close(figure)

@@ -67,7 +67,10 @@ class Results:
         return not table.empty and bool((table.reindex(columns=list(key)).astype(str) == [str(v) for v in key.values()]).all(axis=1).any())
 
     def add(self, part: str, key: dict[str, Any], answer: tuple) -> None:
-        """Figures of one run, and of the main table the scores of its cases where intervals by patients are made of them."""
+        """Figures of one run, and of the main table the scores of its cases where intervals by patients are made of them.
+
+        Those hold labels of the data set: `cases.csv` stays on the machine, `patients.csv` made of it is committed.
+        """
         rows, cases, made = answer
         self._write(part, [{**key, **row} for row in rows], [*KEYS[part], "metric"], made)
         if part == "main" and cases:

@@ -26,7 +26,7 @@ from smae_utils.work.settings import FinetuneSettings, PretrainSettings, Setting
 from tools.study.cases import all_cases, draw_labelled, parts, write_list
 from tools.study.plan import Arm, Row, Study
 
-PROBED = 20  # cases that a linear probe is scored on
+PROBED = 20  # scans that a linear probe is scored on, of which each has many tokens; of whole images, which have one label each, all
 PRESET = ""  # what a study's file does not say are the defaults of settings.py
 
 
@@ -153,7 +153,7 @@ class Unit:
         model = build_model(task, settings)
         if arm.init != "scratch":
             load_weights(model, self.pretrained(arm.init, row))
-        labelled, scored = draw_labelled(self.training, row, self.seed), self.test[:PROBED]
+        labelled, scored = draw_labelled(self.training, row, self.seed), self.test if task.kind == "classification" else self.test[:PROBED]
         fitted, held_out = (read_tokens(task, settings, model.encoder, cases) for cases in (labelled, scored))
         figures = {"auc": linear_probe(fitted, held_out), "effective_rank": effective_rank(held_out[0])}
         source = provenance()
