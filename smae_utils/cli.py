@@ -105,14 +105,20 @@ class _Version(argparse.Action):
 
 
 def command_line(prog: str, text: str) -> tuple[argparse.ArgumentParser, Callable[..., argparse.ArgumentParser]]:
-    """A parser, and how a command is added to it: `add(name, function, help)` gives the command's own parser."""
-    parser = argparse.ArgumentParser(prog=prog, description=text)
+    """A parser, and how a command is added to it: `add(name, function, help, group)` gives the command's own parser.
+
+    Its help lists the commands of each group below the group's name.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=text, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="")
     how = {"action": "store_true", "help": "show where an error arose; so does the environment variable SMAE_TRACEBACK=1"}
     parser.add_argument("--traceback", **how)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help="one of those below; COMMAND --help tells more")
+    groups: dict[str, list[str]] = {}
 
-    def add(name: str, function: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text)
+    def add(name: str, function: Callable[[argparse.Namespace], int | None], text: str, group: str = "commands") -> argparse.ArgumentParser:
+        groups.setdefault(group, []).append(f"  {name:<10} {text}")
+        parser.epilog = "\n\n".join("\n".join([f"{title}:", *lines]) for title, lines in groups.items())
+        command = commands.add_parser(name, description=text)
         command.set_defaults(function=function)
         command.add_argument("--traceback", default=argparse.SUPPRESS, **how)
         return command
@@ -124,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     parser, add = command_line("python -m smae_utils", "Self pre-training with masked autoencoders for medical images.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and stop")
 
-    command = add("phantom", _phantom, "write a drop-in for a real download")
+    command = add("phantom", _phantom, "write a drop-in for a real download", "data")
     command.add_argument("--task", required=True)
     command.add_argument("--out", required=True, type=Path)
     command.add_argument("--n", required=True, type=int, help="number of scans")
@@ -136,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         ("pretrain", _pretrain, "self pre-train a masked autoencoder on a task's training images"),
         ("finetune", _finetune, "fine-tune a ViT classifier or a UNETR"),
     ):
-        command = add(name, function, text)
+        command = add(name, function, text, "training")
         command.add_argument("--task", required=True, help="cxr14, btcv, brats, or a list file (.json, .csv) of your own scans")
         command.add_argument("--data", default="", help="folder of the download; of a list file: what its paths are relative to (its own folder)")
         command.add_argument("--preset", default="demo", help="demo, small, paper, or a YAML file")
@@ -147,51 +153,51 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--init", default="scratch", metavar="scratch|RUN|FILE|timm:NAME", help=start[name])
         command.add_argument("--adapt", action="store_true", help="fit weights of other channels or of 2D images")
 
-    command = add("check", _check, "look at a data set before training: faults, proposals, time and memory; exit code 2 when there are errors")
-    command.add_argument("list", metavar="LIST", help="list file (.json, .csv), or a task with --data")
+    command = add("check", _check, "look at a data set before training: faults, proposals, time and memory", "your scans")
+    command.add_argument("list", metavar="LIST", help="list file (.json, .csv), or a task with --data; the exit code is 2 when it has errors")
     command.add_argument("--data", default="", help="folder of a task's download; of a list file: what its paths are relative to")
     command.add_argument("--preset", default="small", help="whose cost to estimate")
 
-    command = add("evaluate", _evaluate, "score a fine-tuned run on the test cases")
+    command = add("evaluate", _evaluate, "score a fine-tuned run on the test cases", "training")
     command.add_argument("run", type=Path, metavar="RUN")
     command.add_argument("--data", type=Path, help="where the data lies now, if it was moved")
     command.add_argument("--split", default="test", help="test or val")
 
-    command = add("predict", _predict, "apply a fine-tuned run to scans: masks on each scan's own grid, volumes, pictures; or probabilities")
+    command = add("predict", _predict, "apply a fine-tuned run to scans: masks and volumes, or probabilities", "your scans")
     command.add_argument("run", type=Path, metavar="RUN")
     command.add_argument("scans", nargs="+", metavar="SCAN", help="image files, DICOM folders or list files")
     command.add_argument("--out", required=True, type=Path)
     command.add_argument("--probabilities", action="store_true", help="write probabilities too (segmentation)")
     command.add_argument("--occlusion", action="store_true", help="draw which places speak for the likeliest finding (radiographs)")
 
-    command = add("download", _download, "fetch a public data set: the only command that uses the network")
+    command = add("download", _download, "fetch a public data set: the only command that uses the network", "data")
     command.add_argument("name", metavar="hippocampus|brats|chestmnist")
     command.add_argument("--size", type=int, default=64, help="pixels of chestmnist: 64, 128 or 224")
     command.add_argument("--out", required=True, type=Path, help="folder to put it into")
 
-    command = add("resample", _resample, "bring a mask onto the grid of its image by nearest neighbour")
+    command = add("resample", _resample, "bring a mask onto the grid of its image by nearest neighbour", "your scans")
     command.add_argument("mask", type=Path, metavar="MASK")
     command.add_argument("image", type=Path, metavar="IMAGE")
     command.add_argument("out", type=Path, metavar="OUT", help="NIfTI file to make (.nii.gz)")
 
-    command = add("export", _export, "write a run's weights for another library, with the arguments to construct the model there")
+    command = add("export", _export, "write a run's weights for another library", "your scans")
     command.add_argument("run", type=Path, metavar="RUN")
     command.add_argument("--to", required=True, help="timm, monai-vit or monai-unetr")
     command.add_argument("--out", required=True, type=Path)
 
-    command = add("compare", _compare, "table of two evaluated runs: scratch | self pre-trained | difference")
+    command = add("compare", _compare, "table of two evaluated runs: scratch | self pre-trained | difference", "training")
     command.add_argument("scratch", type=Path)
     command.add_argument("self", type=Path)
 
-    command = add("run", _run, "execute one notebook")
+    command = add("run", _run, "execute one notebook", "notebooks")
     command.add_argument("notebook", help="path, or name as 02_self_pretraining")
     command.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     command.add_argument("--out", type=Path, default=Path("build/notebooks"), help="folder of the executed notebook and its HTML")
 
-    command = add("settings", _settings, "every setting: default, unit, bounds, what it does")
+    command = add("settings", _settings, "every setting: default, unit, bounds, what it does", "training")
     command.add_argument("stage", nargs="?", choices=["pretrain", "finetune"], help="pretrain or finetune; both when left out")
 
-    add("lab", _lab, "open JupyterLab on the notebooks (arguments go to it)")
+    add("lab", _lab, "open JupyterLab on the notebooks (arguments go to it)", "notebooks")
     return parser
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,10 +23,11 @@ from smae_utils.data.tasks.lists import images_of, is_list
 from smae_utils.errors import UserError
 from smae_utils.paths import NIBABEL_ENDINGS, has_ending, split_series
 from smae_utils.show.plots import show_flat_overlay, show_overlay
+from smae_utils.whole import new_folder, write_text
 from smae_utils.work.evaluation import save_nifti, write_mask
 from smae_utils.work.predictor import Predictor
-from smae_utils.work.progress import Say, Teller, say
-from smae_utils.work.run_folder import Run, write_text
+from smae_utils.work.progress import Say, WindowProgress, say
+from smae_utils.work.run_folder import Run
 
 
 def predict(
@@ -54,23 +54,11 @@ def predict(
     if occlusion and (task.kind != "classification" or task.spatial_dims != 2):
         raise UserError(f"--occlusion is for classes of 2D images, {run.path} is a run of {task.spatial_dims}D {task.kind}: leave it out")
     cases = collect(scans, task, report)
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not empty: choose another --out, so that no result is mixed or overwritten")
-    part = out.with_name(out.name + ".part")  # renamed when everything is there: a full disk or a kill leaves no half result under the name
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with new_folder(Path(out)) as part:
         if task.kind == "classification":
             table = _classify(predictor, cases, part, run.config["settings"]["patch_size"] if occlusion else 0, report)
         else:
             table = _segment(predictor, cases, part, probabilities, report)
-        if out.exists():
-            out.rmdir()
-        part.rename(out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     report(f"wrote the results of {len(cases)} scans to {out}")
     return table
 
@@ -150,7 +138,7 @@ def _segment(predictor: Predictor, cases: list[Case], out: Path, probabilities: 
         predictor.check(case)
     rows, started = [], time.monotonic()
     for number, case in enumerate(cases, start=1):
-        values, affine, probs = predictor.segment(case, keep=probabilities, progress=Teller(case["case"], report))
+        values, affine, probs = predictor.segment(case, keep=probabilities, progress=WindowProgress(case["case"], report))
         image = None if affine is None else Volume(np.zeros(0), affine, first_file(case["image"]), _units(case))
         write_mask(out / (case["case"] if image else f"{case['case']}_mask"), values, task, image)
         if probs is not None and image:

@@ -137,9 +137,9 @@ def test_slabs_of_windows_give_what_one_run_gives(overlap, monkeypatch):
 
 
 def test_room_for_a_large_volume_is_zeros_in_a_file_and_a_full_disk_is_told_at_once(monkeypatch):
-    assert type(out_of_core.room((4, 5))) is np.ndarray
+    assert type(out_of_core.zeros((4, 5))) is np.ndarray
     monkeypatch.setattr(out_of_core, "CHANNEL_VOXELS", 10)
-    made = out_of_core.room((4, 5), np.float16)
+    made = out_of_core.zeros((4, 5), np.float16)
     assert isinstance(made, np.memmap) and made.dtype == np.float16 and not made.any()
     made[2] = 3
     assert made.sum() == 15
@@ -149,7 +149,7 @@ def test_room_for_a_large_volume_is_zeros_in_a_file_and_a_full_disk_is_told_at_o
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     with pytest.raises(OSError, match="No space"):
-        out_of_core.room((4, 5))
+        out_of_core.zeros((4, 5))
 
 
 def test_a_mask_that_is_not_brought_back_to_the_scans_grid_is_noticed(btcv, tiny, bare, tmp_path, monkeypatch):

@@ -85,14 +85,14 @@ def test_blocks_are_smaller_where_they_are_filled_from_a_finer_grid(monkeypatch)
 def test_what_a_box_touches_holds_the_places_of_all_its_voxels():
     box = (slice(2, 7), slice(0, 4), slice(5, 9))
     to_other = nib.affines.from_matvec(np.eye(3), [100, 100, 100]) @ np.linalg.inv(OBLIQUE) @ TURNED @ np.diag([0.3, 0.4, 0.5, 1])
-    found = out_of_core.touched(box, to_other, (1000, 1000, 1000))
+    found = out_of_core.source_box(box, to_other, (1000, 1000, 1000))
     places = np.array([(to_other @ [*(s.start + v for s, v in zip(box, voxel)), 1])[:3] for voxel in np.ndindex(5, 4, 4)])
     assert (places > [s.start for s in found]).all() and (places < [s.stop - 1 for s in found]).all()
     assert max(s.stop - s.start for s in found) < 12  # no more than needed
     away = nib.affines.from_matvec(np.eye(3), [500, 0, -500])
-    assert out_of_core.touched(box, away, (10, 10, 10)) is None
+    assert out_of_core.source_box(box, away, (10, 10, 10)) is None
     # Where the edge goes on, its nearest planes are read and no more.
-    assert out_of_core.touched(box, away, (10, 10, 10), edge=True) == (slice(9, 10), slice(0, 5), slice(0, 1))
+    assert out_of_core.source_box(box, away, (10, 10, 10), edge=True) == (slice(9, 10), slice(0, 5), slice(0, 1))
 
 
 @pytest.fixture(scope="module")

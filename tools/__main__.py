@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from smae_utils.cli import command_line, run_command
+from smae_utils.whole import write_text
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,7 +59,7 @@ def _readme(args) -> None:
         draw_reconstruction(args.picture, root / "docs" / "reconstruction.png")
     for name in BLOCKS:
         file = root / name
-        file.write_text(render(file.read_text(encoding="utf-8"), root, name), encoding="utf-8")
+        write_text(file, render(file.read_text(encoding="utf-8"), root, name))
 
 
 def _env(args) -> None:

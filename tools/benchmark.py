@@ -10,9 +10,10 @@ import pandas as pd
 
 from smae_utils.data.tasks import get_task
 from smae_utils.phantoms import write_phantoms
+from smae_utils.whole import write_text
 from smae_utils.work.finetune import finetune
 from smae_utils.work.pretrain import pretrain
-from smae_utils.work.run_folder import provenance, write_text
+from smae_utils.work.run_folder import provenance
 from tools.demo import TASKS, clear
 
 

@@ -14,8 +14,9 @@ from smae_utils.errors import UserError
 from smae_utils.phantoms import DEFAULT_N, write_phantoms
 from smae_utils.places import need_notebook_packages
 from smae_utils.run_notebook import run_notebook
+from smae_utils.whole import write_text
 from smae_utils.work.evaluation import compare
-from smae_utils.work.run_folder import Run, machine_name, provenance, write_text
+from smae_utils.work.run_folder import Run, machine_name, provenance
 from smae_utils.work.settings import STAGES, resolve
 
 TASKS = ("btcv", "cxr14", "brats")

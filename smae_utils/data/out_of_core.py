@@ -36,7 +36,7 @@ CHANNEL_VOXELS = 64_000_000
 Box = tuple[slice, slice, slice]
 
 
-def room(shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
+def zeros(shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
     """Zeros of a shape; in an unnamed temporary file, from where the system takes it as needed, when they are many."""
     if math.prod(shape) <= CHANNEL_VOXELS:
         return np.zeros(shape, dtype)
@@ -69,7 +69,7 @@ def start_of(box: Box) -> np.ndarray:
     return from_matvec(np.eye(3), [s.start for s in box])
 
 
-def touched(box: Box, to_other: np.ndarray, other: Sequence[int], edge: bool = False) -> Box | None:
+def source_box(box: Box, to_other: np.ndarray, other: Sequence[int], edge: bool = False) -> Box | None:
     """What a box touches, and a voxel around it, on another grid that (4, 4) `to_other` leads to; None where nothing is.
 
     Args:
@@ -182,12 +182,12 @@ def prepare_large(case: Mapping[str, Any], task: Task, spacing_mm: Sequence[floa
         for step in (mt.Orientation(**oriented()), mt.Spacing(**resampled(task, spacing_mm))):
             ghost = step(ghost, lazy=True)
         shape, affine = tuple(int(n) for n in ghost.peek_pending_shape()), np.asarray(ghost.peek_pending_affine(), float)
-        image = room((scan.channels, *shape))
+        image = zeros((scan.channels, *shape))
         to_scan = np.linalg.inv(scan.affine) @ affine
         resample = mt.SpatialResample(mode="bilinear", padding_mode="border", dtype=torch.float64)
         with torch.autocast("cpu", enabled=False):  # bf16 is too coarse for where a voxel lies
             for box in blocks(shape, scan.channels, to_scan):
-                source = touched(box, to_scan, scan.shape, edge=True)
+                source = source_box(box, to_scan, scan.shape, edge=True)
                 values = MetaTensor(torch.from_numpy(scan.read(source)), affine=torch.from_numpy(scan.affine @ start_of(source)))
                 size = tuple(s.stop - s.start for s in box)
                 image[(slice(None), *box)] = resample(values, dst_affine=torch.from_numpy(affine @ start_of(box)), spatial_size=size).numpy()
@@ -197,7 +197,7 @@ def prepare_large(case: Mapping[str, Any], task: Task, spacing_mm: Sequence[floa
     missing = [max(0, c - n) for c, n in zip(crop_size, image.shape[1:])]
     if any(missing):
         before = [m // 2 for m in missing]
-        padded = room((len(image), *(n + m for n, m in zip(image.shape[1:], missing))))
+        padded = zeros((len(image), *(n + m for n, m in zip(image.shape[1:], missing))))
         padded[(slice(None), *(slice(b, b + n) for b, n in zip(before, image.shape[1:])))] = image
         image, affine = padded, affine @ from_matvec(np.eye(3), [-b for b in before])
     return Prepared(torch.from_numpy(image), affine, scan.shape, scan.affine)

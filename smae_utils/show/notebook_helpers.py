@@ -20,6 +20,7 @@ from smae_utils.data.transforms import ResizeRadiograph, middle
 from smae_utils.phantoms import DEFAULT_N, write_phantoms
 from smae_utils.places import work_root
 from smae_utils.show.linear_probe import linear_probe, read_tokens
+from smae_utils.whole import new_folder
 from smae_utils.work.build import build_transform
 from smae_utils.work.settings import Settings
 
@@ -34,12 +35,8 @@ def data_folder(task: str, data_dir: str = "", seed: int = 0) -> Path:
         return packaged()
     folder = work_root() / "data" / f"phantom-{task}-seed{seed}"
     if not folder.exists():
-        # Written beside and renamed: a kill leaves no half data set that looks whole.
-        part = folder.with_name(folder.name + ".part")
-        if part.exists():
-            shutil.rmtree(part)
-        write_phantoms(task, part, DEFAULT_N[task], seed)
-        part.rename(folder)
+        with new_folder(folder) as part:
+            write_phantoms(task, part, DEFAULT_N[task], seed)
     return folder
 
 

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from smae_utils.errors import UserError
+from smae_utils.whole import swap_folder
 from smae_utils.work.run_folder import Run
 
 
@@ -108,7 +109,7 @@ def save_state(accelerator: Accelerator, run: Run, state: dict[str, Any]) -> Non
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        run.swap_in(new, run.path / "last")
+        swap_folder(new, run.path / "last")
     accelerator.wait_for_everyone()
 
 

@@ -20,13 +20,14 @@ from smae_utils.data.reading import Volume, read_label
 from smae_utils.data.tasks import Task, task_of
 from smae_utils.data.tasks.lists import is_list
 from smae_utils.errors import UserError
+from smae_utils.whole import write_text
 from smae_utils.work.build import build_splits
 from smae_utils.work.grids import dsc_of_classes, ignoring, label_map
 from smae_utils.work.metrics import dsc, hd95_mm, mean_auc
 from smae_utils.work.predictor import Predictor
-from smae_utils.work.progress import Say, Teller, say
+from smae_utils.work.progress import Say, WindowProgress, say
 from smae_utils.work.rebuild import settings_of
-from smae_utils.work.run_folder import FREE_SETTINGS, Run, find_data, said_of_list, write_text
+from smae_utils.work.run_folder import FREE_SETTINGS, Run, find_data, said_of_list
 from smae_utils.work.settings import FinetuneSettings
 
 
@@ -140,7 +141,7 @@ def _segmentation_rows(predictor: Predictor, cases: list[Case], folder: Path | N
     rows = []
     for number, case in enumerate(cases, start=1):
         label, image = read_label(case, task)
-        predicted = predictor.segment(case, progress=Teller(case["case"], report)).labels
+        predicted = predictor.segment(case, progress=WindowProgress(case["case"], report)).labels
         spacing = image.spacing_mm if image else task.spacing_mm or (1.0, 1.0)
         rows += score_masks(predicted, label, task, spacing, case["case"])
         if folder:

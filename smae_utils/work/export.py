@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from torch import Tensor
 from smae_utils.data.tasks import Task
 from smae_utils.errors import UserError
 from smae_utils.method.checkpoints.other_libraries import MONAI_BLOCK
+from smae_utils.whole import must_be_free, new_folder, write_text
 from smae_utils.work.rebuild import load_finetuned, load_pretrained
-from smae_utils.work.run_folder import Run, write_text
+from smae_utils.work.run_folder import Run
 from smae_utils.work.settings import FinetuneSettings, Settings, StageSettings
 
 TARGETS = ("timm", "monai-vit", "monai-unetr")
@@ -37,21 +37,15 @@ def export(run_dir: str | Path, to: str, out: str | Path) -> Path:
     if not run.finished:
         raise UserError(f"{run.path} is not finished: go on with --resume before exporting")
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not empty: choose another --out")
+    must_be_free(out)
     model, task, settings = (load_finetuned if run.config["stage"] == "finetune" else load_pretrained)(run)
     tensors = {k: v.detach().clone() for k, v in model.state_dict().items()}
     make = {"timm": _timm, "monai-vit": _monai_vit, "monai-unetr": _monai_unetr}[to]
     converted, arguments = make(tensors, task, settings)
     converted = _complete(converted, arguments)
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in converted.items()}, part / "model.safetensors", metadata={"format": "pt"})
-    write_text(part / "arguments.json", json.dumps(arguments, indent=1))
-    if out.exists():
-        out.rmdir()
-    part.rename(out)
+    with new_folder(out) as part:
+        save_file({k: v.contiguous() for k, v in converted.items()}, part / "model.safetensors", metadata={"format": "pt"})
+        write_text(part / "arguments.json", json.dumps(arguments, indent=1))
     return out
 
 

@@ -58,7 +58,7 @@ def to_scan_grid(channels: Tensor, source: np.ndarray, shape: Sequence[int], tar
     Only the box of the source that the target touches is read. The source's edge holds for half a voxel more, no less certain than
     what lies inside; further out everything is 0.
     """
-    found = out_of_core.touched(out_of_core.whole(shape), np.linalg.inv(source) @ target, channels.shape[1:])
+    found = out_of_core.source_box(out_of_core.whole(shape), np.linalg.inv(source) @ target, channels.shape[1:])
     if found is None:
         return torch.zeros(len(channels), *shape)
     box, moved = channels[(slice(None), *found)].float(), source @ out_of_core.start_of(found)

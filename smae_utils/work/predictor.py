@@ -138,8 +138,8 @@ class Predictor:
             return self._segment_flat(case, keep)
         scan = read_case(self._read_scan, _image_of(case))
         probs = self.probabilities(scan.image, progress)
-        labels = out_of_core.room(scan.shape, np.uint8)
-        kept = out_of_core.room((len(probs), *scan.shape)) if keep else None
+        labels = out_of_core.zeros(scan.shape, np.uint8)
+        kept = out_of_core.zeros((len(probs), *scan.shape)) if keep else None
         for box in out_of_core.blocks(scan.shape, len(probs), np.linalg.inv(scan.affine) @ scan.scan_affine):
             size = [s.stop - s.start for s in box]
             values = to_scan_grid(probs, scan.affine, size, scan.scan_affine @ out_of_core.start_of(box))
@@ -177,7 +177,7 @@ class Predictor:
             if len(pieces) == 1:
                 return probs
             if out is None:
-                out = out_of_core.room((len(probs), *sizes), np.float16)
+                out = out_of_core.zeros((len(probs), *sizes), np.float16)
             out[..., first:last] = probs[..., first - start : last - start].numpy()
         return torch.from_numpy(out)
 

@@ -48,7 +48,7 @@ def _kernel() -> Any:
     return shell if type(shell).__name__ == "ZMQInteractiveShell" else None
 
 
-class Teller:
+class WindowProgress:
     """Says how far a long scan is, at most each `TELL_EVERY` seconds."""
 
     def __init__(self, name: str, report: Callable[[str], None]):

@@ -2,7 +2,7 @@
 
 config.yaml         everything needed to repeat the run, versions and git commit included; `segments` has a line a sitting
 log.jsonl           one line a logged step, with at least `step` and `loss`
-last/               resumable state; always whole, see `swap_in`
+last/               resumable state; always whole, see `whole.swap_folder`
 model.safetensors   the weights, once the run is finished
 metrics.csv, .json  written by evaluation
 .lock               there while a process trains this run, see `only_process`
@@ -15,7 +15,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -31,6 +30,7 @@ from filelock import FileLock, Timeout
 from smae_utils.data.tasks.lists import is_list
 from smae_utils.errors import UserError
 from smae_utils.method.checkpoints.load import WEIGHTS
+from smae_utils.whole import newest_folder, write_text
 from smae_utils.yaml_text import read_yaml, write_yaml
 
 # Of config.yaml. 2: places are absolute, and relative to the run beside that; `segments`.
@@ -38,13 +38,6 @@ SCHEMA = 2
 LOCK = ".lock"
 # Settings of how a run is carried out, which change nothing of what it computes: another sitting may have others.
 FREE_SETTINGS = ("num_workers", "log_every", "save_every", "cache_rate", "keep_every")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves either the old or the new one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def _git(*words: str) -> str:
@@ -299,28 +292,13 @@ class Run:
         """Write a JSON file; NaN becomes null, which every reader understands."""
         write_text(self.path / name, json.dumps(_no_nan(content), indent=1))
 
-    def swap_in(self, new: Path, final: Path) -> None:
-        """Replace the folder `final` by the whole folder `new`. A kill in between leaves `new`, which `state` then finds."""
-        old = final.with_name(final.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
-            final.rename(old)
-        new.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, weights) that `keep_every` kept, oldest first."""
         return sorted((int(p.stem.removeprefix("step")), p) for p in (self.path / "checkpoints").glob("step*.safetensors"))
 
     def state(self) -> Path | None:
         """Folder of the newest whole state, if any."""
-        last, new, old = (self.path / name for name in ("last", "last.new", "last.old"))
-        if not last.exists():  # killed between the two renames of `swap_in`: finish what it was doing
-            for folder in (new, old):
-                if (folder / "state.json").is_file():
-                    folder.rename(last)
-                    break
-        return last if (last / "state.json").is_file() else None
+        return newest_folder(self.path / "last", "state.json")
 
 
 # Entries of config.yaml that say where something lies, and nothing of the result.

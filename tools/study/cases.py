@@ -14,7 +14,7 @@ from smae_utils.data.batches import derive_seed
 from smae_utils.data.case import Case
 from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
-from smae_utils.work.run_folder import write_text
+from smae_utils.whole import write_text
 from tools.study.plan import Row, Study
 
 

@@ -13,7 +13,7 @@ from scipy import stats
 
 from smae_utils.errors import UserError
 from smae_utils.places import work_root
-from smae_utils.work.run_folder import write_text
+from smae_utils.whole import write_text
 from tools.study.plan import Study
 
 KEYS = {

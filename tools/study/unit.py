@@ -16,6 +16,7 @@ from smae_utils.data.batches import derive_seed
 from smae_utils.data.tasks import get_task
 from smae_utils.method.checkpoints.load import WEIGHTS, load_weights
 from smae_utils.show.linear_probe import effective_rank, linear_probe, read_tokens
+from smae_utils.whole import new_file
 from smae_utils.work.build import build_model
 from smae_utils.work.cost import crop_cost
 from smae_utils.work.evaluation import evaluate, read_metrics
@@ -107,7 +108,8 @@ class Unit:
             key: value if key not in fresh else fresh[key] if key == "encoder.pos_embed" else resized(fresh[key], value, noise)
             for key, value in learned.items()
         }
-        save_file(made, target, metadata=metadata)
+        with new_file(target) as part:
+            save_file(made, part, metadata=metadata)
         return target
 
     def arm_values(self, arm: Arm, row: Row, tuned: dict[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from smae_utils.method.checkpoints.other_libraries import (
     read_header,
     read_timm,
 )
+from smae_utils.whole import new_file
 from smae_utils.yaml_text import read_yaml
 
 WEIGHTS = "model.safetensors"
@@ -84,9 +85,8 @@ def save_weights(model: nn.Module, path: Path, facts: dict[str, Any] | None = No
         "decoder": {"num_heads": heads} if (heads := _decoder_heads(model)) else {},
         "facts": facts or {},
     }
-    part = path.with_name(path.name + ".part")
-    save_file(tensors, part, metadata={key: json.dumps(value) for key, value in header.items()})
-    part.replace(path)
+    with new_file(path) as part:
+        save_file(tensors, part, metadata={key: json.dumps(value) for key, value in header.items()})
 
 
 def _grid(model: nn.Module) -> tuple[int, ...]:

@@ -1,0 +1,80 @@
+"""Write files and folders so that a kill or a full disk leaves the old one or the new one, never half of one. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from smae_utils.errors import UserError
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path` to write to; it takes the place of `path` when nothing was raised, and is removed otherwise."""
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        os.replace(part, path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink()
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole."""
+    with new_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def must_be_free(out: Path) -> None:
+    """Raises:
+    UserError: where `out` is a file or a folder that is not empty, so that no result is mixed or overwritten.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty: choose another --out, so that no result is mixed or overwritten")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yields a folder beside `out` to fill; it becomes `out` when nothing was raised, and is removed otherwise.
+
+    Raises:
+        UserError: where `out` is not free (`must_be_free`).
+    """
+    must_be_free(out)
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)  # of an attempt that was killed
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def swap_folder(new: Path, final: Path) -> None:
+    """Replace the folder `final` by the whole folder `new`. A kill in between is mended by `newest_folder`."""
+    old = final.with_name(final.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    new.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def newest_folder(final: Path, last_file: str) -> Path | None:
+    """The folder that `swap_folder` left, whenever it was killed; None where there is none that holds `last_file`, which is written last."""
+    if not final.exists():  # killed between two renames: finish what was going on
+        for name in (".new", ".old"):
+            folder = final.with_name(final.name + name)
+            if (folder / last_file).is_file():
+                folder.rename(final)
+                break
+    return final if (final / last_file).is_file() else None
