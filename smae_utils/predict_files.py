@@ -17,9 +17,10 @@ from PIL import Image
 from smae_utils.data import out_of_core
 from smae_utils.data.case import Case, case_of
 from smae_utils.data.pictures import read_image
-from smae_utils.data.reading import Volume, first_file, read_volume, units_of
+from smae_utils.data.reading import first_file
 from smae_utils.data.tasks import Task, get_task
 from smae_utils.data.tasks.lists import images_of, is_list
+from smae_utils.data.volumes import Volume, read_volume, units_of
 from smae_utils.errors import UserError
 from smae_utils.paths import NIBABEL_ENDINGS, has_ending, split_series
 from smae_utils.show.plots import show_flat_overlay, show_overlay

@@ -11,8 +11,9 @@ from smae_utils.data.tasks import get_task
 from smae_utils.method.mae import MaskedAutoencoder
 from smae_utils.work.build import build_mae, build_model
 from smae_utils.work.cost import crop_cost, run_flops
+from smae_utils.work.presets import resolve
 from smae_utils.work.pretrain import pretrain
-from smae_utils.work.settings import FinetuneSettings, PretrainSettings, make_settings, resolve
+from smae_utils.work.settings import FinetuneSettings, PretrainSettings, make_settings
 
 
 def settings(tiny, task: str, stage: str):

@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 from smae_utils.data.batches import derive_seed
 from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
-from smae_utils.method.checkpoints.load import save_weights
+from smae_utils.method.checkpoints.save import save_weights
 from smae_utils.work.build import build_model, build_optimizer
 from smae_utils.work.finetune import finetune
 from smae_utils.work.settings import FinetuneSettings, make_settings

@@ -152,7 +152,7 @@ def test_a_vit_with_parts_that_this_encoder_lacks_is_refused_by_the_part(more, p
 def test_weights_made_with_another_epsilon_of_the_norms_say_so(tmp_path):
     from monai.networks.nets import ViT
 
-    from smae_utils.method.checkpoints.load import save_weights
+    from smae_utils.method.checkpoints.save import save_weights
 
     theirs = shaken(ViT(1, (16, 16), 8, 24, 96, 2, 2, classification=True, num_classes=3, spatial_dims=2, post_activation=None, qkv_bias=True))
     save_file(theirs.state_dict(), tmp_path / "monai.safetensors")
@@ -444,7 +444,7 @@ def test_a_2d_vit_adapted_to_3d_answers_a_stack_of_equal_slices_as_it_answered_o
     for name, value in source.encoder.state_dict().items():
         if name.endswith("pos_embed"):
             value.zero_()
-    from smae_utils.method.checkpoints.load import save_weights
+    from smae_utils.method.checkpoints.save import save_weights
 
     save_weights(source, tmp_path / "flat.safetensors")
     solid = shaken(UNETR((16, 24, 16), 8, 2, 24, 3, 2, 1, 2))

@@ -29,9 +29,10 @@ from sklearn.metrics import roc_auc_score
 from smae_utils.cli import main
 from smae_utils.data.case import IGNORE
 from smae_utils.data.pictures import ReadRadiograph, read_image
-from smae_utils.data.reading import Volume, read_channels, read_label, read_mask, read_volume
+from smae_utils.data.reading import read_channels, read_label, read_mask
 from smae_utils.data.tasks import Task, get_task
-from smae_utils.data.tasks.lists import record_of, task_from_record
+from smae_utils.data.tasks.from_run import record_of, task_from_record
+from smae_utils.data.volumes import Volume, read_volume
 from smae_utils.errors import UserError
 from smae_utils.paths import case_name
 from smae_utils.predict_files import _sizes

@@ -24,9 +24,10 @@ from smae_utils.work.build import build_splits, build_transform
 from smae_utils.work.finetune import finetune
 from smae_utils.work.metrics import dsc
 from smae_utils.work.predictor import Predictor
+from smae_utils.work.presets import resolve
 from smae_utils.work.rebuild import load_finetuned
 from smae_utils.work.run_folder import Run
-from smae_utils.work.settings import FinetuneSettings, resolve
+from smae_utils.work.settings import FinetuneSettings
 
 SHAPE, SPACING = (20, 18, 16), (3.0, 3.5, 4.0)
 LABELS = {"0": "background", "1": "liver", "2": "tumour"}
@@ -694,7 +695,7 @@ def test_a_window_is_refused_for_2d_images_and_so_are_labels_that_a_picture_cann
 
 
 def test_a_run_on_a_list_like_a_known_task_keeps_the_mean_over_its_subset(tmp_path):
-    from smae_utils.data.tasks.lists import record_of, task_from_record
+    from smae_utils.data.tasks.from_run import record_of, task_from_record
 
     file = write_list(tmp_path, 2, 0, like="btcv")
     content = json.loads(file.read_text())

@@ -16,7 +16,8 @@ import yaml
 
 import smae_utils
 from smae_utils.data.tasks import get_task, task_names
-from smae_utils.work.settings import STAGES, load_preset, resolve
+from smae_utils.work.presets import load_preset, resolve
+from smae_utils.work.settings import STAGES
 from tools.readme import BLOCKS, render
 
 ROOT = Path(__file__).parents[1]

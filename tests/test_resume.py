@@ -17,12 +17,13 @@ import yaml
 from PIL import Image
 
 from smae_utils.errors import UserError
-from smae_utils.work import devices, loop, run_folder
+from smae_utils.work import devices, loop, provenance
 from smae_utils.work.devices import inference_context, pick_precision, usable_precision
 from smae_utils.work.finetune import finetune
 from smae_utils.work.loop import Loop
 from smae_utils.work.pretrain import pretrain
-from smae_utils.work.run_folder import FREE_SETTINGS, LOCK, SCHEMA, Run, absolute, find_data, only_process
+from smae_utils.work.run_data import find_data
+from smae_utils.work.run_folder import FREE_SETTINGS, LOCK, SCHEMA, Run, absolute, only_process
 
 ROOT = Path(__file__).parents[1]
 
@@ -346,16 +347,18 @@ def test_a_commit_is_told_only_by_the_repository_that_tracks_this_package(tmp_pa
 
     package = tmp_path / "project" / "venv" / "smae_utils"
     package.mkdir(parents=True)
-    shutil.copy(run_folder.__file__, package / "run_folder.py")
-    monkeypatch.setattr(run_folder, "__file__", str(package / "run_folder.py"))
-    assert run_folder.commit() == "unknown"  # no repository
+    (package / "work").mkdir()
+    for name in ("errors.py", "work/run_folder.py"):
+        shutil.copy(provenance.PACKAGE / name, package / name)
+    monkeypatch.setattr(provenance, "PACKAGE", package)
+    assert provenance.commit() == "unknown"  # no repository
     git("init")
     (tmp_path / "theirs.txt").write_text("theirs", encoding="utf-8")
     git("add", "theirs.txt")
     git("commit", "-m", "theirs")
-    assert run_folder.commit() == "unknown"  # another project's, in whose folder the environment lies
+    assert provenance.commit() == "unknown"  # another project's, in whose folder the environment lies
     git("add", ".")
     git("commit", "-m", "ours")
-    assert len(run_folder.commit()) == 12
-    (package / "run_folder.py").write_text("# changed", encoding="utf-8")
-    assert run_folder.commit().endswith("-dirty")
+    assert len(provenance.commit()) == 12
+    (package / "work" / "run_folder.py").write_text("# changed", encoding="utf-8")
+    assert provenance.commit().endswith("-dirty")

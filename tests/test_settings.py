@@ -12,6 +12,7 @@ from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
 from smae_utils.places import shipped
 from smae_utils.work.build import build_mae
+from smae_utils.work.presets import load_preset, resolve
 from smae_utils.work.settings import (
     STAGE_SETTINGS,
     FinetuneSettings,
@@ -19,10 +20,8 @@ from smae_utils.work.settings import (
     as_dict,
     describe,
     learning_rate,
-    load_preset,
     make_settings,
     parse_overrides,
-    resolve,
     total_steps,
 )
 from smae_utils.yaml_text import read_yaml, write_yaml

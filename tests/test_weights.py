@@ -12,17 +12,8 @@ from safetensors.torch import load_file, save_file
 import smae_utils.method.checkpoints.load as weights_module
 from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
-from smae_utils.method.checkpoints.load import (
-    encoder_arguments,
-    hash_case,
-    load_weights,
-    parameter_count,
-    read_weights,
-    resize_positions,
-    save_weights,
-    seen_cases,
-    weights_file,
-)
+from smae_utils.method.checkpoints.load import hash_case, load_weights, parameter_count, read_weights, resize_positions, seen_cases, weights_file
+from smae_utils.method.checkpoints.save import encoder_arguments, save_weights
 from smae_utils.method.mae import MaskedAutoencoder
 from smae_utils.method.unetr import UNETR
 from smae_utils.method.vit import ViTClassifier, ViTEncoder

@@ -13,7 +13,7 @@ from smae_utils.phantoms import write_phantoms
 from smae_utils.whole import write_text
 from smae_utils.work.finetune import finetune
 from smae_utils.work.pretrain import pretrain
-from smae_utils.work.run_folder import provenance
+from smae_utils.work.provenance import provenance
 from tools.demo import TASKS, clear
 
 

@@ -15,7 +15,8 @@ from smae_utils.show.notebook_helpers import load_crop
 from smae_utils.show.plots import show_reconstruction
 from smae_utils.work.build import build_splits
 from smae_utils.work.rebuild import load_pretrained
-from smae_utils.work.run_folder import Run, find_data
+from smae_utils.work.run_data import find_data
+from smae_utils.work.run_folder import Run
 from smae_utils.work.settings import STAGES, describe
 from tools.demo import pivot
 from tools.study.figures import NAMES

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from monai.data import MetaTensor, get_track_meta, set_track_meta
 from monai.transforms import Compose
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from smae_utils.data.case import Case, Splits, hold_out
 from smae_utils.data.tasks import Task
+from smae_utils.data.transforms import ResizeRadiograph, middle, resize
 from smae_utils.errors import UserError
 
 
@@ -72,6 +74,22 @@ def read_case(transform: Callable[[dict[str, Any]], Any], case: Mapping[str, Any
         if inside is None:
             raise
         raise UserError(str(inside)) from error
+
+
+def read_middle(
+    transform: Callable[[dict[str, Any]], Any], case: Mapping[str, Any], size: Sequence[int], whole: bool
+) -> tuple[Tensor, Tensor | None]:
+    """A prepared case at the network's input size: (C, *size) image, and (1, *size) label numbers where the transform reads a mask.
+
+    Args:
+        whole: the network sees whole images, which are resized; otherwise the middle is cut out.
+    """
+    sample = read_case(transform, case)
+    label = sample["label"] if torch.is_tensor(sample.get("label")) else None
+    if whole:
+        return ResizeRadiograph(size)(sample)["image"], None if label is None else resize(label, size, label=True)
+    image, *masks = (middle(torch.as_tensor(x).as_subclass(Tensor), size) for x in (sample["image"], label) if x is not None)
+    return image, masks[0] if masks else None
 
 
 class Scans(Dataset):

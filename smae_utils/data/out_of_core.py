@@ -25,9 +25,11 @@ from nibabel.affines import from_matvec
 from torch import Tensor
 
 from smae_utils.data.case import files_of
-from smae_utils.data.reading import FILE_ERRORS, check_channels, check_finite, check_grid, check_header, unreadable, volume_shape
+from smae_utils.data.reading import check_channels, check_finite
+from smae_utils.data.same_place import check_grid
 from smae_utils.data.tasks import Task
 from smae_utils.data.transforms import normalisation, oriented, resampled
+from smae_utils.data.volumes import FILE_ERRORS, check_header, unreadable, volume_shape
 from smae_utils.paths import has_ending
 
 # Voxels x channels that are held in memory at a time, in a few arrays: 256 MB each in fp32. What is larger goes to a temporary file.

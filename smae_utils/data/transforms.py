@@ -14,8 +14,9 @@ from monai import transforms as mt
 from monai.transforms import Compose
 from PIL import Image
 
+from smae_utils.data.labels import encode_labels
 from smae_utils.data.pictures import ReadRadiograph, read_flat_mask
-from smae_utils.data.reading import CheckCase, ReadScan, encode_labels
+from smae_utils.data.reading import CheckCase, ReadScan
 from smae_utils.data.tasks import Task
 from smae_utils.errors import UserError
 from smae_utils.timm_library import RandomResizedCropAndInterpolation, rand_augment_transform

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smae_utils.data.batches import read_case
+from smae_utils.data.batches import read_middle
 from smae_utils.data.case import IGNORE, case_of
 from smae_utils.data.tasks import Task, task_of
 from smae_utils.data.tasks.lists import is_list
-from smae_utils.data.transforms import ResizeRadiograph, middle, resize
 from smae_utils.errors import UserError
 from smae_utils.method.checkpoints.load import load_weights
 from smae_utils.method.mae import MaskedAutoencoder
@@ -22,7 +21,8 @@ from smae_utils.paths import split_series
 from smae_utils.work.build import build_splits, build_transform
 from smae_utils.work.grids import activate, label_map
 from smae_utils.work.rebuild import load_finetuned, load_pretrained, settings_of
-from smae_utils.work.run_folder import Run, find_data
+from smae_utils.work.run_data import find_data
+from smae_utils.work.run_folder import Run
 from smae_utils.work.settings import FinetuneSettings, Settings
 
 
@@ -93,15 +93,8 @@ class Source:
     def _read(self, case: dict) -> tuple[Tensor, np.ndarray | None]:
         """The middle of a prepared scan at the model's input size, with its label where there is one."""
         labelled = isinstance(case.get("label"), str) and bool(self.classes)
-        data = read_case(build_transform(self.task, self.settings, with_label=labelled), case)
-        if self.task.whole:
-            image = ResizeRadiograph(self.size)(data)["image"]
-            if not labelled:
-                return image, None
-            label = resize(data["label"], self.size, label=True)[0]
-            return image, region_index(label.numpy().astype(np.uint8), self.task)
-        image, *label = (middle(data[key].as_tensor(), self.size) for key in ("image", "label")[: 1 + labelled])
-        return image, region_index(label[0][0].numpy(), self.task) if label else None
+        image, label = read_middle(build_transform(self.task, self.settings, with_label=labelled), case, self.size, self.task.whole)
+        return image, None if label is None else region_index(label[0].numpy().astype(np.uint8), self.task)
 
     def _checked(self, image: Tensor) -> Tensor:
         expected = (len(self.channels), *self.size)

@@ -13,10 +13,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from smae_utils.data.batches import read_case
+from smae_utils.data.batches import read_case, read_middle
 from smae_utils.data.case import Case
 from smae_utils.data.tasks import Task
-from smae_utils.data.transforms import ResizeRadiograph, resize
 from smae_utils.method.patches import patchify
 from smae_utils.work.build import build_transform
 from smae_utils.work.settings import Settings
@@ -66,11 +65,11 @@ def effective_rank(tokens: np.ndarray) -> float:
 def _windows(task: Task, settings: Settings, case: Case) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Images (C, *crop_size) of a case, and label numbers (1, *crop_size) where it has a mask."""
     masked = task.kind == "segmentation" and "label" in case
-    sample = read_case(build_transform(task, settings, with_label=masked), case)
-    size = settings.crop_size
+    transform, size = build_transform(task, settings, with_label=masked), settings.crop_size
     if task.whole:
-        yield ResizeRadiograph(size)(sample)["image"], resize(sample["label"], size, label=True) if masked else None
+        yield read_middle(transform, case, size, whole=True)
         return
+    sample = read_case(transform, case)
     image, label = (sample[key].as_tensor() if key in sample else None for key in ("image", "label"))
     ends = [sorted({0, n - c}) for n, c in zip(image.shape[1:], size)]
     for corner in itertools.product(*ends):

@@ -11,12 +11,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from smae_utils.data.batches import read_case
+from smae_utils.data.batches import read_middle
 from smae_utils.data.case import Case
 from smae_utils.data.tasks import Task, get_task
 from smae_utils.data.tasks.lists import is_list
 from smae_utils.data.tasks.mni152 import write_list as write_mni152_list
-from smae_utils.data.transforms import ResizeRadiograph, middle
 from smae_utils.phantoms import DEFAULT_N, write_phantoms
 from smae_utils.places import work_root
 from smae_utils.show.linear_probe import linear_probe, read_tokens
@@ -103,7 +102,4 @@ def versions() -> str:
 
 def load_crop(task: Task, settings: Settings, case: dict) -> torch.Tensor:
     """A prepared scan cut to the model's input around its middle: (C, *crop_size); what the network sees whole is resized."""
-    scan = read_case(build_transform(task, settings, with_label=False), case)
-    if task.whole:
-        return ResizeRadiograph(settings.crop_size)(scan)["image"]
-    return middle(scan["image"].as_tensor(), settings.crop_size)
+    return read_middle(build_transform(task, settings, with_label=False), case, settings.crop_size, task.whole)[0]

@@ -14,8 +14,9 @@ from matplotlib.patches import Patch
 from nibabel.affines import voxel_sizes
 
 from smae_utils.data.case import IGNORE
+from smae_utils.data.labels import encode_labels
 from smae_utils.data.pictures import read_flat_mask, read_image
-from smae_utils.data.reading import encode_labels, read_channels, read_label, read_mask
+from smae_utils.data.reading import read_channels, read_label, read_mask
 from smae_utils.data.tasks import Task
 from smae_utils.method.mae import MaskedAutoencoder, paste_visible, pixel_mask
 from smae_utils.method.patches import mask_noise, patchify, split_by_noise, unpatchify

@@ -17,14 +17,16 @@ import pandas as pd
 from smae_utils.data.batches import read_case
 from smae_utils.data.case import IGNORE, Case, files_of
 from smae_utils.data.pictures import ReadRadiograph
-from smae_utils.data.reading import by, contradiction, read_channels, read_label
+from smae_utils.data.reading import read_channels, read_label
+from smae_utils.data.same_place import by, contradiction
 from smae_utils.data.tasks import Task, get_task
 from smae_utils.data.tasks.lists import is_list
 from smae_utils.errors import UserError
 from smae_utils.paths import NIFTI_ENDINGS, has_ending
 from smae_utils.work import devices
 from smae_utils.work.cost import crop_cost, measured_flops_per_second
-from smae_utils.work.settings import resolve, total_steps
+from smae_utils.work.presets import resolve
+from smae_utils.work.settings import total_steps
 
 # Crops seen in pre-training by the released configurations: BTCV 10000 epochs x 18 scans x 4 crops, BraTS 500 x 387 x 4; radiographs 800 x 86,524.
 CROPS_3D, CROPS_2D = 750_000, 69_000_000

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smae_utils.data.tasks import Task, get_task
 from smae_utils.work.build import build_mae, build_model
-from smae_utils.work.settings import PretrainSettings, StageSettings, resolve, total_steps
+from smae_utils.work.presets import resolve
+from smae_utils.work.settings import PretrainSettings, StageSettings, total_steps
 
 
 class CropCost(NamedTuple):

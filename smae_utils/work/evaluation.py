@@ -16,9 +16,10 @@ from PIL import Image
 
 from smae_utils.data.batches import read_case
 from smae_utils.data.case import Case
-from smae_utils.data.reading import Volume, read_label
+from smae_utils.data.reading import read_label
 from smae_utils.data.tasks import Task, task_of
 from smae_utils.data.tasks.lists import is_list
+from smae_utils.data.volumes import Volume
 from smae_utils.errors import UserError
 from smae_utils.whole import write_text
 from smae_utils.work.build import build_splits
@@ -27,7 +28,8 @@ from smae_utils.work.metrics import dsc, hd95_mm, mean_auc
 from smae_utils.work.predictor import Predictor
 from smae_utils.work.progress import Say, WindowProgress, say
 from smae_utils.work.rebuild import settings_of
-from smae_utils.work.run_folder import FREE_SETTINGS, Run, find_data, said_of_list
+from smae_utils.work.run_data import find_data
+from smae_utils.work.run_folder import FREE_SETTINGS, Run, said_of_list
 from smae_utils.work.settings import FinetuneSettings
 
 

@@ -20,9 +20,9 @@ from smae_utils.work.build import build_augmentation, build_loss, build_model, b
 from smae_utils.work.evaluation import score_cases
 from smae_utils.work.loop import Loop, kept_generators
 from smae_utils.work.predictor import Predictor
+from smae_utils.work.presets import resolve
 from smae_utils.work.progress import Say, say
 from smae_utils.work.run_folder import Run
-from smae_utils.work.settings import resolve
 from smae_utils.work.start import check_unseen, config_of, facts_of, is_scratch, tell_notes
 
 

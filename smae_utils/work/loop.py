@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from smae_utils.data.batches import Scans, derive_seed, training_loader
 from smae_utils.errors import UserError
-from smae_utils.method.checkpoints.load import WEIGHTS, parameter_count, save_weights
+from smae_utils.method.checkpoints.load import parameter_count
+from smae_utils.method.checkpoints.save import WEIGHTS, save_weights
 from smae_utils.timm_library import CosineLRScheduler
 from smae_utils.work import devices
 from smae_utils.work.build import build_optimizer
 from smae_utils.work.progress import Say
-from smae_utils.work.run_folder import Run, commit, now, only_process
+from smae_utils.work.provenance import commit, now
+from smae_utils.work.run_folder import Run, only_process
 from smae_utils.work.settings import Settings, as_dict, learning_rate, total_steps
 
 Validate = Callable[[nn.Module], dict[str, float]]  # network -> figures of the validation cases

@@ -18,9 +18,10 @@ from smae_utils.method.checkpoints.load import (
 from smae_utils.method.patches import mask_noise
 from smae_utils.work.build import build_augmentation, build_mae, build_splits, build_transform
 from smae_utils.work.loop import Loop, kept_generators
+from smae_utils.work.presets import resolve
 from smae_utils.work.progress import Say, say
 from smae_utils.work.run_folder import Run
-from smae_utils.work.settings import PretrainSettings, resolve
+from smae_utils.work.settings import PretrainSettings
 from smae_utils.work.start import config_of, facts_of, is_scratch, seen_of, tell_notes
 
 # At most so many crops are scored, and kept in memory, for the validation loss of pre-training.

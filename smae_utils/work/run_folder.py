@@ -14,12 +14,8 @@ import errno
 import json
 import math
 import os
-import platform
-import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from smae_utils.data.tasks.lists import is_list
 from smae_utils.errors import UserError
-from smae_utils.method.checkpoints.load import WEIGHTS
+from smae_utils.method.checkpoints.save import WEIGHTS
 from smae_utils.whole import newest_folder, write_text
 from smae_utils.yaml_text import read_yaml, write_yaml
 
@@ -38,64 +34,6 @@ SCHEMA = 2
 LOCK = ".lock"
 # Settings of how a run is carried out, which change nothing of what it computes: another sitting may have others.
 FREE_SETTINGS = ("num_workers", "log_every", "save_every", "cache_rate", "keep_every")
-
-
-def _git(*words: str) -> str:
-    """What git says of the folder of this package; "" where there is no git or no repository, or git refuses."""
-    command = ["git", "-C", str(Path(__file__).parent), *words]
-    try:
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return "" if done.returncode else done.stdout.strip()
-
-
-def commit() -> str:
-    """The commit this package is of, with "-dirty" when it was changed since; "unknown" outside its own repository.
-
-    An environment often lies inside another project's repository: only one that tracks this very file counts.
-    """
-    if not _git("ls-files", "--error-unmatch", "--", Path(__file__).name):
-        return "unknown"
-    name = _git("rev-parse", "--short=12", "HEAD") or "unknown"
-    # Only what the figures follow from counts: results written since do not make a commit "dirty".
-    changed = name != "unknown" and _git("status", "--porcelain", "--", ".", "../presets")
-    return f"{name}-dirty" if changed else name
-
-
-def now() -> str:
-    """Date and time with the offset to UTC."""
-    return datetime.now().astimezone().isoformat(timespec="seconds")
-
-
-def provenance() -> dict[str, Any]:
-    """Versions, commit, machine, date: where a number comes from."""
-    packages = {}
-    for name in ("smae-utils", "torch", "timm", "monai", "accelerate", "numpy", "nibabel", "scikit-learn"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = "not installed"
-    return {
-        "date": now(),
-        "commit": commit(),
-        "machine": machine_name(),
-        "python": platform.python_version(),
-        "packages": packages,
-    }
-
-
-def machine_name() -> str:
-    """Processor and number of cores, in words."""
-    model = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
-    return f"{model}, {os.cpu_count()} cores"
 
 
 def absolute(path: str | Path) -> str:
@@ -331,50 +269,6 @@ def _deciding(config: dict[str, Any], defaults: Mapping[str, Any] = MappingProxy
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def find_data(run: Run, data_dir: str | Path | None = None) -> tuple[str, str]:
-    """Where the data of a run lie now: (the task's name, or the path of its list file; the data folder).
-
-    Args:
-        data_dir: where they were moved to. Of a list: the list file itself; or a folder that holds a list of the same
-            name, whose paths are then relative to it; or the folder that the paths of the recorded list are relative to.
-            Without it: the recorded place, else the same place seen from the run folder, for both moved together.
-
-    Raises:
-        UserError: naming the places where nothing is.
-    """
-    config = run.config
-    if not is_list(config["task"]):
-        return config["task"], absolute(data_dir) if data_dir else _place(run, config, "data", "the data folder")
-    name = Path(config["task"]).name
-    recorded = config.get("data") or ""
-    own = not recorded or recorded == os.path.dirname(config["task"])  # paths are relative to the list's own folder
-    if data_dir:
-        folder = absolute(data_dir)
-        if os.path.isfile(folder):
-            return folder, os.path.dirname(folder)
-        as_before = not own and os.path.exists(config["task"]) and os.path.isdir(recorded) and _same(recorded, folder)
-        if os.path.isfile(os.path.join(folder, name)) and not as_before:
-            return os.path.join(folder, name), folder
-        return _place(run, config, "task", "the list file"), folder
-    file = _place(run, config, "task", "the list file")
-    return file, os.path.dirname(file) if own else _place(run, config, "data", "the data folder")
-
-
-def _same(a: str, b: str) -> bool:
-    return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
-
-
-def _place(run: Run, config: dict[str, Any], key: str, what: str) -> str:
-    """A recorded place, or where it is as seen from the run folder."""
-    tried = [absolute(config.get(key) or "")]
-    if near := config.get(f"{key}_from_run"):
-        tried.append(os.path.normpath(os.path.join(absolute(run.path), near)))
-    for place in tried:
-        if os.path.exists(place):
-            return place
-    raise UserError(f"{what} of {run.path} is neither at {' nor at '.join(dict.fromkeys(tried))}: say where it lies now with --data NEW")
 
 
 def _no_nan(value: Any) -> Any:

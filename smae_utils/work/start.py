@@ -8,7 +8,8 @@ from typing import Any
 
 from smae_utils.data.case import Case
 from smae_utils.data.tasks import Task
-from smae_utils.data.tasks.lists import is_list, record_of
+from smae_utils.data.tasks.from_run import record_of
+from smae_utils.data.tasks.lists import is_list
 from smae_utils.errors import UserError
 from smae_utils.method.checkpoints.load import (
     hash_case,
@@ -17,7 +18,8 @@ from smae_utils.method.checkpoints.load import (
 )
 from smae_utils.method.checkpoints.other_libraries import TIMM
 from smae_utils.work.progress import Say
-from smae_utils.work.run_folder import absolute, places, provenance
+from smae_utils.work.provenance import provenance
+from smae_utils.work.run_folder import absolute, places
 from smae_utils.work.settings import Settings, as_dict
 
 

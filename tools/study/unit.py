@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from smae_utils.data.batches import derive_seed
 from smae_utils.data.tasks import get_task
-from smae_utils.method.checkpoints.load import WEIGHTS, load_weights
+from smae_utils.method.checkpoints.load import load_weights
+from smae_utils.method.checkpoints.save import WEIGHTS
 from smae_utils.show.linear_probe import effective_rank, linear_probe, read_tokens
 from smae_utils.whole import new_file
 from smae_utils.work.build import build_model
@@ -22,7 +23,7 @@ from smae_utils.work.cost import crop_cost
 from smae_utils.work.evaluation import evaluate, read_metrics
 from smae_utils.work.finetune import finetune
 from smae_utils.work.pretrain import pretrain
-from smae_utils.work.run_folder import provenance
+from smae_utils.work.provenance import provenance
 from smae_utils.work.settings import FinetuneSettings, PretrainSettings, Settings, make_settings
 from tools.study.cases import all_cases, draw_labelled, parts, write_list
 from tools.study.plan import Arm, Row, Study

@@ -16,7 +16,6 @@ CSV:
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -63,7 +62,7 @@ def task_from_list(path: str | Path) -> Task:
         base,
         name=str(path.absolute()),  # a link (DVC, DataLad) keeps its own name and ending
         title=str(content.get("title") or content.get("name") or content.get("description") or path.stem),
-        read_splits=partial(_splits, path, cases, base),
+        read_splits=partial(splits_of_list, path, cases, base),
         like=base.name if content.get("like") else base.like,
         settings={**_spacing(base, over, bool(content.get("like"))), **_mapping(path, content.get("settings") or {})},
         sided=sided,
@@ -138,32 +137,6 @@ def _split_notes(cases: dict[str, list[dict]]) -> list[str]:
     return notes
 
 
-FIELDS = (
-    "title", "kind", "spatial_dims", "channels", "classes", "subset", "spacing_mm", "window", "regions", "stored_labels", "ignored_labels", "sided",
-    "like", "settings",
-)  # fmt: skip
-
-
-def record_of(task: Task) -> dict[str, Any]:
-    """What a run has to remember of a list's task, as plain values: it must mean the same when the list was changed or is gone."""
-    return json.loads(json.dumps({name: getattr(task, name) for name in FIELDS}))
-
-
-def task_from_record(name: str, record: dict[str, Any]) -> Task:
-    """The task that `record_of` remembered; its cases are read from the list `name`, with the classes in the order that the run has."""
-
-    def tuples(value: Any) -> Any:
-        return tuple(tuples(v) for v in value) if isinstance(value, list) else value
-
-    values = {k: v if k == "settings" else tuples(v) for k, v in record.items()}
-    bare = Task(name=name, read_splits=_no_reader, **values)
-
-    def read(data_dir: Path, seed: int = 0, fold: int | None = 0) -> Splits:
-        return _splits(Path(name), read_list(Path(name))["cases"], bare, data_dir, seed, fold, strict=False)
-
-    return replace(bare, read_splits=read)
-
-
 def _spacing(base: Task, over: dict, like: bool) -> dict:
     """The list's voxel size goes before the preset's; that of another task's preset counts only where `like` asks for it."""
     if base.spatial_dims == 2:
@@ -222,18 +195,20 @@ def _guess_task(path: Path, content: dict[str, Any]) -> Task:
         stored = [v for of in more.get("stored_labels", ()) for v in of]
         if flat and stored and not 0 <= min(stored) <= max(stored) < 2**16:
             raise UserError(f'{path}: masks of 2D images hold values 0 .. 65535, "labels" names {min(stored)} to {max(stored)}: write them anew')
-        return Task("", "", kind, dims, channels, classes, _no_reader, **shared, **more)
+        return Task("", "", kind, dims, channels, classes, no_reader, **shared, **more)
     for value in labels:
         if isinstance(value, str) and ("/" in value or (path.parent / value).exists()):
             raise UserError(f"{path}: label {value!r} is no mask file that is read here ({', '.join(endings)}) and no class: convert it first")
-    return Task("", "", "classification", dims, channels, class_names(path, content, labels), _no_reader, **shared)
+    return Task("", "", "classification", dims, channels, class_names(path, content, labels), no_reader, **shared)
 
 
-def _no_reader(*_) -> Splits:
+def no_reader(*_) -> Splits:
     raise NotImplementedError
 
 
-def _splits(path: Path, cases: dict[str, list[dict]], task: Task, data_dir: Path, seed: int = 0, fold: int | None = 0, strict: bool = True) -> Splits:
+def splits_of_list(
+    path: Path, cases: dict[str, list[dict]], task: Task, data_dir: Path, seed: int = 0, fold: int | None = 0, strict: bool = True
+) -> Splits:
     """Paths relative to `data_dir`, or to the list file where that is its own folder; a tenth of the patients is held out when nothing is.
 
     Args:
@@ -304,7 +279,7 @@ def images_of(path: str | Path) -> list[Case]:
     path = Path(path)
     every = [{k: v for k, v in e.items() if k != "label"} for entries in read_list(path)["cases"].values() for e in entries]
     _all_there(path, path.parent, every, "")
-    bare = Task("", "", "segmentation", 3, (), (), _no_reader)
+    bare = Task("", "", "segmentation", 3, (), (), no_reader)
     return [_case(path, path.parent, {"case": name, **entry}, bare, False) for name, entry in zip(_names(every), every)]
 
 

@@ -8,40 +8,21 @@ in order, fold class rows, fit, refuse or load.
 from __future__ import annotations
 
 import hashlib
-import json
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smae_utils.errors import UserError
-from smae_utils.method.checkpoints.other_libraries import (
-    PATCHES,
-    TABLES,
-    TIMM,
-    Checkpoint,
-    adapt_patches,
-    adapt_positions,
-    as_convolution,
-    fill_qkv_bias,
-    fold_class_rows,
-    read_file,
-    read_header,
-    read_timm,
-)
-from smae_utils.whole import new_file
+from smae_utils.method.checkpoints.adapt import adapt_patches, adapt_positions, as_convolution, fill_qkv_bias, fold_class_rows
+from smae_utils.method.checkpoints.facts import channels_of, compare_facts, listed
+from smae_utils.method.checkpoints.other_libraries import PATCHES, TABLES, TIMM, Checkpoint, read_file, read_header, read_timm
+from smae_utils.method.checkpoints.save import WEIGHTS, decoder_heads, encoder_arguments, grid_of, norm_eps
 from smae_utils.yaml_text import read_yaml
-
-WEIGHTS = "model.safetensors"
-# Channel names that say nothing: "channel 1", "1", "image_2".
-GENERIC = re.compile(r"(channel|modality|image)?[ _-]*\d*", re.IGNORECASE)
 
 
 @dataclass
@@ -65,56 +46,6 @@ class LoadReport:
         parts |= {"new in this model": self.missing, "not used": self.unexpected}
         told = ", ".join(f"{what} {few(names)}" for what, names in parts.items())
         return f"weights from {self.source}: {told}" + "".join(f"; note: {note}" for note in self.notes)
-
-
-def save_weights(model: nn.Module, path: Path, facts: dict[str, Any] | None = None) -> None:
-    """Write the parameters of `model`; never leaves half a file.
-
-    The file's metadata hold, as JSON, `grid` (patches along each axis), `norm_eps`, `encoder` (`encoder_arguments`),
-    `decoder` (its `num_heads`, of an MAE) and `facts`.
-
-    Args:
-        facts: what the model was trained on: `channels` (names in order), `spacing_mm`, `window`, `normalisation`, and
-            `seen` (the training cases, each as `hash_case` gives it).
-    """
-    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    header = {
-        "grid": list(_grid(model)),
-        "norm_eps": norm_eps(model),
-        "encoder": encoder_arguments(model),
-        "decoder": {"num_heads": heads} if (heads := _decoder_heads(model)) else {},
-        "facts": facts or {},
-    }
-    with new_file(path) as part:
-        save_file(tensors, part, metadata={key: json.dumps(value) for key, value in header.items()})
-
-
-def _grid(model: nn.Module) -> tuple[int, ...]:
-    return tuple(getattr(getattr(model, "encoder", None), "grid", ()))
-
-
-def encoder_arguments(model: nn.Module) -> dict[str, Any]:
-    """Arguments of `vit.ViTEncoder` that make a model's encoder anew, apart from `norm_eps`; {} without an encoder."""
-    encoder = getattr(model, "encoder", None)
-    if encoder is None or not _grid(model):
-        return {}
-    block = encoder.blocks[0]
-    return {
-        "img_size": list(encoder.img_size),
-        "patch_size": list(encoder.patch_size),
-        "in_chans": encoder.in_chans,
-        "embed_dim": encoder.embed_dim,
-        "depth": len(encoder.blocks),
-        "num_heads": block.attn.num_heads,
-        "mlp_ratio": block.mlp.fc1.out_features / encoder.embed_dim,
-        "qkv_bias": block.attn.qkv.bias is not None,
-        "class_token": encoder.cls_token is not None,
-    }
-
-
-def _decoder_heads(model: nn.Module) -> int | None:
-    blocks = getattr(model, "decoder_blocks", None)
-    return blocks[0].attn.num_heads if blocks else None
 
 
 def hash_case(name: str) -> str:
@@ -149,12 +80,6 @@ def _training_cases(config: Path) -> list[str]:
         return [str(name) for name in read_yaml(config.read_text(encoding="utf-8"))["cases"]["train"]]
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):  # a config.yaml that is no run's
         return []
-
-
-def norm_eps(model: nn.Module) -> float | None:
-    """Epsilon of the layer norms of a model's encoder; None without an encoder."""
-    encoder = getattr(model, "encoder", None)
-    return next((m.eps for m in encoder.modules() if isinstance(m, nn.LayerNorm)), None) if encoder else None
 
 
 def weights_file(source: str | Path) -> Path:
@@ -217,8 +142,8 @@ def load_weights(
         checkpoint = _order_channels(checkpoint, expect, own, report)
     if not checkpoint.grid:
         checkpoint = checkpoint._replace(tensors=fill_qkv_bias(checkpoint.tensors, own))
-    checkpoint, notes = fold_class_rows(checkpoint, _grid(model), set(own))
-    fitted, clashes = _fit(checkpoint, own, _grid(model), adapt, report)
+    checkpoint, notes = fold_class_rows(checkpoint, grid_of(model), set(own))
+    fitted, clashes = _fit(checkpoint, own, grid_of(model), adapt, report)
     report.loaded = list(fitted)
     report.missing = [name for name in own if name not in fitted]
     _refuse_missing(report, require, clashes, adapt, list(checkpoint.tensors))
@@ -246,7 +171,7 @@ def _refuse_surplus(report: LoadReport) -> None:
 def _compare_heads(checkpoint: Checkpoint, model: nn.Module, report: LoadReport) -> None:
     heads = {
         "num_heads": ("encoder.blocks.", checkpoint.encoder, encoder_arguments(model).get("num_heads")),
-        "decoder_num_heads": ("decoder_blocks.", checkpoint.decoder, _decoder_heads(model)),
+        "decoder_num_heads": ("decoder_blocks.", checkpoint.decoder, decoder_heads(model)),
     }
     for name, (blocks, told, ours) in heads.items():
         theirs = told.get("num_heads")
@@ -262,43 +187,12 @@ def _compare_heads(checkpoint: Checkpoint, model: nn.Module, report: LoadReport)
             )
 
 
-def compare_facts(facts: Mapping[str, Any], expect: Mapping[str, Any]) -> list[str]:
-    """What weights were trained on against what they are wanted for: a note for each of other channels, spacing, ..."""
-    notes = []
-    theirs, ours = _channels(facts), _channels(expect)
-    if theirs and ours and sorted(theirs) != sorted(ours):
-        notes.append(f"made with channels {_listed(facts['channels'])}, this model's are {_listed(expect['channels'])}")
-    for key in ("spacing_mm", "window", "normalisation"):
-        if key in facts and key in expect and not _same(facts[key], expect[key]):
-            notes.append(f"made with {key} {_listed(facts[key])}, this model has {_listed(expect[key])}")
-    return notes
-
-
-def _channels(facts: Mapping[str, Any]) -> list[str]:
-    """Channel names to compare by; [] where they are unknown or one of them is only a number."""
-    names = [str(name).strip().casefold() for name in facts.get("channels") or []]
-    return [] if any(GENERIC.fullmatch(name) for name in names) else names
-
-
-def _same(one: Any, two: Any) -> bool:
-    if isinstance(one, (list, tuple)) and isinstance(two, (list, tuple)):
-        return len(one) == len(two) and all(_same(a, b) for a, b in zip(one, two))
-    numbers = all(isinstance(value, (int, float)) for value in (one, two))
-    return abs(one - two) <= 1e-3 * abs(one) if numbers else one == two
-
-
-def _listed(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_listed(v) for v in value)
-    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
-
-
 def _order_channels(checkpoint: Checkpoint, expect: dict, own: dict[str, Tensor], report: LoadReport) -> Checkpoint:
     """The same channels in another order: everything that takes or gives channels, in the model's order."""
-    theirs, ours = _channels(checkpoint.facts), _channels(expect)
+    theirs, ours = channels_of(checkpoint.facts), channels_of(expect)
     if theirs == ours or sorted(theirs) != sorted(ours) or len(set(ours)) < len(ours):
         return checkpoint
-    was, now = _listed(checkpoint.facts["channels"]), _listed(expect["channels"])
+    was, now = listed(checkpoint.facts["channels"]), listed(expect["channels"])
     order = [theirs.index(name) for name in ours]
     tensors = {name: _reordered(name, value, order) for name, value in checkpoint.tensors.items()}
     used = {name.split(".")[0] for name in tensors if name in own}
@@ -380,7 +274,6 @@ __all__ = [
     "parameter_count",
     "read_weights",
     "resize_positions",
-    "save_weights",
     "seen_cases",
     "weights_file",
 ]
