@@ -1,6 +1,7 @@
 """The command line: `python -m smae_utils COMMAND`. A user's mistake gives one line and exit code 2.
 
-A fault of this package gives one line too, which names its place, and exit code 1. `--traceback` shows where either arose.
+A fault of this package gives one line too, which names its place, and exit code 1. `--traceback` shows where
+either arose.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(_parser(), argv)
 
 
-def run_command(parser: argparse.ArgumentParser, argv: list[str] | None = None, passing_on: Collection[str] = ("lab",)) -> int:
+def run_command(
+    parser: argparse.ArgumentParser, argv: list[str] | None = None, passing_on: Collection[str] = ("lab",)
+) -> int:
     """Run the function of the command that was given.
 
     Args:
         parser: whose commands have a `function`; all take `--traceback`.
         argv: words of the command line; those of this process when left out.
-        passing_on: commands of which all that follows is another program's, options too; they find it in `args.args`.
+        passing_on: commands of which all that follows is another program's, options too; they find it in
+            `args.args`.
 
     Returns:
         The exit code: 0 done, 1 a fault of this package, 2 a mistake of the user's, 130 interrupted.
@@ -64,19 +68,29 @@ def run_command(parser: argparse.ArgumentParser, argv: list[str] | None = None, 
 
 
 def _said(error: Exception) -> tuple[str, int]:
-    """The line that tells of an error, and the exit code: a mistake of the user's, or a fault of this package's."""
+    """The line that tells of an error, and the exit code: a mistake of the user's, or a fault of this
+    package's.
+    """
     if isinstance(error, UserError):
         return f"error: {error}", 2
     if isinstance(error, OSError):
         return f"error: {error}: check the path, its permissions and the free disk space", 2
     text = " ".join(str(error).split())[:300]
     if type(error).__name__ in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's, of a GPU
-        return f"error: out of memory ({text or 'of the machine'}): use a smaller batch_size, crop_size or network", 2
+        return (
+            f"error: out of memory ({text or 'of the machine'}): use a smaller batch_size, crop_size or "
+            "network",
+            2,
+        )
     frames = traceback.extract_tb(error.__traceback__)
     here = str(Path(__file__).parent)
     at = next((f for f in reversed(frames) if f.filename.startswith(here)), frames[-1])
     place = f"{Path(at.filename).name}:{at.lineno}"
-    return f"internal error: {type(error).__name__}: {text} (in {place}); run again with --traceback and report it", 1
+    return (
+        f"internal error: {type(error).__name__}: {text} (in {place}); run again with --traceback and report "
+        "it",
+        1,
+    )
 
 
 def _print_traceback(error: Exception) -> None:
@@ -104,18 +118,30 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def command_line(prog: str, text: str) -> tuple[argparse.ArgumentParser, Callable[..., argparse.ArgumentParser]]:
-    """A parser, and how a command is added to it: `add(name, function, help, group)` gives the command's own parser.
+def command_line(
+    prog: str, text: str
+) -> tuple[argparse.ArgumentParser, Callable[..., argparse.ArgumentParser]]:
+    """A parser, and how a command is added to it: `add(name, function, help, group)` gives the command's own
+    parser.
 
     Its help lists the commands of each group below the group's name.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=text, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="")
-    how = {"action": "store_true", "help": "show where an error arose; so does the environment variable SMAE_TRACEBACK=1"}
+    parser = argparse.ArgumentParser(
+        prog=prog, description=text, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=""
+    )
+    how = {
+        "action": "store_true",
+        "help": "show where an error arose; so does the environment variable SMAE_TRACEBACK=1",
+    }
     parser.add_argument("--traceback", **how)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help="one of those below; COMMAND --help tells more")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", help="one of those below; COMMAND --help tells more"
+    )
     groups: dict[str, list[str]] = {}
 
-    def add(name: str, function: Callable[[argparse.Namespace], int | None], text: str, group: str = "commands") -> argparse.ArgumentParser:
+    def add(
+        name: str, function: Callable[[argparse.Namespace], int | None], text: str, group: str = "commands"
+    ) -> argparse.ArgumentParser:
         groups.setdefault(group, []).append(f"  {name:<10} {text}")
         parser.epilog = "\n\n".join("\n".join([f"{title}:", *lines]) for title, lines in groups.items())
         command = commands.add_parser(name, description=text)
@@ -127,7 +153,9 @@ def command_line(prog: str, text: str) -> tuple[argparse.ArgumentParser, Callabl
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser, add = command_line("python -m smae_utils", "Self pre-training with masked autoencoders for medical images.")
+    parser, add = command_line(
+        "python -m smae_utils", "Self pre-training with masked autoencoders for medical images."
+    )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and stop")
 
     command = add("phantom", _phantom, "write a drop-in for a real download", "data")
@@ -136,26 +164,61 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--n", required=True, type=int, help="number of scans")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--size", default="demo", help="demo or full")
-    command.add_argument("--context", type=float, default=1.0, help="share of structures that follow the patient's latents")
+    command.add_argument(
+        "--context", type=float, default=1.0, help="share of structures that follow the patient's latents"
+    )
 
     for name, function, text in (
         ("pretrain", _pretrain, "self pre-train a masked autoencoder on a task's training images"),
         ("finetune", _finetune, "fine-tune a ViT classifier or a UNETR"),
     ):
         command = add(name, function, text, "training")
-        command.add_argument("--task", required=True, help="cxr14, btcv, brats, or a list file (.json, .csv) of your own scans")
-        command.add_argument("--data", default="", help="folder of the download; of a list file: what its paths are relative to (its own folder)")
+        command.add_argument(
+            "--task", required=True, help="cxr14, btcv, brats, or a list file (.json, .csv) of your own scans"
+        )
+        command.add_argument(
+            "--data",
+            default="",
+            help="folder of the download; of a list file: what its paths are relative to (its own folder)",
+        )
         command.add_argument("--preset", default="demo", help="demo, small, paper, or a YAML file")
         command.add_argument("--out", required=True, type=Path, metavar="RUN")
-        command.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value", help="override settings of the preset")
+        command.add_argument(
+            "--set",
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="key=value",
+            help="override settings of the preset",
+        )
         command.add_argument("--resume", action="store_true", help="go on where the run folder stopped")
-        start = {"pretrain": "weights to go on from: the encoder, and the decoder where it fits", "finetune": "where the encoder comes from"}
-        command.add_argument("--init", default="scratch", metavar="scratch|RUN|FILE|timm:NAME", help=start[name])
-        command.add_argument("--adapt", action="store_true", help="fit weights of other channels or of 2D images")
+        start = {
+            "pretrain": "weights to go on from: the encoder, and the decoder where it fits",
+            "finetune": "where the encoder comes from",
+        }
+        command.add_argument(
+            "--init", default="scratch", metavar="scratch|RUN|FILE|timm:NAME", help=start[name]
+        )
+        command.add_argument(
+            "--adapt", action="store_true", help="fit weights of other channels or of 2D images"
+        )
 
-    command = add("check", _check, "look at a data set before training: faults, proposals, time and memory", "your scans")
-    command.add_argument("list", metavar="LIST", help="list file (.json, .csv), or a task with --data; the exit code is 2 when it has errors")
-    command.add_argument("--data", default="", help="folder of a task's download; of a list file: what its paths are relative to")
+    command = add(
+        "check",
+        _check,
+        "look at a data set before training: faults, proposals, time and memory",
+        "your scans",
+    )
+    command.add_argument(
+        "list",
+        metavar="LIST",
+        help="list file (.json, .csv), or a task with --data; the exit code is 2 when it has errors",
+    )
+    command.add_argument(
+        "--data",
+        default="",
+        help="folder of a task's download; of a list file: what its paths are relative to",
+    )
     command.add_argument("--preset", default="small", help="whose cost to estimate")
 
     command = add("evaluate", _evaluate, "score a fine-tuned run on the test cases", "training")
@@ -163,19 +226,34 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--data", type=Path, help="where the data lies now, if it was moved")
     command.add_argument("--split", default="test", help="test or val")
 
-    command = add("predict", _predict, "apply a fine-tuned run to scans: masks and volumes, or probabilities", "your scans")
+    command = add(
+        "predict",
+        _predict,
+        "apply a fine-tuned run to scans: masks and volumes, or probabilities",
+        "your scans",
+    )
     command.add_argument("run", type=Path, metavar="RUN")
     command.add_argument("scans", nargs="+", metavar="SCAN", help="image files, DICOM folders or list files")
     command.add_argument("--out", required=True, type=Path)
-    command.add_argument("--probabilities", action="store_true", help="write probabilities too (segmentation)")
-    command.add_argument("--occlusion", action="store_true", help="draw which places speak for the likeliest finding (radiographs)")
+    command.add_argument(
+        "--probabilities", action="store_true", help="write probabilities too (segmentation)"
+    )
+    command.add_argument(
+        "--occlusion",
+        action="store_true",
+        help="draw which places speak for the likeliest finding (radiographs)",
+    )
 
-    command = add("download", _download, "fetch a public data set: the only command that uses the network", "data")
+    command = add(
+        "download", _download, "fetch a public data set: the only command that uses the network", "data"
+    )
     command.add_argument("name", metavar="hippocampus|brats|chestmnist")
     command.add_argument("--size", type=int, default=64, help="pixels of chestmnist: 64, 128 or 224")
     command.add_argument("--out", required=True, type=Path, help="folder to put it into")
 
-    command = add("resample", _resample, "bring a mask onto the grid of its image by nearest neighbour", "your scans")
+    command = add(
+        "resample", _resample, "bring a mask onto the grid of its image by nearest neighbour", "your scans"
+    )
     command.add_argument("mask", type=Path, metavar="MASK")
     command.add_argument("image", type=Path, metavar="IMAGE")
     command.add_argument("out", type=Path, metavar="OUT", help="NIfTI file to make (.nii.gz)")
@@ -185,17 +263,29 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--to", required=True, help="timm, monai-vit or monai-unetr")
     command.add_argument("--out", required=True, type=Path)
 
-    command = add("compare", _compare, "table of two evaluated runs: scratch | self pre-trained | difference", "training")
+    command = add(
+        "compare",
+        _compare,
+        "table of two evaluated runs: scratch | self pre-trained | difference",
+        "training",
+    )
     command.add_argument("scratch", type=Path)
     command.add_argument("self", type=Path)
 
     command = add("run", _run, "execute one notebook", "notebooks")
     command.add_argument("notebook", help="path, or name as 02_self_pretraining")
     command.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    command.add_argument("--out", type=Path, default=Path("build/notebooks"), help="folder of the executed notebook and its HTML")
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path("build/notebooks"),
+        help="folder of the executed notebook and its HTML",
+    )
 
     command = add("settings", _settings, "every setting: default, unit, bounds, what it does", "training")
-    command.add_argument("stage", nargs="?", choices=["pretrain", "finetune"], help="pretrain or finetune; both when left out")
+    command.add_argument(
+        "stage", nargs="?", choices=["pretrain", "finetune"], help="pretrain or finetune; both when left out"
+    )
 
     add("lab", _lab, "open JupyterLab on the notebooks (arguments go to it)", "notebooks")
     return parser
@@ -213,14 +303,25 @@ def _pretrain(args) -> None:
     from smae_utils.work.settings import parse_overrides
 
     overrides = parse_overrides(args.set)
-    pretrain(args.task, args.data, args.out, args.preset, overrides, args.resume, init=args.init, adapt=args.adapt)
+    pretrain(
+        args.task, args.data, args.out, args.preset, overrides, args.resume, init=args.init, adapt=args.adapt
+    )
 
 
 def _finetune(args) -> None:
     from smae_utils.work.finetune import finetune
     from smae_utils.work.settings import parse_overrides
 
-    finetune(args.task, args.data, args.out, args.init, args.preset, parse_overrides(args.set), args.resume, adapt=args.adapt)
+    finetune(
+        args.task,
+        args.data,
+        args.out,
+        args.init,
+        args.preset,
+        parse_overrides(args.set),
+        args.resume,
+        adapt=args.adapt,
+    )
 
 
 def _evaluate(args) -> None:
@@ -245,7 +346,10 @@ def _download(args) -> None:
     from smae_utils.data.download import download
 
     place = download(args.name, args.out, size=args.size)
-    print("next: python -m smae_utils check " + (str(place) if place.is_file() else f"{args.name} --data {place}"))
+    print(
+        "next: python -m smae_utils check "
+        + (str(place) if place.is_file() else f"{args.name} --data {place}")
+    )
 
 
 def _resample(args) -> None:

@@ -1,4 +1,6 @@
-"""The one kind of error that is the user's to mend: reported in one line, without a traceback, by the command line."""
+"""The one kind of error that is the user's to mend: reported in one line, without a traceback, by the command
+line.
+"""
 
 
 class UserError(Exception):

@@ -1,6 +1,8 @@
-"""Modules that lay flat in the package before they got floors: their old names still lead to them, with a warning. To go with version 0.3.
+"""Modules that lay flat in the package before they got floors: their old names still lead to them, with a
+warning. To go with version 0.3.
 
-Those that were divided (`data`, `inference`, `training`) and those that left the package (`demo`, `environment`, `evidence`, `readme`) have none.
+Those that were divided (`data`, `inference`, `training`) and those that left the package (`demo`,
+`environment`, `evidence`, `readme`) have none.
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ class _Same(Loader):
 
 
 class _OldNames(MetaPathFinder):
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         package, _, name = fullname.partition(".")
         if package != "smae_utils" or name not in MOVED:
             return None

@@ -1,4 +1,6 @@
-"""Where presets, notebooks, data and runs lie: in a clone, or beside an installed package. Standard library only."""
+"""Where presets, notebooks, data and runs lie: in a clone, or beside an installed package. Standard library
+only.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ def shipped(folder: str) -> Path:
 
 
 def work_root() -> Path:
-    """Where `data/` and `runs/` go: the clone, or the current folder when the package was installed without one."""
+    """Where `data/` and `runs/` go: the clone, or the current folder when the package was installed without
+    one.
+    """
     return ROOT if is_clone() else Path.cwd()
 
 
@@ -33,16 +37,22 @@ def clone(what: str) -> Path:
         UserError: where the package is installed without one.
     """
     if not is_clone():
-        raise UserError(f"this package is installed in {ROOT}, without {what}: clone the repository and run the command there")
+        raise UserError(
+            f"this package is installed in {ROOT}, without {what}: clone the repository and run the command "
+            "there"
+        )
     return ROOT
 
 
 def need_notebook_packages(*names: str) -> None:
-    """Look for packages of the extra `notebooks` before they are used; the rest of the package does without them.
+    """Look for packages of the extra `notebooks` before they are used; the rest of the package does without
+    them.
 
     Raises:
         UserError: where one of `names` is not installed, with the command that installs it.
     """
     missing = [name for name in names if find_spec(name) is None]
     if missing:
-        raise UserError(f"this needs {' and '.join(missing)}, not installed here: pip install 'smae-utils[notebooks]'")
+        raise UserError(
+            f"this needs {' and '.join(missing)}, not installed here: pip install 'smae-utils[notebooks]'"
+        )

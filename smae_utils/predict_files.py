@@ -1,4 +1,6 @@
-"""A fine-tuned run and new scans to results one can open in a viewer: masks on each scan's own grid, volumes, pictures, probabilities."""
+"""A fine-tuned run and new scans to results one can open in a viewer: masks on each scan's own grid, volumes,
+pictures, probabilities.
+"""
 
 from __future__ import annotations
 
@@ -32,19 +34,27 @@ from smae_utils.work.run_folder import Run
 
 
 def predict(
-    run_dir: str | Path, scans: Sequence[str | Path], out: str | Path, probabilities: bool = False, occlusion: bool = False, report: Say = say
+    run_dir: str | Path,
+    scans: Sequence[str | Path],
+    out: str | Path,
+    probabilities: bool = False,
+    occlusion: bool = False,
+    report: Say = say,
 ) -> pd.DataFrame:
     """Apply a finished fine-tuning run to scans that need no label.
 
     Args:
         scans: image files, DICOM folders, or list files (JSON, CSV) whose scans are all taken.
-        out: folder to make. Segmentation: CASE.nii.gz (labels on the scan's grid, with the values that the training masks have), labels.json,
-            volumes.csv (ml), CASE.png; of 2D images CASE_mask.png, areas.csv and CASE.png. Classification: probabilities.csv.
+        out: folder to make. Segmentation: CASE.nii.gz (labels on the scan's grid, with the values that the
+            training masks have), labels.json, volumes.csv (ml), CASE.png; of 2D images CASE_mask.png,
+            areas.csv and CASE.png. Classification: probabilities.csv.
         probabilities: write also CASE_probabilities.nii.gz (one volume a class), or .npy for 2D images.
-        occlusion: for radiographs, write also CASE_occlusion.png: how much each place, when greyed out, lowers the likeliest finding.
+        occlusion: for radiographs, write also CASE_occlusion.png: how much each place, when greyed out,
+            lowers the likeliest finding.
 
     Returns:
-        The table that was written: volumes in ml (areas in pixels), or probabilities; `image` says which file or folder each row came from.
+        The table that was written: volumes in ml (areas in pixels), or probabilities; `image` says which file
+            or folder each row came from.
 
     Raises:
         UserError: for a run or a scan that cannot be used; nothing is left half-written.
@@ -53,11 +63,16 @@ def predict(
     predictor = Predictor.from_run(run, report=report)
     task = predictor.task
     if occlusion and (task.kind != "classification" or task.spatial_dims != 2):
-        raise UserError(f"--occlusion is for classes of 2D images, {run.path} is a run of {task.spatial_dims}D {task.kind}: leave it out")
+        raise UserError(
+            f"--occlusion is for classes of 2D images, {run.path} is a run of {task.spatial_dims}D "
+            f"{task.kind}: leave it out"
+        )
     cases = collect(scans, task, report)
     with new_folder(Path(out)) as part:
         if task.kind == "classification":
-            table = _classify(predictor, cases, part, run.config["settings"]["patch_size"] if occlusion else 0, report)
+            table = _classify(
+                predictor, cases, part, run.config["settings"]["patch_size"] if occlusion else 0, report
+            )
         else:
             table = _segment(predictor, cases, part, probabilities, report)
     report(f"wrote the results of {len(cases)} scans to {out}")
@@ -65,7 +80,8 @@ def predict(
 
 
 def collect(scans: Sequence[str | Path | list[str]], task: Task, report: Say = say) -> list[Case]:
-    """Cases from files, folders and list files; several files in one Python list are the channels of one case. Names are made distinct.
+    """Cases from files, folders and list files; several files in one Python list are the channels of one
+    case. Names are made distinct.
 
     Raises:
         UserError: for a path that does not exist, or a list whose channels are not the run's.
@@ -74,7 +90,10 @@ def collect(scans: Sequence[str | Path | list[str]], task: Task, report: Say = s
     for scan in scans:
         files = [str(f) for f in scan] if isinstance(scan, (list, tuple)) else [str(scan)]
         if missing := next((f for f in files if not split_series(f)[0].exists()), None):
-            raise UserError(f"{missing} does not exist: expected an image file, a DICOM folder, or a list file (.json, .csv)")
+            raise UserError(
+                f"{missing} does not exist: expected an image file, a DICOM folder, or a list file (.json, "
+                ".csv)"
+            )
         if is_list(files[0]):
             listed = get_task(files[0])
             order = channel_order(listed, task, files[0], report)
@@ -87,7 +106,9 @@ def collect(scans: Sequence[str | Path | list[str]], task: Task, report: Say = s
 
 
 def distinct(cases: list[Case]) -> list[Case]:
-    """Cases whose names differ, also where a file system does not tell capitals; who shares a name gets a number before it."""
+    """Cases whose names differ, also where a file system does not tell capitals; who shares a name gets a
+    number before it.
+    """
     names = [c["case"].casefold() for c in cases]
     taken = {name for name in names if names.count(name) == 1}
     out = []
@@ -114,12 +135,19 @@ def channel_order(listed: Task, task: Task, path: str, report: Say) -> list[int]
         return []
     if sorted(theirs) != sorted(ours) or len(set(ours)) < len(ours):
         if len(theirs) == len(ours) == 1:
-            report(f"note: {path} calls its channel {listed.channels[0]}, the run was trained with {task.channels[0]}")
+            report(
+                f"note: {path} calls its channel {listed.channels[0]}, the run was trained with "
+                f"{task.channels[0]}"
+            )
             return []
         raise UserError(
-            f"{path} has the channels {', '.join(listed.channels)}, the run was trained with {', '.join(task.channels)}: give these, by these names"
+            f"{path} has the channels {', '.join(listed.channels)}, the run was trained with "
+            f"{', '.join(task.channels)}: give these, by these names"
         )
-    report(f"note: {path} lists the channels {', '.join(listed.channels)}; they are put in the run's order {', '.join(task.channels)}")
+    report(
+        f"note: {path} lists the channels {', '.join(listed.channels)}; they are put in the run's order "
+        f"{', '.join(task.channels)}"
+    )
     return [theirs.index(c) for c in ours]
 
 
@@ -128,39 +156,57 @@ def _in_order(case: Case, order: list[int], path: str) -> Case:
         return case
     if not isinstance(case["image"], list):
         raise UserError(
-            f"{path}: the channels of {case['image']} stand in another order than the run's: write them in the run's order, or one file a channel"
+            f"{path}: the channels of {case['image']} stand in another order than the run's: write them in "
+            "the run's order, or one file a channel"
         )
     return {**case, "image": [case["image"][i] for i in order]}
 
 
-def _segment(predictor: Predictor, cases: list[Case], out: Path, probabilities: bool, report: Say) -> pd.DataFrame:
+def _segment(
+    predictor: Predictor, cases: list[Case], out: Path, probabilities: bool, report: Say
+) -> pd.DataFrame:
     task = predictor.task
     for case in cases:  # a scan that cannot be used shows before anything is written
         predictor.check(case)
     rows, started = [], time.monotonic()
     for number, case in enumerate(cases, start=1):
-        values, affine, probs = predictor.segment(case, keep=probabilities, progress=WindowProgress(case["case"], report))
-        image = None if affine is None else Volume(np.zeros(0), affine, first_file(case["image"]), _units(case))
+        values, affine, probs = predictor.segment(
+            case, keep=probabilities, progress=WindowProgress(case["case"], report)
+        )
+        image = (
+            None if affine is None else Volume(np.zeros(0), affine, first_file(case["image"]), _units(case))
+        )
         write_mask(out / (case["case"] if image else f"{case['case']}_mask"), values, task, image)
         if probs is not None and image:
             target = out / f"{case['case']}_probabilities.nii.gz"
-            save_nifti(target, np.moveaxis(probs, 0, -1), affine, image.units, "probabilities: see labels.json")
+            save_nifti(
+                target, np.moveaxis(probs, 0, -1), affine, image.units, "probabilities: see labels.json"
+            )
         elif probs is not None:
             np.save(out / f"{case['case']}_probabilities.npy", probs)
         sizes = _sizes(values, affine, task)
         rows.append({"case": case["case"], **sizes, "image": str(first_file(case["image"]))})
         _picture(case, values, affine, task, out / f"{case['case']}.png")
         found = sum(v > 0 for v in sizes.values())
-        report(f"{case['case']}  ({number}/{len(cases)})  {found} of {len(sizes)} structures  {time.monotonic() - started:.0f} s")
+        report(
+            f"{case['case']}  ({number}/{len(cases)})  {found} of {len(sizes)} structures  "
+            f"{time.monotonic() - started:.0f} s"
+        )
     table = pd.DataFrame(rows)
     write_text(out / ("volumes.csv" if task.spatial_dims == 3 else "areas.csv"), table.to_csv(index=False))
-    write_text(out / "labels.json", json.dumps({**labels_of(task), "classes": list(task.classes)}, indent=1, ensure_ascii=False))
+    write_text(
+        out / "labels.json",
+        json.dumps({**labels_of(task), "classes": list(task.classes)}, indent=1, ensure_ascii=False),
+    )
     return table
 
 
 def labels_of(task: Task) -> dict[str, str]:
     """Which class each value in a written mask means; of regions, which regions hold it."""
-    return {"0": "background", **{str(task.written_labels[n]): name for n, name in enumerate(task.label_names, start=1)}}
+    return {
+        "0": "background",
+        **{str(task.written_labels[n]): name for n, name in enumerate(task.label_names, start=1)},
+    }
 
 
 def _sizes(values: np.ndarray, affine: np.ndarray | None, task: Task) -> dict[str, float]:
@@ -170,16 +216,26 @@ def _sizes(values: np.ndarray, affine: np.ndarray | None, task: Task) -> dict[st
         counts = np.bincount(values.ravel(), minlength=task.label_values)
     else:
         unit, size = "ml", abs(np.linalg.det(affine[:3, :3])) / 1000
-        counts = sum(np.bincount(values[box].ravel(), minlength=task.label_values) for box in out_of_core.blocks(values.shape))
+        counts = sum(
+            np.bincount(values[box].ravel(), minlength=task.label_values)
+            for box in out_of_core.blocks(values.shape)
+        )
     sizes = {name: float(counts[list(of)].sum() * size) for name, of in zip(task.classes, task.class_values)}
     # Three decimals; where voxels are small (micro-CT), as many as show something.
-    return {f"{name} ({unit})": round(value, 3) if value >= 0.1 else float(f"{value:.4g}") for name, value in sizes.items()}
+    return {
+        f"{name} ({unit})": round(value, 3) if value >= 0.1 else float(f"{value:.4g}")
+        for name, value in sizes.items()
+    }
 
 
 def _units(case: Case) -> tuple[str, str]:
     """Units of space and time as a scan's header has them; DICOM counts in mm."""
     file = first_file(case["image"])
-    return units_of(nib.load(file)) if has_ending(file, NIBABEL_ENDINGS) and Path(file).is_file() else ("mm", "unknown")
+    return (
+        units_of(nib.load(file))
+        if has_ending(file, NIBABEL_ENDINGS) and Path(file).is_file()
+        else ("mm", "unknown")
+    )
 
 
 def _picture(case: Case, values: np.ndarray, affine: np.ndarray | None, task: Task, target: Path) -> None:
@@ -188,7 +244,14 @@ def _picture(case: Case, values: np.ndarray, affine: np.ndarray | None, task: Ta
 
     names = task.label_names
     if affine is None:
-        figure = show_flat_overlay(np.asarray(read_image(case["image"]).convert("L")), values, {}, names, case["case"], first="prediction")
+        figure = show_flat_overlay(
+            np.asarray(read_image(case["image"]).convert("L")),
+            values,
+            {},
+            names,
+            case["case"],
+            first="prediction",
+        )
     else:
         thin = math.ceil((values.size / out_of_core.CHANNEL_VOXELS) ** (1 / 3))
         some, thinned = (slice(None, None, thin),) * 3, affine @ np.diag([thin, thin, thin, 1.0])
@@ -205,13 +268,17 @@ def _picture(case: Case, values: np.ndarray, affine: np.ndarray | None, task: Ta
             if n == 1:  # an outline needs two pixels each way
                 grey, labels = grey.repeat(2, axis), labels.repeat(2, axis)
         grey = grey.clip(*task.window) if task.window else grey
-        figure = show_overlay(grey, labels, {}, names, case["case"], voxel_sizes(mask.affine), first="prediction")
+        figure = show_overlay(
+            grey, labels, {}, names, case["case"], voxel_sizes(mask.affine), first="prediction"
+        )
     figure.savefig(target, dpi=90)
     plt.close(figure)
 
 
 def _classify(predictor: Predictor, cases: list[Case], out: Path, patch: int, report: Say) -> pd.DataFrame:
-    """Probabilities of each class; with `patch` pixels (0: without) also pictures of what speaks for the likeliest."""
+    """Probabilities of each class; with `patch` pixels (0: without) also pictures of what speaks for the
+    likeliest.
+    """
     task, scores = predictor.task, predictor.classify(cases)
     table = pd.DataFrame(scores.round(4), columns=list(task.classes))
     table.insert(0, "case", [c["case"] for c in cases])
@@ -221,7 +288,12 @@ def _classify(predictor: Predictor, cases: list[Case], out: Path, patch: int, re
         for case, row in zip(cases, scores):
             best = int(row.argmax())
             heat = predictor.occlusion_map(case, patch, best)
-            _draw_occlusion(case, heat, f"{case['case']}: {task.classes[best]} {row[best]:.2f}", out / f"{case['case']}_occlusion.png")
+            _draw_occlusion(
+                case,
+                heat,
+                f"{case['case']}: {task.classes[best]} {row[best]:.2f}",
+                out / f"{case['case']}_occlusion.png",
+            )
             report(f"{case['case']}  {task.classes[best]} {row[best]:.2f}")
     return table
 

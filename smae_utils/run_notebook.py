@@ -1,4 +1,6 @@
-"""The one place that knows papermill: a notebook run is a function of (notebook, parameters, package version) and its folder."""
+"""The one place that knows papermill: a notebook run is a function of (notebook, parameters, package version)
+and its folder.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from smae_utils.errors import UserError
 from smae_utils.places import ROOT, is_clone, need_notebook_packages, shipped
 from smae_utils.work.settings import coerce, parse_value
 
-# papermill and its like stand inside the functions: they come with the extra `notebooks`, and the other commands work without it.
+# papermill and its like stand inside the functions: they come with the extra `notebooks`, and the other
+# commands work without it.
 
 # Words that the type of a parameter may be written with.
 TYPES = {
@@ -38,10 +41,12 @@ def notebook_path(name: str | Path) -> Path:
 
 
 def check_parameters(notebook: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """Values in the types that the notebook's `parameters` cell declares. papermill itself only warns of an unknown name.
+    """Values in the types that the notebook's `parameters` cell declares. papermill itself only warns of an
+    unknown name.
 
     Raises:
-        UserError: for an unknown parameter or a wrong type, listing the right ones; or without the packages of the notebooks.
+        UserError: for an unknown parameter or a wrong type, listing the right ones; or without the packages
+            of the notebooks.
     """
     need_notebook_packages("papermill", "nbconvert", "ipykernel")
     import papermill
@@ -51,8 +56,12 @@ def check_parameters(notebook: Path, given: dict[str, Any]) -> dict[str, Any]:
     try:
         known = papermill.inspect_notebook(str(notebook))
     except (NotJSONError, ValidationError, ValueError, NotImplementedError, AttributeError) as error:
-        raise UserError(f"{notebook} is no notebook ({' '.join(str(error).split())[:120]}): expected an .ipynb file") from None
-    listing = "; ".join(f"{name}: {p['inferred_type_name']} = {p['default']}  ({p['help']})" for name, p in known.items())
+        raise UserError(
+            f"{notebook} is no notebook ({' '.join(str(error).split())[:120]}): expected an .ipynb file"
+        ) from None
+    listing = "; ".join(
+        f"{name}: {p['inferred_type_name']} = {p['default']}  ({p['help']})" for name, p in known.items()
+    )
     out = {}
     for name, value in given.items():
         if name not in known:
@@ -89,16 +98,20 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
     return value if kind is None else coerce(value, kind, name)
 
 
-def run_notebook(notebook: str | Path, out_dir: str | Path, parameters: dict[str, Any], name: str | None = None) -> Path:
+def run_notebook(
+    notebook: str | Path, out_dir: str | Path, parameters: dict[str, Any], name: str | None = None
+) -> Path:
     """Execute a notebook headlessly and write the executed copy and its HTML.
 
-    Output of its cells is printed as it comes. On failure the executed copy is kept, up to the cell that failed.
+    Output of its cells is printed as it comes. On failure the executed copy is kept, up to the cell that
+    failed.
 
     Returns:
         The executed notebook.
 
     Raises:
-        UserError: with the last error of the notebook, if a cell failed; or without the packages of the notebooks.
+        UserError: with the last error of the notebook, if a cell failed; or without the packages of the
+            notebooks.
     """
     source = notebook_path(notebook)
     values = check_parameters(source, parameters)
@@ -121,7 +134,9 @@ def run_notebook(notebook: str | Path, out_dir: str | Path, parameters: dict[str
             stdout_file=sys.stdout,
             coalesce_streams=True,
             iopub_timeout=60,
-            config=Config(KernelManager={"transport_encryption": "auto"}),  # else each kernel warns that loopback is not encrypted
+            config=Config(
+                KernelManager={"transport_encryption": "auto"}
+            ),  # else each kernel warns that loopback is not encrypted
         )
     except PapermillExecutionError as error:
         # A UserError's text is the whole story; anything else needs its type.
@@ -140,11 +155,16 @@ def _kernel_for(notebook: Path) -> dict[str, str]:
     """This environment's kernel, where a notebook names none, as one that a program wrote."""
     import nbformat
 
-    return {} if nbformat.read(notebook, as_version=4).metadata.get("kernelspec") else {"kernel_name": "python3", "language": "python"}
+    return (
+        {}
+        if nbformat.read(notebook, as_version=4).metadata.get("kernelspec")
+        else {"kernel_name": "python3", "language": "python"}
+    )
 
 
 def _drop_widget_state(notebook: Path) -> None:
-    """A slider in an executed copy is dead; its state is bulk. (papermill's own switch for it breaks cells with output widgets.)
+    """A slider in an executed copy is dead; its state is bulk. (papermill's own switch for it breaks cells
+    with output widgets.)
 
     Where a widget brought a picture along, as the explorer does, the picture stays.
     """
@@ -185,7 +205,8 @@ def open_lab(args: list[str]) -> int:
 
 
 def notebooks_to_open() -> Path:
-    """The clone's notebooks; of an installed package a copy in `notebooks/` of the current folder, where one may change them.
+    """The clone's notebooks; of an installed package a copy in `notebooks/` of the current folder, where one
+    may change them.
 
     A notebook that is there already stays as it is.
     """

@@ -12,10 +12,12 @@ from smae_utils.errors import UserError
 
 
 def _import_torchvision() -> None:
-    """Import torchvision where its compiled operators cannot load (a CUDA build of it beside a CPU-only torch).
+    """Import torchvision where its compiled operators cannot load (a CUDA build of it beside a CPU-only
+    torch).
 
-    timm needs only torchvision's pure-Python part. That part registers shape functions for operators which, without
-    the compiled library, do not exist; those registrations alone are ignored, and only when the plain import fails.
+    timm needs only torchvision's pure-Python part. That part registers shape functions for operators which,
+    without the compiled library, do not exist; those registrations alone are ignored, and only when the plain
+    import fails.
     """
     try:
         import torchvision  # noqa: F401
@@ -56,7 +58,8 @@ from timm.scheduler import CosineLRScheduler  # noqa: E402
 class CpuAttention(Attention):
     """timm's attention, whose core a CPU computes in fp32 also under bf16 autocast.
 
-    torch's bf16 kernel took four to nine times as long backward as the fp32 one at 17 to 65 tokens, and was no faster at 217.
+    torch's bf16 kernel took four to nine times as long backward as the fp32 one at 17 to 65 tokens, and was
+    no faster at 217.
     """
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, **more: bool) -> Tensor:
@@ -70,7 +73,8 @@ class CpuAttention(Attention):
 
 
 def pretrained_tensors(name: str) -> dict[str, Tensor]:
-    """Weights of a timm model by name, as "vit_base_patch16_224.mae": from timm's cache, or downloaded by timm.
+    """Weights of a timm model by name, as "vit_base_patch16_224.mae": from timm's cache, or downloaded by
+    timm.
 
     Raises:
         UserError: for an unknown name, or when they can neither be found nor downloaded.
@@ -82,7 +86,17 @@ def pretrained_tensors(name: str) -> dict[str, Tensor]:
         return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
     except Exception as error:  # whatever the network, the hub or the name's tag does
         line = " ".join(str(error).split())[:160]
-        raise UserError(f"timm could not get the weights of {name} ({line}): download them where there is a network, and give the file") from None
+        raise UserError(
+            f"timm could not get the weights of {name} ({line}): download them where there is a network, and "
+            "give the file"
+        ) from None
 
 
-__all__ = ["Block", "CpuAttention", "CosineLRScheduler", "RandomResizedCropAndInterpolation", "pretrained_tensors", "rand_augment_transform"]
+__all__ = [
+    "Block",
+    "CpuAttention",
+    "CosineLRScheduler",
+    "RandomResizedCropAndInterpolation",
+    "pretrained_tensors",
+    "rand_augment_transform",
+]

@@ -1,4 +1,6 @@
-"""Write files and folders so that a kill or a full disk leaves the old one or the new one, never half of one. Standard library only."""
+"""Write files and folders so that a kill or a full disk leaves the old one or the new one, never half of one.
+Standard library only.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from smae_utils.errors import UserError
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to; it takes the place of `path` when nothing was raised, and is removed otherwise."""
+    """Yields a path beside `path` to write to; it takes the place of `path` when nothing was raised, and is
+    removed otherwise.
+    """
     part = path.with_name(path.name + ".part")
     try:
         yield part
@@ -35,12 +39,15 @@ def must_be_free(out: Path) -> None:
     UserError: where `out` is a file or a folder that is not empty, so that no result is mixed or overwritten.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not empty: choose another --out, so that no result is mixed or overwritten")
+        raise UserError(
+            f"{out} is not empty: choose another --out, so that no result is mixed or overwritten"
+        )
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yields a folder beside `out` to fill; it becomes `out` when nothing was raised, and is removed otherwise.
+    """Yields a folder beside `out` to fill; it becomes `out` when nothing was raised, and is removed
+    otherwise.
 
     Raises:
         UserError: where `out` is not free (`must_be_free`).
@@ -60,7 +67,8 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def swap_folder(new: Path, final: Path) -> None:
-    """Replace the folder `final` by the whole folder `new`. A kill in between is mended by `newest_folder`."""
+    """Replace the folder `final` by the whole folder `new`. A kill in between is mended by
+    `newest_folder`."""
     old = final.with_name(final.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -70,7 +78,9 @@ def swap_folder(new: Path, final: Path) -> None:
 
 
 def newest_folder(final: Path, last_file: str) -> Path | None:
-    """The folder that `swap_folder` left, whenever it was killed; None where there is none that holds `last_file`, which is written last."""
+    """The folder that `swap_folder` left, whenever it was killed; None where there is none that holds
+    `last_file`, which is written last.
+    """
     if not final.exists():  # killed between two renames: finish what was going on
         for name in (".new", ".old"):
             folder = final.with_name(final.name + name)

@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-# A float of YAML 1.2. PyYAML reads 1.1, to which 1e-4 and 1.5e3 are words: there a dot and a signed exponent are needed.
+# A float of YAML 1.2. PyYAML reads 1.1, to which 1e-4 and 1.5e3 are words: there a dot and a signed exponent
+# are needed.
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
 
 

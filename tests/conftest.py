@@ -1,4 +1,6 @@
-"""What the tests share: tiny phantom downloads, an empty preset, and the smallest settings at which everything still runs."""
+"""What the tests share: tiny phantom downloads, an empty preset, and the smallest settings at which
+everything still runs.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,24 @@ from smae_utils.phantoms import write_phantoms
 
 COUNTS = {"btcv": 10, "cxr14": 60, "brats": 8}
 
-MODEL = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "precision": "fp32", "log_every": 1, "save_every": 1000, "steps": 4}
+MODEL = {
+    "patch_size": 8,
+    "embed_dim": 24,
+    "depth": 3,
+    "num_heads": 2,
+    "precision": "fp32",
+    "log_every": 1,
+    "save_every": 1000,
+    "steps": 4,
+}
 STAGE = {
-    "pretrain": {"decoder_embed_dim": 24, "decoder_depth": 1, "decoder_num_heads": 2, "base_lr": 0.1, "batch_size": 2},
+    "pretrain": {
+        "decoder_embed_dim": 24,
+        "decoder_depth": 1,
+        "decoder_num_heads": 2,
+        "base_lr": 0.1,
+        "batch_size": 2,
+    },
     "finetune": {"feature_size": 2, "overlap": 0.0, "base_lr": 0.1, "batch_size": 2, "drop_path": 0.0},
 }
 TASK = {

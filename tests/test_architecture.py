@@ -77,5 +77,11 @@ def test_every_file_has_its_place():
 def test_the_package_knows_nothing_of_this_repository():
     for file in FILES.values():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            modules = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             assert not any(module.split(".")[0] in ("tools", "tests") for module in modules), file

@@ -49,7 +49,8 @@ SETTINGS = {
 
 
 class Place:
-    """A folder with a list of five small scans (or of ten pictures), to be spoiled, and the commands on it."""
+    """A folder with a list of five small scans (or of ten pictures), to be spoiled, and the commands on
+    it."""
 
     def __init__(self, folder: Path, shared: Path):
         self.folder, self.shared, self.out = folder, shared, folder / "out"
@@ -58,7 +59,10 @@ class Place:
         (folder / "bare.yaml").write_text("")
 
     def scan(self, name: str, values: np.ndarray, affine: np.ndarray | None = None) -> Path:
-        nib.save(nib.Nifti1Image(values, np.diag([3.0, 3.0, 4.0, 1.0]) if affine is None else affine), self.folder / name)
+        nib.save(
+            nib.Nifti1Image(values, np.diag([3.0, 3.0, 4.0, 1.0]) if affine is None else affine),
+            self.folder / name,
+        )
         return self.folder / name
 
     def image(self, seed: int = 0) -> np.ndarray:
@@ -76,8 +80,17 @@ class Place:
             self.scan(f"s{i}.nii.gz", self.image(i))
             self.scan(f"s{i}_label.nii.gz", self.label())
             entries.append({"image": f"s{i}.nii.gz", "label": f"s{i}_label.nii.gz"})
-        content = {"labels": {"0": "background", "1": "liver", "2": "tumour"}, "modality": {"0": "MRI"}, "spacing_mm": [4, 4, 4]}
-        content |= {"settings": {"crop_size": [16, 16, 16], **SETTINGS}, "training": entries[:3], "validation": entries[3:4], "test": entries[4:]}
+        content = {
+            "labels": {"0": "background", "1": "liver", "2": "tumour"},
+            "modality": {"0": "MRI"},
+            "spacing_mm": [4, 4, 4],
+        }
+        content |= {
+            "settings": {"crop_size": [16, 16, 16], **SETTINGS},
+            "training": entries[:3],
+            "validation": entries[3:4],
+            "test": entries[4:],
+        }
         return self.json({**content, **changes})
 
     def json(self, content) -> Path:
@@ -112,7 +125,17 @@ class Place:
             values.pop("feature_size", 0)
             sets = (*(f"{k}={v}" for k, v in values.items()), *sets)
         chosen = ["--set", *sets] if sets else []
-        return [stage, "--task", file, "--preset", self.folder / "bare.yaml", "--out", self.out, *more, *chosen]
+        return [
+            stage,
+            "--task",
+            file,
+            "--preset",
+            self.folder / "bare.yaml",
+            "--out",
+            self.out,
+            *more,
+            *chosen,
+        ]
 
     def finetune(self, file: Path, *sets: str, init: Path | None = None) -> list:
         return self.train(file, *sets, stage="finetune", more=("--init", init) if init else ())
@@ -144,7 +167,9 @@ def call(command: list) -> tuple[int, str, str]:
 
 @dataclass(frozen=True)
 class Row:
-    """One mistake: its name, what makes it and returns the command, and the words the line must hold. `works`: it is none."""
+    """One mistake: its name, what makes it and returns the command, and the words the line must hold.
+    `works`: it is none.
+    """
 
     name: str
     make: Callable[[Place], list]
@@ -174,7 +199,13 @@ def row(name: str, *words: str, works: bool = False):
     return add
 
 
-def spoil_scan(name: str, *words: str, file: str = "s1.nii.gz", how: Callable[[Place, Path], object], command: str = "check") -> None:
+def spoil_scan(
+    name: str,
+    *words: str,
+    file: str = "s1.nii.gz",
+    how: Callable[[Place, Path], object],
+    command: str = "check",
+) -> None:
     """A row in which one file of the list of scans is spoiled."""
 
     def make(place: Place) -> list:
@@ -200,23 +231,68 @@ MOVED = np.array([[3.0, 0, 0, 40], [0, 3, 0, 0], [0, 0, 4, 0], [0, 0, 0, 1]])
 # Scans.
 spoil_scan("a scan that is cut short", "cut short", how=lambda _, f: cut(f), command="train")
 spoil_scan("a scan of zero bytes", how=lambda _, f: f.write_bytes(b""), command="train")
-spoil_scan("a .nii.gz that is not compressed", "gzip", how=lambda _, f: f.write_bytes(b"text " * 100), command="train")
-spoil_scan("a scan of nothing but NaN", "NaN", how=lambda p, f: p.scan(f.name, p.image() * np.nan), command="train")
-spoil_scan("a scan of one value", "constant", how=lambda p, f: p.scan(f.name, p.image() * 0 + 7))
-spoil_scan("a 2D image where a scan is wanted", "3D", how=lambda p, f: p.scan(f.name, p.image()[:, :, 3]), command="train")
 spoil_scan(
-    "a scan with more channels than the list says", "2 channels", how=lambda p, f: p.scan(f.name, np.stack([p.image()] * 2, -1)), command="train"
+    "a .nii.gz that is not compressed",
+    "gzip",
+    how=lambda _, f: f.write_bytes(b"text " * 100),
+    command="train",
+)
+spoil_scan(
+    "a scan of nothing but NaN", "NaN", how=lambda p, f: p.scan(f.name, p.image() * np.nan), command="train"
+)
+spoil_scan("a scan of one value", "constant", how=lambda p, f: p.scan(f.name, p.image() * 0 + 7))
+spoil_scan(
+    "a 2D image where a scan is wanted",
+    "3D",
+    how=lambda p, f: p.scan(f.name, p.image()[:, :, 3]),
+    command="train",
+)
+spoil_scan(
+    "a scan with more channels than the list says",
+    "2 channels",
+    how=lambda p, f: p.scan(f.name, np.stack([p.image()] * 2, -1)),
+    command="train",
 )
 spoil_scan("a scan whose affine is singular", "singular affine", how=singular)
 spoil_scan("a scan whose affine is singular, in training", "singular affine", how=singular, command="train")
 
 # Labels.
 LABEL = "s1_label.nii.gz"
-spoil_scan("a label with fractions", "0 .. 2", file=LABEL, how=lambda p, f: p.scan(f.name, p.label() * np.float32(0.5)), command="finetune")
-spoil_scan("a label with negative values", "0 .. 2", file=LABEL, how=lambda p, f: p.scan(f.name, p.label().astype(np.int16) - 1), command="finetune")
-spoil_scan("a label with values the list does not name", "0 .. 2", file=LABEL, how=lambda p, f: p.scan(f.name, p.label() * 100), command="finetune")
-spoil_scan("a label of another shape than its scan", "one grid", file=LABEL, how=lambda p, f: p.scan(f.name, p.label()[:-3]), command="finetune")
-spoil_scan("a label moved by its affine", "mm away", file=LABEL, how=lambda p, f: p.scan(f.name, p.label(), MOVED), command="finetune")
+spoil_scan(
+    "a label with fractions",
+    "0 .. 2",
+    file=LABEL,
+    how=lambda p, f: p.scan(f.name, p.label() * np.float32(0.5)),
+    command="finetune",
+)
+spoil_scan(
+    "a label with negative values",
+    "0 .. 2",
+    file=LABEL,
+    how=lambda p, f: p.scan(f.name, p.label().astype(np.int16) - 1),
+    command="finetune",
+)
+spoil_scan(
+    "a label with values the list does not name",
+    "0 .. 2",
+    file=LABEL,
+    how=lambda p, f: p.scan(f.name, p.label() * 100),
+    command="finetune",
+)
+spoil_scan(
+    "a label of another shape than its scan",
+    "one grid",
+    file=LABEL,
+    how=lambda p, f: p.scan(f.name, p.label()[:-3]),
+    command="finetune",
+)
+spoil_scan(
+    "a label moved by its affine",
+    "mm away",
+    file=LABEL,
+    how=lambda p, f: p.scan(f.name, p.label(), MOVED),
+    command="finetune",
+)
 spoil_scan("a label that is cut short", file=LABEL, how=lambda _, f: cut(f), command="finetune")
 
 
@@ -323,7 +399,9 @@ def _(place):
 @row("CSV of masks that does not say what their values mean", "list.csv", "label=liver|tumour")
 def _(place):
     place.scans()
-    return place.train(place.csv("image,label\n" + "".join(f"s{i}.nii.gz,s{i}_label.nii.gz\n" for i in range(3))))
+    return place.train(
+        place.csv("image,label\n" + "".join(f"s{i}.nii.gz,s{i}_label.nii.gz\n" for i in range(3)))
+    )
 
 
 @row("CSV in UTF-16", works=True)
@@ -341,7 +419,9 @@ def _(place):
 @row("one patient in training and in testing", "patient anna", "train", "test")
 def _(place):
     place.pictures()
-    return place.train(place.csv("image,x,split,patient\ni0.png,1,train,anna\ni1.png,0,train,ben\ni2.png,1,test,anna\n"))
+    return place.train(
+        place.csv("image,x,split,patient\ni0.png,1,train,anna\ni1.png,0,train,ben\ni2.png,1,test,anna\n")
+    )
 
 
 # JSON lists.
@@ -354,10 +434,24 @@ ENTRY = {"image": "s0.nii.gz", "label": "s0_label.nii.gz"}
 listed("an entry without image", "entry 0", "'image'", training=[{"label": "s0_label.nii.gz"}])
 listed("an entry whose image is a number", "path", training=[{"image": 5}])
 listed("an entry whose image is empty", "path", training=[{"image": ""}])
-listed("an image that does not exist", "typo.nii.gz", "does not exist", training=[{**ENTRY, "image": "typo.nii.gz"}])
-listed("a label that does not exist", "typo.nii.gz", "does not exist", training=[{**ENTRY, "label": "typo.nii.gz"}])
 listed(
-    "an image and a label that do not exist", "one.nii.gz", "two.nii.gz", "do not exist", training=[{"image": "one.nii.gz", "label": "two.nii.gz"}]
+    "an image that does not exist",
+    "typo.nii.gz",
+    "does not exist",
+    training=[{**ENTRY, "image": "typo.nii.gz"}],
+)
+listed(
+    "a label that does not exist",
+    "typo.nii.gz",
+    "does not exist",
+    training=[{**ENTRY, "label": "typo.nii.gz"}],
+)
+listed(
+    "an image and a label that do not exist",
+    "one.nii.gz",
+    "two.nii.gz",
+    "do not exist",
+    training=[{"image": "one.nii.gz", "label": "two.nii.gz"}],
 )
 listed("one scan under two names", "s0.nii.gz", "twice", training=[ENTRY, {**ENTRY, "case": "other"}])
 listed("a case whose name has a slash", "slash", training=[{**ENTRY, "case": "a/b"}])
@@ -420,7 +514,16 @@ def _(place):
 @row("a list of which some labels are masks and some are classes", "list.json", "'sick'", "mask files")
 def _(place):
     place.scans()
-    return place.train(place.json({"training": [{"image": "s0.nii.gz", "label": "s0_label.nii.gz"}, {"image": "s1.nii.gz", "label": "sick"}]}))
+    return place.train(
+        place.json(
+            {
+                "training": [
+                    {"image": "s0.nii.gz", "label": "s0_label.nii.gz"},
+                    {"image": "s1.nii.gz", "label": "sick"},
+                ]
+            }
+        )
+    )
 
 
 # Places.
@@ -480,11 +583,20 @@ def _(place):
     return place.finetune(place.scans(), init=init)
 
 
-@row("a checkpoint without one of the encoder's tensors", "pretrain", "1 tensors are not in the file", "encoder.blocks.0")
+@row(
+    "a checkpoint without one of the encoder's tensors",
+    "pretrain",
+    "1 tensors are not in the file",
+    "encoder.blocks.0",
+)
 def _(place):
     init = place.run("pretrain")
     tensors = load_file(init / "model.safetensors")
-    save_file({k: v for k, v in tensors.items() if k != "encoder.blocks.0.attn.qkv.weight"}, init / "model.safetensors", {"grid": "[2, 2, 2]"})
+    save_file(
+        {k: v for k, v in tensors.items() if k != "encoder.blocks.0.attn.qkv.weight"},
+        init / "model.safetensors",
+        {"grid": "[2, 2, 2]"},
+    )
     return place.finetune(place.scans(), init=init)
 
 
@@ -492,7 +604,11 @@ def _(place):
 def _(place):
     init = place.run("pretrain")
     tensors = load_file(init / "model.safetensors")
-    save_file({**tensors, "encoder.reg_token": np.zeros((1, 4, 24), np.float32)}, init / "model.safetensors", {"grid": "[2, 2, 2]"})
+    save_file(
+        {**tensors, "encoder.reg_token": np.zeros((1, 4, 24), np.float32)},
+        init / "model.safetensors",
+        {"grid": "[2, 2, 2]"},
+    )
     return place.finetune(place.scans(), init=init)
 
 
@@ -579,7 +695,10 @@ def _(place):
 def _(place):
     place.scans()
     return place.finetune(
-        place.json({k: v for k, v in place.content().items() if k not in ("training", "test")} | {"training": ["s0.nii.gz", "s1.nii.gz"]})
+        place.json(
+            {k: v for k, v in place.content().items() if k not in ("training", "test")}
+            | {"training": ["s0.nii.gz", "s1.nii.gz"]}
+        )
     )
 
 
@@ -638,7 +757,12 @@ def _(place):
     shutil.copytree(place.shared / "classifier_data", moved)
     file = moved / "list.csv"
     lines = file.read_text().splitlines()
-    file.write_text("\n".join(",".join([*line.split(",")[:2], "0", "test"]) if line.endswith("test") else line for line in lines) + "\n")
+    file.write_text(
+        "\n".join(
+            ",".join([*line.split(",")[:2], "0", "test"]) if line.endswith("test") else line for line in lines
+        )
+        + "\n"
+    )
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace(str(place.shared / "classifier_data"), str(moved)))
     return ["evaluate", run]
@@ -686,7 +810,9 @@ def test_a_mistake_gives_one_line_and_nothing_half_written(case, shared, tmp_pat
         pytest.skip("cannot be made on this machine")
     code, err, results = answer(case, tmp_path / "data", shared)
     assert code == 2, err
-    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err, err
+    assert (
+        err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err
+    ), err
     for word in case.words:
         assert word in err, err
     assert not results
@@ -709,7 +835,9 @@ def test_the_line_is_the_only_one_also_in_a_process_of_its_own(shared, tmp_path)
     cut(place.folder / "s1.nii.gz")
     command = [sys.executable, "-m", "smae_utils", *map(str, place.train(file))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=PAGE.parents[1])
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, (
+        done.stderr
+    )
 
 
 def test_the_page_lists_every_row():
@@ -717,13 +845,24 @@ def test_the_page_lists_every_row():
     assert len(ROWS) >= 40 and len({r.name for r in ROWS}) == len(ROWS)
     lines = PAGE.read_text().splitlines()
     for case in ROWS:
-        assert any(line.startswith(f"| {case.name} |") for line in lines), f"{case.name}: run python tests/test_bad_input.py --write"
+        assert any(line.startswith(f"| {case.name} |") for line in lines), (
+            f"{case.name}: run python tests/test_bad_input.py --write"
+        )
 
 
 def page() -> str:
     """docs/bad_input.md: every row with the line it gives here; temporary folders are `...`."""
-    lines = ["# Mistakes and what you see", "", "Written by `python tests/test_bad_input.py --write` from the cases that the tests run:"]
-    lines += ["each ends with exit code 2 and this one line, and leaves nothing half-written.", "", "| mistake | what you see |", "|---|---|"]
+    lines = [
+        "# Mistakes and what you see",
+        "",
+        "Written by `python tests/test_bad_input.py --write` from the cases that the tests run:",
+    ]
+    lines += [
+        "each ends with exit code 2 and this one line, and leaves nothing half-written.",
+        "",
+        "| mistake | what you see |",
+        "|---|---|",
+    ]
     with tempfile.TemporaryDirectory() as root:
         for number, case in enumerate(ROWS):
             folder = Path(root).resolve() / str(number)
@@ -733,7 +872,13 @@ def page() -> str:
                 code, err, _ = answer(case, folder, Path(root).resolve() / "shared")
                 assert code == (0 if case.works else 2), f"{case.name}: {err}"
                 assert case.works or (err.startswith("error: ") and err.count("\n") == 1), err
-                text = err.strip().replace(str(folder), "...").replace(str(folder.parent), "...").replace("|", "\\|").replace("`", "'")
+                text = (
+                    err.strip()
+                    .replace(str(folder), "...")
+                    .replace(str(folder.parent), "...")
+                    .replace("|", "\\|")
+                    .replace("`", "'")
+                )
                 seen = "it works" if case.works else f"`{text}`"
             lines.append(f"| {case.name} | {seen} |")
     return "\n".join(lines) + "\n"

@@ -1,4 +1,6 @@
-"""The command line: the whole chain works, and each mistake gives one line that says what to do, exit code 2 and nothing half-written."""
+"""The command line: the whole chain works, and each mistake gives one line that says what to do, exit code 2
+and nothing half-written.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,20 @@ def smae(capsys, tiny, bare):
 
     def train(stage: str, task: str, data: Path, out: Path, *words, **override) -> tuple[int, str, str]:
         values = {**tiny[task, stage], "steps": 2, **override}
-        return call(stage, "--task", task, "--data", data, "--preset", bare, "--out", out, *words, "--set", *(f"{k}={v}" for k, v in values.items()))
+        return call(
+            stage,
+            "--task",
+            task,
+            "--data",
+            data,
+            "--preset",
+            bare,
+            "--out",
+            out,
+            *words,
+            "--set",
+            *(f"{k}={v}" for k, v in values.items()),
+        )
 
     call.train = train
     call.tools = partial(call, command=tools_main)
@@ -63,15 +78,23 @@ def test_the_chain_of_the_readme_from_phantoms_to_the_table(smae, tmp_path):
     for arm in ("self", "scratch"):
         assert smae("evaluate", runs / arm)[0] == 0
     code, out, err = smae("compare", runs / "scratch", runs / "self")
-    assert code == 0 and all(word in out for word in ("scratch", "self", "difference", "dsc", "hd95_mm", "WT", "TC", "ET"))
+    assert code == 0 and all(
+        word in out for word in ("scratch", "self", "difference", "dsc", "hd95_mm", "WT", "TC", "ET")
+    )
 
 
 def test_unknown_words(smae, brats, tmp_path):
     refused(smae("phantom", "--task", "btvc", "--out", tmp_path, "--n", 3), "btvc", "btcv")
     refused(smae("phantom", "--task", "btcv", "--out", tmp_path, "--n", 3, "--size", "huge"), "huge", "full")
     refused(smae("phantom", "--task", "btcv", "--out", tmp_path, "--n", 0), "0")
-    refused(smae.train("pretrain", "brats", brats, tmp_path / "run", mask_ration=0.5), "mask_ration", "mask_ratio")
-    refused(smae("pretrain", "--task", "brats", "--data", brats, "--out", tmp_path / "run", "--preset", "huge"), "huge", "demo")
+    refused(
+        smae.train("pretrain", "brats", brats, tmp_path / "run", mask_ration=0.5), "mask_ration", "mask_ratio"
+    )
+    refused(
+        smae("pretrain", "--task", "brats", "--data", brats, "--out", tmp_path / "run", "--preset", "huge"),
+        "huge",
+        "demo",
+    )
     refused(smae("run", "07_nothing"), "07_nothing", "01_masking")
     refused(smae("run", "01_masking", "-p", "sed", "1"), "sed", "seed: int")
     refused(smae("run", "01_masking", "-p", "seed", "many"), "seed must be int", "many")
@@ -118,7 +141,12 @@ def test_settings_of_finetuning_that_cannot_work(smae, brats, tmp_path, override
 
 
 def test_missing_places(smae, brats, tmp_path):
-    refused(smae.train("pretrain", "brats", tmp_path / "nowhere", tmp_path / "run"), "nowhere", "does not exist", "phantom")
+    refused(
+        smae.train("pretrain", "brats", tmp_path / "nowhere", tmp_path / "run"),
+        "nowhere",
+        "does not exist",
+        "phantom",
+    )
     (tmp_path / "empty").mkdir()
     refused(smae.train("pretrain", "brats", tmp_path / "empty", tmp_path / "run"), "empty", "dataset.json")
     refused(smae.train("finetune", "brats", brats, tmp_path / "run", "--init", tmp_path / "typo"), "typo")
@@ -147,7 +175,9 @@ def test_a_nifti_that_is_cut_short_empty_or_no_gzip(smae, btcv, spoil, tmp_path)
     folder = spoil(btcv)
     image = first_case("btcv", folder)["image"]
     whole = Path(image).read_bytes()
-    for number, content in enumerate((whole[: len(whole) // 2], b"", b"no gzip at all", gzip.compress(b"\0" * 400), whole[:20])):
+    for number, content in enumerate(
+        (whole[: len(whole) // 2], b"", b"no gzip at all", gzip.compress(b"\0" * 400), whole[:20])
+    ):
         Path(image).write_bytes(content)
         refused(smae.train("pretrain", "btcv", folder, tmp_path / str(number)), image)
 
@@ -159,12 +189,18 @@ def test_a_label_on_another_grid_and_labels_that_are_none(smae, btcv, spoil, tmp
     label = np.asarray(stored.dataobj).copy()
     nib.save(nib.Nifti1Image(label[:, :, :-3], stored.affine), case["label"])
     refused(smae.train("finetune", "btcv", folder, tmp_path / "shape"), case["label"], str(label.shape))
-    for name, wrong in (("value", np.full(label.shape, 14, np.int16)), ("float", label + 0.5), ("negative", label.astype(np.int16) - 1)):
+    for name, wrong in (
+        ("value", np.full(label.shape, 14, np.int16)),
+        ("float", label + 0.5),
+        ("negative", label.astype(np.int16) - 1),
+    ):
         nib.save(nib.Nifti1Image(wrong, stored.affine), case["label"])
         refused(smae.train("finetune", "btcv", folder, tmp_path / name), case["label"], "0 .. 13")
 
 
-def test_a_label_that_lies_elsewhere_by_its_affine_is_refused_in_training_and_in_scoring(smae, brats, spoil, tmp_path):
+def test_a_label_that_lies_elsewhere_by_its_affine_is_refused_in_training_and_in_scoring(
+    smae, brats, spoil, tmp_path
+):
     folder = spoil(brats)
     assert smae.train("finetune", "brats", folder, tmp_path / "run")[0] == 0
     for part, command in (("train", ()), ("test", ("evaluate", tmp_path / "run"))):
@@ -186,10 +222,17 @@ def test_test_labels_with_values_that_are_none_are_refused(smae, brats, spoil, t
     refused(smae("evaluate", tmp_path / "run"), case["label"], "0 .. 3")
 
 
-def test_cases_that_training_saw_are_not_scored_and_an_encoder_that_saw_test_cases_is_refused(smae, brats, spoil, tmp_path):
+def test_cases_that_training_saw_are_not_scored_and_an_encoder_that_saw_test_cases_is_refused(
+    smae, brats, spoil, tmp_path
+):
     folder = spoil(brats)
     assert smae.train("pretrain", "brats", folder, tmp_path / "pre")[0] == 0
-    refused(smae.train("finetune", "brats", folder, tmp_path / "run", "--init", tmp_path / "pre", fold=1), "pre", "test cases", "fold")
+    refused(
+        smae.train("finetune", "brats", folder, tmp_path / "run", "--init", tmp_path / "pre", fold=1),
+        "pre",
+        "test cases",
+        "fold",
+    )
     assert smae.train("finetune", "brats", folder, tmp_path / "run", "--init", tmp_path / "pre")[0] == 0
     index = folder / "Task01_BrainTumour" / "dataset.json"
     content = json.loads(index.read_text(encoding="utf-8"))
@@ -273,15 +316,24 @@ def test_a_radiograph_that_cannot_be_read_and_tables_with_faults(smae, cxr14, sp
     refused(smae.train("pretrain", "cxr14", folder, tmp_path / "column"), "Finding Labels")
     table.write_text(text.replace("Effusion", "Efusion"), encoding="utf-8")
     refused(smae.train("pretrain", "cxr14", folder, tmp_path / "finding"), "Efusion")
-    table.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())  # BOM and Windows line ends are no mistake
+    table.write_bytes(
+        b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()
+    )  # BOM and Windows line ends are no mistake
     assert smae.train("pretrain", "cxr14", folder, tmp_path / "windows")[0] == 0
 
 
 def test_a_checkpoint_of_another_task_or_cut_short(smae, brats, btcv, tmp_path):
     assert smae.train("pretrain", "brats", brats, tmp_path / "pre")[0] == 0
-    refused(smae.train("finetune", "btcv", btcv, tmp_path / "run", "--init", tmp_path / "pre"), "patch_embed", "pre")
+    refused(
+        smae.train("finetune", "btcv", btcv, tmp_path / "run", "--init", tmp_path / "pre"),
+        "patch_embed",
+        "pre",
+    )
     cut(str(tmp_path / "pre" / "model.safetensors"))
-    refused(smae.train("finetune", "brats", brats, tmp_path / "run", "--init", tmp_path / "pre"), "model.safetensors")
+    refused(
+        smae.train("finetune", "brats", brats, tmp_path / "run", "--init", tmp_path / "pre"),
+        "model.safetensors",
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -305,7 +357,9 @@ def test_help_and_mistyped_words_answer_without_loading_torch():
     code = "import sys; from smae_utils.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "pretrain" in done.stdout, done.stderr
-    done = subprocess.run([sys.executable, "-m", "smae_utils", "pretrian"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "smae_utils", "pretrian"], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 2 and "pretrain" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -319,18 +373,37 @@ def test_the_whole_traceback_is_shown_when_asked_for(place, smae, tmp_path, monk
     assert "Traceback" not in smae(*words)[2]
     if place == "environment":
         monkeypatch.setenv("SMAE_TRACEBACK", "1")
-    code, _, err = smae(*{"before": ["--traceback", *words], "after": [*words, "--traceback"]}.get(place, words))
-    assert code == 2 and "Traceback" in err and "run_folder.py" in err and err.splitlines()[-1].startswith("error: ")
+    code, _, err = smae(
+        *{"before": ["--traceback", *words], "after": [*words, "--traceback"]}.get(place, words)
+    )
+    assert (
+        code == 2
+        and "Traceback" in err
+        and "run_folder.py" in err
+        and err.splitlines()[-1].startswith("error: ")
+    )
 
 
 def test_a_traceback_shows_the_error_that_a_line_for_the_user_replaced(smae, brats, tmp_path):
     (tmp_path / "p.yaml").write_text("all: [1", encoding="utf-8")
-    words = ("pretrain", "--task", "brats", "--data", brats, "--preset", tmp_path / "p.yaml", "--out", tmp_path / "run")
+    words = (
+        "pretrain",
+        "--task",
+        "brats",
+        "--data",
+        brats,
+        "--preset",
+        tmp_path / "p.yaml",
+        "--out",
+        tmp_path / "run",
+    )
     assert "ParserError" in smae(*words, "--traceback")[2]
     refused(smae(*words), "not valid YAML")
 
 
-def test_a_fault_of_this_package_is_told_as_such_in_one_line_with_its_place(smae, brats, tmp_path, monkeypatch):
+def test_a_fault_of_this_package_is_told_as_such_in_one_line_with_its_place(
+    smae, brats, tmp_path, monkeypatch
+):
     monkeypatch.setattr("smae_utils.work.pretrain.build_mae", broken)
     code, _, err = smae.train("pretrain", "brats", brats, tmp_path / "run")
     assert code == 1 and err.count("\n") == 1 and "Traceback" not in err
@@ -348,7 +421,9 @@ def test_a_users_mistake_is_no_value_error():
     assert not issubclass(UserError, (ValueError, OSError, RuntimeError))
 
 
-@pytest.mark.parametrize("error", [MemoryError(), type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory")])
+@pytest.mark.parametrize(
+    "error", [MemoryError(), type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory")]
+)
 def test_lack_of_memory_says_what_to_make_smaller(error, smae, brats, tmp_path, monkeypatch):
     def full(*args):
         raise error
@@ -367,9 +442,15 @@ def test_the_version_is_that_of_the_package(smae, capsys):
 
 def test_pretraining_can_start_from_weights(smae, brats, tmp_path):
     assert smae.train("pretrain", "brats", brats, tmp_path / "a")[0] == 0
-    code, out, err = smae.train("pretrain", "brats", brats, tmp_path / "b", "--init", tmp_path / "a", "--adapt")
+    code, out, err = smae.train(
+        "pretrain", "brats", brats, tmp_path / "b", "--init", tmp_path / "a", "--adapt"
+    )
     assert code == 0 and "loaded" in out, err
-    refused(smae.train("pretrain", "brats", brats, tmp_path / "c", "--init", tmp_path / "typo"), "typo", "no weights")
+    refused(
+        smae.train("pretrain", "brats", brats, tmp_path / "c", "--init", tmp_path / "typo"),
+        "typo",
+        "no weights",
+    )
     assert not (tmp_path / "c").exists()
 
 

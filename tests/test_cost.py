@@ -17,7 +17,9 @@ from smae_utils.work.settings import FinetuneSettings, PretrainSettings, make_se
 
 
 def settings(tiny, task: str, stage: str):
-    return make_settings({"pretrain": PretrainSettings, "finetune": FinetuneSettings}[stage], tiny[task, stage], where="test")
+    return make_settings(
+        {"pretrain": PretrainSettings, "finetune": FinetuneSettings}[stage], tiny[task, stage], where="test"
+    )
 
 
 def test_flops_of_a_classifier_are_those_of_its_matrix_products(tiny):
@@ -54,7 +56,8 @@ def test_what_a_real_pass_keeps_is_what_was_counted(tiny, name, stage):
     cost = crop_cost(task, made)
     with sdpa_kernel(SDPBackend.MATH):  # attention written out, as it is counted
         assert cost.activations == bytes_kept(model, image)
-    # A fused kernel keeps less, since it does not keep the attention matrix. The count stays a safe upper bound, and a near one.
+    # A fused kernel keeps less, since it does not keep the attention matrix. The count stays a safe upper
+    # bound, and a near one.
     assert cost.activations / 1.25 < bytes_kept(model, image) <= cost.activations
     assert cost.weights == sum(4 * p.numel() for p in model.parameters())
 
@@ -62,7 +65,9 @@ def test_what_a_real_pass_keeps_is_what_was_counted(tiny, name, stage):
 @pytest.mark.parametrize("length", [{"steps": 3}, {"epochs": 2}], ids=str)
 def test_a_run_costs_as_many_crops_as_pass_through_the_network(length, tiny, brats, tmp_path, monkeypatch):
     """The crops are counted in a real run, so that the formula is not compared with itself."""
-    values = {k: v for k, v in tiny["brats", "pretrain"].items() if k != "steps"} | {"crops_per_scan": 3} | length
+    values = (
+        {k: v for k, v in tiny["brats", "pretrain"].items() if k != "steps"} | {"crops_per_scan": 3} | length
+    )
     preset = tmp_path / "preset.yaml"
     preset.write_text(yaml.safe_dump({"brats": {"pretrain": values}}), encoding="utf-8")
     seen, forward = [], MaskedAutoencoder.forward
@@ -73,7 +78,9 @@ def test_a_run_costs_as_many_crops_as_pass_through_the_network(length, tiny, bra
 
     with monkeypatch.context() as patch:
         patch.setattr(MaskedAutoencoder, "forward", counting)
-        run = pretrain("brats", brats, tmp_path / "run", str(preset), {"train_on_val": True}, report=lambda line: None)
+        run = pretrain(
+            "brats", brats, tmp_path / "run", str(preset), {"train_on_val": True}, report=lambda line: None
+        )
     cases = len(run.config["cases"]["train"])
     flops, steps = run_flops("brats", "pretrain", str(preset), cases)
     one = crop_cost(get_task("brats"), resolve(get_task("brats"), "pretrain", str(preset))).flops

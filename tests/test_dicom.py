@@ -1,4 +1,6 @@
-"""DICOM: a folder of one series is the scan it was written from, in the patient's own space; a radiograph keeps its contrast."""
+"""DICOM: a folder of one series is the scan it was written from, in the patient's own space; a radiograph
+keeps its contrast.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +17,40 @@ from smae_utils.errors import UserError
 pydicom = pytest.importorskip("pydicom", reason="pydicom, of the dicom extra, is not installed")
 
 
-def write_slice(path: Path, pixels: np.ndarray, number: int, series: str, spacing=(2.0, 3.0, 4.0), photometric="MONOCHROME2", **more) -> None:
-    """One slice: rows run to the patient's back (+y of DICOM), columns to the left (+x), slices to the head (+z)."""
+def write_slice(
+    path: Path,
+    pixels: np.ndarray,
+    number: int,
+    series: str,
+    spacing=(2.0, 3.0, 4.0),
+    photometric="MONOCHROME2",
+    **more,
+) -> None:
+    """One slice: rows run to the patient's back (+y of DICOM), columns to the left (+x), slices to the head
+    (+z).
+    """
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
     meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID = CTImageStorage, generate_uid(), ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID = (
+        CTImageStorage,
+        generate_uid(),
+        ExplicitVRLittleEndian,
+    )
     file = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
-    file.SOPClassUID, file.SOPInstanceUID, file.SeriesInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID, series
+    file.SOPClassUID, file.SOPInstanceUID, file.SeriesInstanceUID = (
+        CTImageStorage,
+        meta.MediaStorageSOPInstanceUID,
+        series,
+    )
     file.Modality, file.PatientID, file.InstanceNumber = "CT", "p", number
     file.Rows, file.Columns = pixels.shape
     file.PixelSpacing, file.SliceThickness = [spacing[1], spacing[0]], spacing[2]
-    file.ImageOrientationPatient, file.ImagePositionPatient = [1, 0, 0, 0, 1, 0], [-10.0, -20.0, -30.0 + spacing[2] * (number - 1)]
+    file.ImageOrientationPatient, file.ImagePositionPatient = (
+        [1, 0, 0, 0, 1, 0],
+        [-10.0, -20.0, -30.0 + spacing[2] * (number - 1)],
+    )
     file.SamplesPerPixel, file.PhotometricInterpretation, file.PixelRepresentation = 1, photometric, 1
     file.BitsAllocated, file.BitsStored, file.HighBit = 16, 16, 15
     file.RescaleSlope, file.RescaleIntercept = 1, more.pop("intercept", 0)
@@ -40,13 +63,24 @@ def write_slice(path: Path, pixels: np.ndarray, number: int, series: str, spacin
 STORED = np.random.default_rng(1).integers(0, 2000, (6, 5, 7))  # slices, rows, columns
 
 
-def write_series(folder: Path, series: str = "1.2.3", places=range(6), numbers=None, names="IM{:03d}", **more) -> Path:
-    """A slice at each of `places` (4 mm apart), whose number in the series is its place unless `numbers` says otherwise."""
+def write_series(
+    folder: Path, series: str = "1.2.3", places=range(6), numbers=None, names="IM{:03d}", **more
+) -> Path:
+    """A slice at each of `places` (4 mm apart), whose number in the series is its place unless `numbers` says
+    otherwise.
+    """
     folder.mkdir(exist_ok=True)
     for i, place in enumerate(places):
         position = more.get("position", lambda place: [-10.0, -20.0, -30.0 + 4 * place])(place)
         rest = {k: v(place) if callable(v) else v for k, v in more.items() if k != "position"}
-        write_slice(folder / names.format(i), STORED[place % 6], numbers[i] if numbers else place, series, ImagePositionPatient=position, **rest)
+        write_slice(
+            folder / names.format(i),
+            STORED[place % 6],
+            numbers[i] if numbers else place,
+            series,
+            ImagePositionPatient=position,
+            **rest,
+        )
     return folder
 
 
@@ -71,7 +105,9 @@ def test_a_series_is_read_in_the_patients_space_and_in_hu(tmp_path):
     assert tuple(np.round(ras.header.get_zooms(), 4)) == (2.0, 3.0, 4.0)
     # DICOM's x grows to the left and y to the back; RAS the other way on both.
     np.testing.assert_array_equal(np.asarray(ras.dataobj), stored.transpose(2, 1, 0)[::-1, ::-1] - 1024)
-    corner = nib.affines.apply_affine(np.linalg.inv(ras.affine), [10.0, 20.0, -30.0])  # the first voxel's place, in RAS
+    corner = nib.affines.apply_affine(
+        np.linalg.inv(ras.affine), [10.0, 20.0, -30.0]
+    )  # the first voxel's place, in RAS
     np.testing.assert_allclose(corner, [6, 5, 0], atol=1e-4)
 
 
@@ -85,7 +121,9 @@ def test_a_radiograph_is_turned_so_that_bone_is_bright(photometric, tmp_path):
 
 
 def test_16_bit_images_keep_their_range(tmp_path):
-    pixels = (np.arange(64).reshape(8, 8) * 60).astype(np.uint16)  # 12 bit in 16: a plain conversion would clip nearly all of it
+    pixels = (np.arange(64).reshape(8, 8) * 60).astype(
+        np.uint16
+    )  # 12 bit in 16: a plain conversion would clip nearly all of it
     Image.fromarray(pixels).save(tmp_path / "x.png")
     grey = np.asarray(read_image(str(tmp_path / "x.png"))).astype(int)
     assert len(np.unique(grey)) == 64 and np.abs(grey - pixels / pixels.max() * 255).max() <= 1
@@ -103,7 +141,14 @@ def test_a_dicom_folder_is_predicted_in_its_own_space(btcv, tiny, bare, tmp_path
     from smae_utils.predict_files import predict
     from smae_utils.work.finetune import finetune
 
-    run = finetune("btcv", btcv, tmp_path / "run", preset=bare, overrides={**tiny["btcv", "finetune"], "steps": 1}, report=[].append)
+    run = finetune(
+        "btcv",
+        btcv,
+        tmp_path / "run",
+        preset=bare,
+        overrides={**tiny["btcv", "finetune"], "steps": 1},
+        report=[].append,
+    )
     folder = tmp_path / "series"
     folder.mkdir()
     stored = np.random.default_rng(0).integers(0, 300, (12, 20, 24))
@@ -124,7 +169,12 @@ def test_slices_lie_where_their_positions_say_whatever_their_numbers_and_names(t
 
 def test_a_series_is_what_simpleitk_reads(tmp_path):
     sitk = pytest.importorskip("SimpleITK", reason="SimpleITK, of the itk extra, is not installed")
-    folder = write_series(tmp_path / "s", names="{:03d}.dcm", RescaleSlope=lambda place: 0.5 * (place + 1), RescaleIntercept=lambda place: place - 3)
+    folder = write_series(
+        tmp_path / "s",
+        names="{:03d}.dcm",
+        RescaleSlope=lambda place: 0.5 * (place + 1),
+        RescaleIntercept=lambda place: place - 3,
+    )
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
     theirs = reader.Execute()
@@ -139,13 +189,24 @@ def test_a_series_is_what_simpleitk_reads(tmp_path):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda f: write_series(f, places=[0, 1, 2, 4, 5]), r"not evenly spaced: 4 mm apart, but 8 mm after slice 3 of 5"),
-        (lambda f: [write_series(f), write_series(f, names="again{}", numbers=range(10, 16))], "6 slices at a place where another one lies"),
-        (lambda f: write_series(f, position=lambda k: [-10.0, -20.0 + k, -30.0 + 4 * k]), r"tilted gantry.*dcm2niix"),
+        (
+            lambda f: write_series(f, places=[0, 1, 2, 4, 5]),
+            r"not evenly spaced: 4 mm apart, but 8 mm after slice 3 of 5",
+        ),
+        (
+            lambda f: [write_series(f), write_series(f, names="again{}", numbers=range(10, 16))],
+            "6 slices at a place where another one lies",
+        ),
+        (
+            lambda f: write_series(f, position=lambda k: [-10.0, -20.0 + k, -30.0 + 4 * k]),
+            r"tilted gantry.*dcm2niix",
+        ),
         (
             lambda f: [
                 write_series(f, places=[0, 1, 2]),
-                write_series(f, places=[3, 4, 5], names="other{}", ImageOrientationPatient=[0, 1, 0, 0, 0, -1]),
+                write_series(
+                    f, places=[3, 4, 5], names="other{}", ImageOrientationPatient=[0, 1, 0, 0, 0, -1]
+                ),
             ],
             "2 sizes or directions",
         ),
@@ -173,7 +234,9 @@ def test_of_two_series_in_a_folder_one_has_to_be_chosen(tmp_path):
 def test_licence_texts_localizers_and_missing_endings_are_no_obstacle(tmp_path):
     folder = write_series(tmp_path / "s")
     (folder / "LICENSE").write_text("You may use these data.")
-    write_series(folder, "1.2.9", places=[0, 3], names="scout{}", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    write_series(
+        folder, "1.2.9", places=[0, 3], names="scout{}", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]
+    )
     np.testing.assert_array_equal(values_at_places(folder), STORED)
 
 
@@ -210,14 +273,25 @@ def test_an_enhanced_multi_frame_file_is_the_series_in_one_file(tmp_path):
     file.NumberOfFrames, file.Rows, file.Columns = STORED.shape
     file.SamplesPerPixel, file.PhotometricInterpretation, file.PixelRepresentation = 1, "MONOCHROME2", 1
     file.BitsAllocated, file.BitsStored, file.HighBit = 16, 16, 15
-    shared = group("PixelMeasuresSequence", PixelSpacing=[3.0, 2.0], SliceThickness=4.0, SpacingBetweenSlices=4.0)
+    shared = group(
+        "PixelMeasuresSequence", PixelSpacing=[3.0, 2.0], SliceThickness=4.0, SpacingBetweenSlices=4.0
+    )
     shared.update(group("PlaneOrientationSequence", ImageOrientationPatient=[1, 0, 0, 0, 1, 0]))
-    shared.update(group("PixelValueTransformationSequence", RescaleSlope=1, RescaleIntercept=-1024, RescaleType="HU"))
+    shared.update(
+        group("PixelValueTransformationSequence", RescaleSlope=1, RescaleIntercept=-1024, RescaleType="HU")
+    )
     frames = []
     order = [3, 0, 5, 1, 4, 2]  # frames in no order
     for place in order:
         frame = group("PlanePositionSequence", ImagePositionPatient=[-10.0, -20.0, -30.0 + 4 * place])
-        frame.update(group("FrameContentSequence", StackID="1", InStackPositionNumber=place + 1, DimensionIndexValues=[1, place + 1]))
+        frame.update(
+            group(
+                "FrameContentSequence",
+                StackID="1",
+                InStackPositionNumber=place + 1,
+                DimensionIndexValues=[1, place + 1],
+            )
+        )
         frames.append(frame)
     file.SharedFunctionalGroupsSequence, file.PerFrameFunctionalGroupsSequence = [shared], frames
     file.PixelData = STORED[order].astype(np.int16).tobytes()
@@ -251,22 +325,41 @@ def test_colours_of_a_palette_are_seen_and_volumes_of_colours_refused(tmp_path):
     lut[:2] = 65535, 8000
     names = [f"{c}PaletteColorLookupTable" for c in ("Red", "Green", "Blue")]
     palette = {f"{n}Descriptor": [256, 0, 16] for n in names} | {f"{n}Data": lut.tobytes() for n in names}
-    bits = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7, "PixelRepresentation": 0, "PixelData": index.tobytes()}
+    bits = {
+        "BitsAllocated": 8,
+        "BitsStored": 8,
+        "HighBit": 7,
+        "PixelRepresentation": 0,
+        "PixelData": index.tobytes(),
+    }
     write_slice(tmp_path / "x", index, 1, "1.2", photometric="PALETTE COLOR", **bits, **palette)
     image = read_image(tmp_path / "x")
-    assert image.mode == "RGB" and np.asarray(image)[0, 0].tolist() == [255] * 3 and np.asarray(image)[0, 7].tolist() == [31] * 3
+    assert (
+        image.mode == "RGB"
+        and np.asarray(image)[0, 0].tolist() == [255] * 3
+        and np.asarray(image)[0, 7].tolist() == [31] * 3
+    )
     with pytest.raises(UserError, match="colour images"):
         values_at_places(tmp_path / "x")
 
 
 def test_several_frames_are_no_radiograph(tmp_path):
-    write_slice(tmp_path / "x.dcm", np.zeros((4, 4)), 1, "1.2", NumberOfFrames=3, PixelData=np.zeros((3, 4, 4), np.int16).tobytes())
+    write_slice(
+        tmp_path / "x.dcm",
+        np.zeros((4, 4)),
+        1,
+        "1.2",
+        NumberOfFrames=3,
+        PixelData=np.zeros((3, 4, 4), np.int16).tobytes(),
+    )
     with pytest.raises(UserError, match="3 frames"):
         read_image(tmp_path / "x.dcm")
 
 
 def test_empty_attributes_as_anonymisers_leave_them_count_as_absent(tmp_path):
     pixels = np.arange(64).reshape(8, 8) * 60
-    write_slice(tmp_path / "x.dcm", pixels, 1, "1.2", WindowCenter=None, WindowWidth=None, PixelPaddingValue=None)
+    write_slice(
+        tmp_path / "x.dcm", pixels, 1, "1.2", WindowCenter=None, WindowWidth=None, PixelPaddingValue=None
+    )
     grey = np.asarray(read_image(tmp_path / "x.dcm")).astype(int)
     assert (grey.min(), grey.max()) == (0, 255)

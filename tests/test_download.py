@@ -1,4 +1,6 @@
-"""A download happens only when asked for by name, is whole or not there, and is said in one line when it fails. Against a server on loopback."""
+"""A download happens only when asked for by name, is whole or not there, and is said in one line when it
+fails. Against a server on loopback.
+"""
 
 from __future__ import annotations
 
@@ -45,17 +47,23 @@ def served(file: Path) -> Iterator[str]:
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A loopback server with a small archive in the Decathlon's layout; MONAI's address and checksum point to it."""
+    """A loopback server with a small archive in the Decathlon's layout; MONAI's address and checksum point to
+    it.
+    """
     source = tmp_path / "server" / NAME
     entries = []
     for folder in ("imagesTr", "labelsTr"):
         (source / folder).mkdir(parents=True)
     for i in range(8):
         files = [f"./{folder}/hippocampus_{i:03d}.nii.gz" for folder in ("imagesTr", "labelsTr")]
-        for file, values in zip(files, (np.random.default_rng(i).integers(0, 900, (9, 10, 11)), np.ones((9, 10, 11)))):
+        for file, values in zip(
+            files, (np.random.default_rng(i).integers(0, 900, (9, 10, 11)), np.ones((9, 10, 11)))
+        ):
             nib.save(nib.Nifti1Image(values.astype(np.int16), np.eye(4)), source / file)
         entries.append({"image": files[0], "label": files[1]})
-    (source / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "Anterior", "2": "Posterior"}, "training": entries}))
+    (source / "dataset.json").write_text(
+        json.dumps({"labels": {"0": "background", "1": "Anterior", "2": "Posterior"}, "training": entries})
+    )
     archive = tmp_path / "server" / f"{NAME}.tar"
     with tarfile.open(archive, "w") as tar:
         tar.add(source, NAME)
@@ -73,7 +81,10 @@ def test_a_download_is_checked_unpacked_and_read_as_the_task_it_is(server, tmp_p
     assert [p.name for p in out.iterdir()] == [NAME]
     splits = get_task("hippocampus").read_splits(out, 0, 0)
     assert {part: len(cases) for part, cases in splits.items()} == {"train": 5, "val": 1, "test": 2}
-    assert main(["download", "hippocampus", "--out", str(out)]) == 0 and "already there" in capsys.readouterr().out
+    assert (
+        main(["download", "hippocampus", "--out", str(out)]) == 0
+        and "already there" in capsys.readouterr().out
+    )
 
 
 def test_the_test_cases_are_the_same_for_every_seed(server, tmp_path):
@@ -110,7 +121,10 @@ def test_too_little_space_and_no_network_are_said_before_anything_is_fetched(ser
 
 def test_monai_still_knows_the_addresses_and_checksums():
     for folder in module.DECATHLON.values():
-        assert DecathlonDataset.resource[folder].endswith(f"{folder}.tar") and len(DecathlonDataset.md5[folder]) == 32
+        assert (
+            DecathlonDataset.resource[folder].endswith(f"{folder}.tar")
+            and len(DecathlonDataset.md5[folder]) == 32
+        )
 
 
 @pytest.fixture
@@ -119,7 +133,10 @@ def chest(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     arrays = {}
     for part, n in (("train", 6), ("val", 2), ("test", 4)):
-        arrays |= {f"{part}_images": rng.integers(0, 256, (n, 64, 64), np.uint8), f"{part}_labels": rng.integers(0, 2, (n, 14), np.uint8)}
+        arrays |= {
+            f"{part}_images": rng.integers(0, 256, (n, 64, 64), np.uint8),
+            f"{part}_labels": rng.integers(0, 2, (n, 14), np.uint8),
+        }
     source = tmp_path / "server"
     source.mkdir()
     np.savez(source / "chestmnist_64.npz", **arrays)
@@ -135,14 +152,23 @@ def test_chestmnist_becomes_a_list_with_its_official_split(chest, tmp_path, caps
     assert main(["download", "chestmnist", "--out", str(out)]) == 0
     told = capsys.readouterr().out
     task = get_task(str(out / "chestmnist_64" / "list.json"))
-    assert f"check {out / 'chestmnist_64' / 'list.json'}" in told and len(task.classes) == 14 and task.kind == "classification"
+    assert (
+        f"check {out / 'chestmnist_64' / 'list.json'}" in told
+        and len(task.classes) == 14
+        and task.kind == "classification"
+    )
     splits = task.read_splits(Path(""), 0, 0)
     assert {part: len(cases) for part, cases in splits.items()} == {"train": 6, "val": 2, "test": 4}
     for part, cases in splits.items():
         for case, image, label in zip(cases, chest[f"{part}_images"], chest[f"{part}_labels"]):
-            assert np.array_equal(np.asarray(Image.open(case["image"])), image) and np.array_equal(case["label"], label)
+            assert np.array_equal(np.asarray(Image.open(case["image"])), image) and np.array_equal(
+                case["label"], label
+            )
     assert [p.name for p in out.iterdir()] == ["chestmnist_64"]
-    assert main(["download", "chestmnist", "--out", str(out)]) == 0 and "already there" in capsys.readouterr().out
+    assert (
+        main(["download", "chestmnist", "--out", str(out)]) == 0
+        and "already there" in capsys.readouterr().out
+    )
     assert main(["check", str(out / "chestmnist_64" / "list.json")]) == 0
 
 
@@ -160,4 +186,7 @@ def test_chestmnist_of_another_size_or_broken_is_one_line(chest, tmp_path, monke
 
 def test_medmnist_still_knows_the_addresses_and_checksums():
     for size in (64, 128, 224):
-        assert f"chestmnist_{size}.npz" in INFO["chestmnist"][f"url_{size}"] and len(INFO["chestmnist"][f"MD5_{size}"]) == 32
+        assert (
+            f"chestmnist_{size}.npz" in INFO["chestmnist"][f"url_{size}"]
+            and len(INFO["chestmnist"][f"MD5_{size}"]) == 32
+        )

@@ -39,13 +39,21 @@ def runs(data, tiny, bare, tmp_path_factory) -> dict:
     out = {}
     for task in ("btcv", "brats", "cxr14"):
         folder = tmp_path_factory.mktemp("runs") / task
-        run = finetune(task, data[task], folder, preset=bare, overrides={**tiny[task, "finetune"], "steps": 8}, report=quiet)
+        run = finetune(
+            task,
+            data[task],
+            folder,
+            preset=bare,
+            overrides={**tiny[task, "finetune"], "steps": 8},
+            report=quiet,
+        )
         out[task] = (run, evaluate(folder, report=quiet))
     return out
 
 
 def nearest_hd95(pred: np.ndarray, label: np.ndarray, spacing) -> float:
-    """From each surface voxel to the nearest of the other mask; a surface voxel has a face neighbour outside."""
+    """From each surface voxel to the nearest of the other mask; a surface voxel has a face neighbour
+    outside."""
 
     def surface(mask):
         padded = np.pad(mask, 1)
@@ -59,9 +67,13 @@ def nearest_hd95(pred: np.ndarray, label: np.ndarray, spacing) -> float:
 
 
 def blocks(predictor, image, *_) -> torch.Tensor:
-    """Probabilities in blocks of 4 voxels, drawn anew for each scan of another size: masks with something of every class everywhere."""
+    """Probabilities in blocks of 4 voxels, drawn anew for each scan of another size: masks with something of
+    every class everywhere.
+    """
     rng, task = np.random.default_rng(image.shape[1]), predictor.task
-    coarse = torch.from_numpy(rng.random((task.out_chans, *(-(-n // 4) for n in image.shape[1:]))).astype(np.float32))
+    coarse = torch.from_numpy(
+        rng.random((task.out_chans, *(-(-n // 4) for n in image.shape[1:]))).astype(np.float32)
+    )
     for axis in (1, 2, 3):
         coarse = coarse.repeat_interleave(4, axis)
     return coarse[(slice(None), *(slice(n) for n in image.shape[1:]))]
@@ -98,8 +110,12 @@ def test_written_masks_lie_on_the_scans_own_grid_and_give_the_reported_figures(t
 
 
 @pytest.mark.parametrize("task", ["btcv", "brats"])
-def test_a_perfect_model_scores_near_one_on_every_scan_whatever_its_orientation(task, runs, data, tiny, monkeypatch):
-    """The label itself, resampled and cropped as the image is, goes back through the inversion that predictions take."""
+def test_a_perfect_model_scores_near_one_on_every_scan_whatever_its_orientation(
+    task, runs, data, tiny, monkeypatch
+):
+    """The label itself, resampled and cropped as the image is, goes back through the inversion that
+    predictions take.
+    """
     record = get_task(task)
     spacing = {"btcv": (5.0, 5.0, 5.0), "brats": (3.0, 3.0, 3.0)}[task]
     settings = replace(FinetuneSettings(), crop_size=(16, 16, 16), spacing_mm=spacing)
@@ -113,21 +129,28 @@ def test_a_perfect_model_scores_near_one_on_every_scan_whatever_its_orientation(
         predicted = Predictor.of(torch.nn.Linear(1, 1), record, settings).segment(case).labels
         stored = nib.load(case["label"])
         orientations.add(nib.aff2axcodes(stored.affine))
-        scores = [dsc(p, t) for p, t in zip(record.class_masks(predicted), record.class_masks(np.asarray(stored.dataobj)))]
+        scores = [
+            dsc(p, t)
+            for p, t in zip(record.class_masks(predicted), record.class_masks(np.asarray(stored.dataobj)))
+        ]
         assert np.nanmean(scores) > 0.8 and np.nanmin(scores) > 0.55, case["case"]
     assert len(orientations) > 1
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.75])
 def test_slabs_of_windows_give_what_one_run_gives(overlap, monkeypatch):
-    """Class volumes too large for memory are worked out some planes at a time: the same figures, from MONAI's windows over the whole scan."""
+    """Class volumes too large for memory are worked out some planes at a time: the same figures, from MONAI's
+    windows over the whole scan.
+    """
     torch.manual_seed(0)
     task, settings = get_task("btcv"), replace(FinetuneSettings(), crop_size=(8, 8, 8), overlap=overlap)
     net, image = torch.nn.Conv3d(1, task.out_chans, 3, padding=1), torch.rand(1, 11, 8, 61)
     predictor = Predictor.of(net, task, settings)
     with torch.inference_mode():
         whole = predictor.probabilities(image)
-        expected = sliding_window_inference(image[None], (8, 8, 8), 1, net, overlap=overlap, mode="gaussian")[0].softmax(0)
+        expected = sliding_window_inference(image[None], (8, 8, 8), 1, net, overlap=overlap, mode="gaussian")[
+            0
+        ].softmax(0)
         monkeypatch.setattr(out_of_core, "CHANNEL_VOXELS", 11 * 8 * 14 * 20)
         told = []
         parts = predictor.probabilities(image, lambda *n: told.append(n))
@@ -152,14 +175,27 @@ def test_room_for_a_large_volume_is_zeros_in_a_file_and_a_full_disk_is_told_at_o
         out_of_core.zeros((4, 5))
 
 
-def test_a_mask_that_is_not_brought_back_to_the_scans_grid_is_noticed(btcv, tiny, bare, tmp_path, monkeypatch):
-    run = finetune("btcv", btcv, tmp_path / "run", preset=bare, overrides={**tiny["btcv", "finetune"], "steps": 1}, report=quiet)
-    monkeypatch.setattr(Predictor, "segment", lambda *_, **__: Segmented(np.zeros((3, 3, 3), np.uint8), np.eye(4), None))
+def test_a_mask_that_is_not_brought_back_to_the_scans_grid_is_noticed(
+    btcv, tiny, bare, tmp_path, monkeypatch
+):
+    run = finetune(
+        "btcv",
+        btcv,
+        tmp_path / "run",
+        preset=bare,
+        overrides={**tiny["btcv", "finetune"], "steps": 1},
+        report=quiet,
+    )
+    monkeypatch.setattr(
+        Predictor, "segment", lambda *_, **__: Segmented(np.zeros((3, 3, 3), np.uint8), np.eye(4), None)
+    )
     with pytest.raises(UserError, match="must lie on one grid"):
         evaluate(run.path, report=quiet)
 
 
-def test_the_classifiers_table_gives_scikit_learns_auc_and_leaves_out_classes_that_cannot_be_scored(runs, data):
+def test_the_classifiers_table_gives_scikit_learns_auc_and_leaves_out_classes_that_cannot_be_scored(
+    runs, data
+):
     run, table = runs["cxr14"]
     said = json.loads((run.path / "metrics.json").read_text())
     expected = {}
@@ -170,7 +206,11 @@ def test_the_classifiers_table_gives_scikit_learns_auc_and_leaves_out_classes_th
     assert said["mean"]["mauc"] == pytest.approx(np.mean(list(expected.values())))
     for name, values in said["classes"].items():
         assert values["auc"] == (pytest.approx(expected[name]) if name in expected else None)
-    assert said["cases"] == table.case.nunique() == len(build_splits(get_task("cxr14"), data["cxr14"], FinetuneSettings())["test"])
+    assert (
+        said["cases"]
+        == table.case.nunique()
+        == len(build_splits(get_task("cxr14"), data["cxr14"], FinetuneSettings())["test"])
+    )
 
 
 def rows(*entries) -> pd.DataFrame:
@@ -186,15 +226,28 @@ def test_summary_counts_missed_structures_and_leaves_out_what_is_absent_in_both(
     )  # fmt: skip
     made = summarise(table, task)
     spleen, liver = made["classes"]["spleen"], made["classes"]["liver"]
-    assert spleen == pytest.approx({"dsc": 0.4, "hd95_mm": 255.0, "hd95_mm_detected": 10.0, "miss_rate": 0.5, "n": 2, "n_labelled": 2})
-    assert liver == pytest.approx({"dsc": 1 / 3, "hd95_mm": 550 / 3, "hd95_mm_detected": 25.0, "miss_rate": 0.0, "n": 3, "n_labelled": 2})
+    assert spleen == pytest.approx(
+        {"dsc": 0.4, "hd95_mm": 255.0, "hd95_mm_detected": 10.0, "miss_rate": 0.5, "n": 2, "n_labelled": 2}
+    )
+    assert liver == pytest.approx(
+        {
+            "dsc": 1 / 3,
+            "hd95_mm": 550 / 3,
+            "hd95_mm_detected": 25.0,
+            "miss_rate": 0.0,
+            "n": 3,
+            "n_labelled": 2,
+        }
+    )
     assert made["mean"]["dsc"] == pytest.approx((0.4 + 1 / 3) / 2)
 
 
 def test_a_class_that_no_case_has_is_left_out_of_the_mean():
     task = replace(get_task("btcv"), classes=("spleen", "liver"), subset=())
     nan = float("nan")
-    made = summarise(rows(("a", "spleen", 0.8, 10.0, True, True), ("a", "liver", nan, nan, False, False)), task)
+    made = summarise(
+        rows(("a", "spleen", 0.8, 10.0, True, True), ("a", "liver", nan, nan, False, False)), task
+    )
     assert np.isnan(made["classes"]["liver"]["dsc"]) and made["mean"]["dsc"] == 0.8
 
 
@@ -203,23 +256,35 @@ def test_tumour_regions_become_labels_and_come_back():
     label = np.random.default_rng(0).integers(0, 4, (6, 6, 6))
     assert np.array_equal(region_labels(task.class_masks(label), task), label)
     conflicting = [np.array([False, True, True]), np.array([True, False, True]), np.array([True, True, True])]
-    assert region_labels(conflicting, task).tolist() == [0, 1, 3]  # outside the whole tumour nothing is tumour
+    assert region_labels(conflicting, task).tolist() == [
+        0,
+        1,
+        3,
+    ]  # outside the whole tumour nothing is tumour
 
 
 @pytest.mark.slow
 def test_compare_subtracts_and_refuses_what_cannot_be_compared(btcv, brats, runs, tiny, bare, tmp_path):
     overrides = {**tiny["brats", "finetune"], "steps": 8}
     scratch = runs["brats"][0]
-    other = finetune("brats", brats, tmp_path / "other", preset=bare, overrides={**overrides, "base_lr": 0.2}, report=quiet)
+    other = finetune(
+        "brats", brats, tmp_path / "other", preset=bare, overrides={**overrides, "base_lr": 0.2}, report=quiet
+    )
     with pytest.raises(UserError, match="evaluate"):
         compare(scratch.path, other.path)
     evaluate(other.path, report=quiet)
     table = compare(scratch.path, other.path).set_index(["class", "metric"])
     a, b = (json.loads((r.path / "metrics.json").read_text()) for r in (scratch, other))
-    assert table.loc[("WT", "dsc"), "difference"] == pytest.approx(b["classes"]["WT"]["dsc"] - a["classes"]["WT"]["dsc"])
+    assert table.loc[("WT", "dsc"), "difference"] == pytest.approx(
+        b["classes"]["WT"]["dsc"] - a["classes"]["WT"]["dsc"]
+    )
     assert table.loc[("mean", "hd95_mm"), "scratch"] == pytest.approx(a["mean"]["hd95_mm"])
-    longer = finetune("brats", brats, tmp_path / "longer", preset=bare, overrides={**overrides, "steps": 9}, report=quiet)
-    fold = finetune("brats", brats, tmp_path / "fold", preset=bare, overrides={**overrides, "fold": 1}, report=quiet)
+    longer = finetune(
+        "brats", brats, tmp_path / "longer", preset=bare, overrides={**overrides, "steps": 9}, report=quiet
+    )
+    fold = finetune(
+        "brats", brats, tmp_path / "fold", preset=bare, overrides={**overrides, "fold": 1}, report=quiet
+    )
     for run, word in ((longer, "steps"), (fold, "cases"), (runs["btcv"][0], "task")):
         with pytest.raises(UserError, match=word):
             compare(scratch.path, run.path)
@@ -231,7 +296,14 @@ def test_evaluation_of_what_is_no_finished_fine_tuning_run_is_refused(brats, tin
     mae = pretrain("brats", brats, tmp_path / "mae", bare, tiny["brats", "pretrain"], report=quiet)
     with pytest.raises(UserError, match="a finetune run was expected"):
         evaluate(mae.path, report=quiet)
-    run = finetune("brats", brats, tmp_path / "run", preset=bare, overrides={**tiny["brats", "finetune"], "steps": 1}, report=quiet)
+    run = finetune(
+        "brats",
+        brats,
+        tmp_path / "run",
+        preset=bare,
+        overrides={**tiny["brats", "finetune"], "steps": 1},
+        report=quiet,
+    )
     with pytest.raises(UserError, match="split must be test or val, got 'tset'"):
         evaluate(run.path, split="tset", report=quiet)
     (run.path / "model.safetensors").unlink()

@@ -1,4 +1,6 @@
-"""The study on real scans: its splits, its statistic, its controls, and that the one command runs through, goes on and changes nothing when run again."""
+"""The study on real scans: its splits, its statistic, its controls, and that the one command runs through,
+goes on and changes nothing when run again.
+"""
 
 from __future__ import annotations
 
@@ -69,20 +71,41 @@ def dots(tmp_path_factory) -> tuple[Path, Path]:
         bright = number % 4 < 2
         image = rng.integers(0, 120, (16, 16)) + 100 * bright
         Image.fromarray(image.astype(np.uint8)).save(folder / "images" / f"{number:03d}.png")
-        rows.append({"Image Index": f"{number:03d}.png", "Patient ID": f"{number // 2:04d}", "bright": int(bright), "odd": number % 2})
+        rows.append(
+            {
+                "Image Index": f"{number:03d}.png",
+                "Patient ID": f"{number // 2:04d}",
+                "bright": int(bright),
+                "odd": number % 2,
+            }
+        )
     pd.DataFrame(rows).to_csv(folder / "labels.csv", index=False)
     (folder / "study.yaml").write_text(STUDY)
     return folder / "study.yaml", folder
 
 
 def smae(study: Path, data: Path, tmp_path: Path, *words: str) -> int:
-    return main(["study", str(study), "--data", str(data), "--out", str(tmp_path / "out"), "--results", str(tmp_path / "res"), *words])
+    return main(
+        [
+            "study",
+            str(study),
+            "--data",
+            str(data),
+            "--out",
+            str(tmp_path / "out"),
+            "--results",
+            str(tmp_path / "res"),
+            *words,
+        ]
+    )
 
 
 @pytest.mark.parametrize("name", ["hippocampus", "cxr14_64px"])
 def test_the_shipped_studies_are_whole_and_compare_alike(name):
     study = read_study(name)
-    assert {"scratch", "self", "self_all", "scratch_equal_compute", "cnn", "scratch_scaled", "frozen"} <= set(study.arms)
+    assert {"scratch", "self", "self_all", "scratch_equal_compute", "cnn", "scratch_scaled", "frozen"} <= set(
+        study.arms
+    )
     assert len({len(grid) for grid in study.grids.values()}) == 1 and study.dev_seed not in study.seeds
     assert len(study.units()) >= 5 and study.tune_row in (2, "25%")
     assert read_study(name).grids["scratch"] == study.grids["self_all"]
@@ -117,9 +140,13 @@ def test_fewer_labelled_cases_are_a_part_of_more_and_keep_patients_together(dots
 def test_pre_training_gets_images_without_labels(dots, tmp_path):
     unit = Unit(read_study(str(dots[0])), Place(str(dots[1]), tmp_path), 101)
     content = json.loads(Path(unit.list_of(None)).read_text())
-    assert len(content["training"]) == len(unit.training) and not any("label" in entry for entry in content["training"])
+    assert len(content["training"]) == len(unit.training) and not any(
+        "label" in entry for entry in content["training"]
+    )
     few = json.loads(Path(unit.list_of("50%")).read_text())
-    assert 0 < len(few["training"]) < len(unit.training) and all("label" in entry for entry in few["training"])
+    assert 0 < len(few["training"]) < len(unit.training) and all(
+        "label" in entry for entry in few["training"]
+    )
 
 
 def test_the_rate_that_a_grid_says_is_the_rate_of_training(dots, tmp_path):
@@ -135,9 +162,15 @@ def test_the_rate_that_a_grid_says_is_the_rate_of_training(dots, tmp_path):
 def test_intervals_are_those_of_a_paired_t_test():
     rng = np.random.default_rng(0)
     a, b = rng.normal(0.6, 0.1, 5), rng.normal(0.7, 0.1, 5)
-    rows = [("2", arm, seed, 0, "dsc", v) for arm, values in (("scratch", a), ("self", b)) for seed, v in enumerate(values)]
+    rows = [
+        ("2", arm, seed, 0, "dsc", v)
+        for arm, values in (("scratch", a), ("self", b))
+        for seed, v in enumerate(values)
+    ]
     rows.append(("2", "self", 9, 0, "dsc", 5.0))  # without its twin
-    made = tables.intervals(pd.DataFrame(rows, columns=["labelled", "arm", "seed", "fold", "metric", "value"])).iloc[0]
+    made = tables.intervals(
+        pd.DataFrame(rows, columns=["labelled", "arm", "seed", "fold", "metric", "value"])
+    ).iloc[0]
     expected = stats.ttest_rel(b, a).confidence_interval(0.95)
     assert (made.low, made.high) == pytest.approx((expected.low, expected.high))
     assert made.difference == pytest.approx((b - a).mean()) and made.units == 5
@@ -157,8 +190,19 @@ def test_an_arm_that_ranks_every_patient_right_gains_with_certainty_and_a_twin_g
         for number in range(60):
             target = number % 2
             noise = rng.random()
-            base = {"labelled": "10%", "seed": seed, "fold": 0, "patient": f"p{number // 2}", "case": f"c{number}", "class": "x", "target": target}
-            rows += [{**base, "arm": arm, "score": score} for arm, score in (("scratch", noise), ("self", target + noise / 2), ("twin", noise))]
+            base = {
+                "labelled": "10%",
+                "seed": seed,
+                "fold": 0,
+                "patient": f"p{number // 2}",
+                "case": f"c{number}",
+                "class": "x",
+                "target": target,
+            }
+            rows += [
+                {**base, "arm": arm, "score": score}
+                for arm, score in (("scratch", noise), ("self", target + noise / 2), ("twin", noise))
+            ]
     cases = pd.DataFrame(rows)
     middle, low, high = tables.patient_interval(cases, "10%", "self", draws=200)
     assert 0.2 < low <= middle <= high
@@ -175,12 +219,14 @@ def test_scaled_weights_have_the_learned_spread_and_scratch_s_positions(dots, tm
     fresh = build_model(get_task(unit.list_of("50%")), settings).state_dict()
     assert torch.equal(made["encoder.pos_embed"], fresh["encoder.pos_embed"])
     key = "encoder.blocks.0.mlp.fc1.weight"
-    assert float(made[key].std()) == pytest.approx(float(learned[key].std()), rel=1e-3) and float(made[key].mean()) == pytest.approx(
-        float(learned[key].mean()), abs=1e-6
-    )
+    assert float(made[key].std()) == pytest.approx(float(learned[key].std()), rel=1e-3) and float(
+        made[key].mean()
+    ) == pytest.approx(float(learned[key].mean()), abs=1e-6)
     vectors = [weights[key].flatten().numpy() for weights in (made, fresh, learned)]
     correlation = np.corrcoef(vectors)
-    assert correlation[0, 1] > 0.999 and correlation[0, 2] == pytest.approx(correlation[1, 2], abs=1e-3)  # only size and spread are the learned ones
+    assert correlation[0, 1] > 0.999 and correlation[0, 2] == pytest.approx(
+        correlation[1, 2], abs=1e-3
+    )  # only size and spread are the learned ones
 
 
 @pytest.mark.slow
@@ -192,7 +238,9 @@ def test_a_checkpoint_of_zero_steps_equals_scratch_bit_by_bit(brats, tiny, bare,
     losses = []
     for name, init in (("scratch", "scratch"), ("zero", tmp_path / "zero.safetensors")):
         run = finetune("brats", brats, tmp_path / name, init, bare, overrides, report=[].append)
-        losses.append([line["loss"] for line in map(json.loads, (run.path / "log.jsonl").read_text().splitlines())])
+        losses.append(
+            [line["loss"] for line in map(json.loads, (run.path / "log.jsonl").read_text().splitlines())]
+        )
     assert losses[0] == losses[1]
 
 
@@ -202,27 +250,48 @@ def test_one_command_runs_goes_on_and_changes_nothing_when_run_again(dots, tmp_p
     assert smae(study, data, tmp_path, "--quick", "10") == 2
     assert "run --part tune first" in capsys.readouterr().err
     few = ["--quick", "10", "--seeds", "101"]
-    assert smae(study, data, tmp_path, *few, "--part", "room", "recipe", "tune", "main", "--labelled", "50%") == 0
+    assert (
+        smae(study, data, tmp_path, *few, "--part", "room", "recipe", "tune", "main", "--labelled", "50%")
+        == 0
+    )
     folder = tmp_path / "res" / "study"
     first = {file.name: pd.read_csv(file, comment="#") for file in folder.glob("*.csv")}
-    assert {"room.csv", "recipe.csv", "tune.csv", "main.csv", "cases.csv", "patients.csv", "intervals.csv"} == set(first) and (
-        folder / "main.png"
-    ).is_file()
-    assert set(first["room.csv"].design) == {"chosen", "deeper"} and set(first["recipe.csv"].recipe) == {"base", "learned"}
+    assert {
+        "room.csv",
+        "recipe.csv",
+        "tune.csv",
+        "main.csv",
+        "cases.csv",
+        "patients.csv",
+        "intervals.csv",
+    } == set(first) and (folder / "main.png").is_file()
+    assert set(first["room.csv"].design) == {"chosen", "deeper"} and set(first["recipe.csv"].recipe) == {
+        "base",
+        "learned",
+    }
     assert len(first["tune.csv"]) == 4 and set(first["main.csv"].fold) == {0, 1, 2}
     arms = ["scratch", "scratch_equal_compute", "scratch_scaled", "self", "self_all"]
     assert sorted(first["main.csv"].arm.unique()) == arms and first["main.csv"].value.between(0, 1).all()
     # Figures are those of the predictions that are kept.
     cases, row = first["cases.csv"], first["main.csv"].iloc[0]
     kept = cases[(cases.arm == row.arm) & (cases.fold == row.fold)]
-    assert row.value == pytest.approx(np.mean([roc_auc_score(p.target, p.score) for _, p in kept.groupby("class")]), abs=1e-4)
+    assert row.value == pytest.approx(
+        np.mean([roc_auc_score(p.target, p.score) for _, p in kept.groupby("class")]), abs=1e-4
+    )
     head = (folder / "main.csv").read_text().splitlines()[:2]
     assert "tools study" in head[0] and "mean nothing" in head[0] and "commit" in head[1] and "UTC" in head[1]
     capsys.readouterr()
     before = {file: file.read_bytes() for file in folder.iterdir() if file.suffix == ".csv"}
     assert smae(study, data, tmp_path, *few, "--labelled", "50%") == 0
-    assert capsys.readouterr().out == "" and all(file.read_bytes() == content for file, content in before.items())
-    assert smae(study, data, tmp_path, "--quick", "10", "--seeds", "102", "--labelled", "50%", "--arm", "scratch") == 0  # rows are added
+    assert capsys.readouterr().out == "" and all(
+        file.read_bytes() == content for file, content in before.items()
+    )
+    assert (
+        smae(
+            study, data, tmp_path, "--quick", "10", "--seeds", "102", "--labelled", "50%", "--arm", "scratch"
+        )
+        == 0
+    )  # rows are added
     assert len(pd.read_csv(folder / "main.csv", comment="#")) == len(first["main.csv"]) + 3
     assert smae(study, data, tmp_path, "--seeds", "101", "--labelled", "100%", "--arm", "scratch") == 2
     assert "quick run" in capsys.readouterr().err
@@ -232,16 +301,25 @@ def test_a_run_that_spends_the_compute_of_pre_training_takes_more_steps(dots, tm
     study = read_study(str(dots[0]))
     unit = Unit(study, Place(str(dots[1]), tmp_path), 101)
     tuned = {"lr": 1e-3}
-    plain, longer = (unit.arm_values(study.arms[name], "50%", tuned)["steps"] for name in ("scratch", "scratch_equal_compute"))
+    plain, longer = (
+        unit.arm_values(study.arms[name], "50%", tuned)["steps"]
+        for name in ("scratch", "scratch_equal_compute")
+    )
     assert plain == 20 and longer == round(20 * (1 + unit.relative_cost("self_all", "50%", tuned))) > 20
 
 
 def test_a_unit_makes_its_pre_training_first_beside_what_needs_none():
     study = read_study("hippocampus")
-    jobs = [(name, None, (None, None, None, None, None, arm)) for name, arm in study.arms.items() for _ in range(2)]
+    jobs = [
+        (name, None, (None, None, None, None, None, arm))
+        for name, arm in study.arms.items()
+        for _ in range(2)
+    ]
     order = [name for name, *_ in spread(jobs)]
     assert order[:2] == ["self", "self_all"] or order[0] == "self"
-    assert order.index("scratch") > order.index("self_all") and order.index("cnn") < len(order) - 1 - order[::-1].index("self_all")
+    assert order.index("scratch") > order.index("self_all") and order.index("cnn") < len(order) - 1 - order[
+        ::-1
+    ].index("self_all")
 
 
 @pytest.mark.parametrize(
@@ -268,7 +346,10 @@ def test_a_study_file_that_cannot_be_understood_is_one_line(dots, tmp_path, caps
 def test_wrong_words_and_wrong_data_are_one_line(dots, tmp_path, capsys):
     study, data = dots
     for words in (["--part", "mian"], ["--arm", "slef"], ["--labelled", "7"], ["--jobs", "0"]):
-        assert smae(study, data, tmp_path, *words) == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
+        assert (
+            smae(study, data, tmp_path, *words) == 2
+            and len(capsys.readouterr().err.strip().splitlines()) == 1
+        )
     assert smae(Path("hippocampos"), data, tmp_path) == 2 and "hippocampus" in capsys.readouterr().err
     assert smae(study, tmp_path, tmp_path) == 2 and "labels.csv" in capsys.readouterr().err
     (tmp_path / "labels.csv").write_text("a,b\n1,2\n")
@@ -283,7 +364,10 @@ def test_rows_of_another_set_up_are_not_taken_for_this_one_s(dots, tmp_path, cap
     capsys.readouterr()
     assert smae(tmp_path / "study.yaml", data, tmp_path, *few) == 2
     assert "run --part tune first" in capsys.readouterr().err
-    assert smae(study, data, tmp_path, "--quick", "10", "--seeds", "77") == 2 and "development seed" in capsys.readouterr().err
+    assert (
+        smae(study, data, tmp_path, "--quick", "10", "--seeds", "77") == 2
+        and "development seed" in capsys.readouterr().err
+    )
 
 
 def test_a_list_that_is_there_and_says_something_else_is_refused(dots, tmp_path):
@@ -296,7 +380,17 @@ def test_a_list_that_is_there_and_says_something_else_is_refused(dots, tmp_path)
 
 def test_arms_that_share_no_unit_yet_give_no_interval():
     rows = [("10%", "scratch", 1, 0, "mauc", 0.5), ("10%", "self", 1, 1, "mauc", 0.6)]
-    assert tables.intervals(pd.DataFrame(rows, columns=["labelled", "arm", "seed", "fold", "metric", "value"])).empty
-    base = {"labelled": "10%", "seed": 1, "patient": "p", "case": "c", "class": "x", "target": 1, "score": 0.5}
+    assert tables.intervals(
+        pd.DataFrame(rows, columns=["labelled", "arm", "seed", "fold", "metric", "value"])
+    ).empty
+    base = {
+        "labelled": "10%",
+        "seed": 1,
+        "patient": "p",
+        "case": "c",
+        "class": "x",
+        "target": 1,
+        "score": 0.5,
+    }
     cases = pd.DataFrame([{**base, "arm": "scratch", "fold": 0}, {**base, "arm": "self", "fold": 1}])
     assert np.isnan(tables.patient_interval(cases, "10%", "self")).all()

@@ -1,4 +1,6 @@
-"""The explorer: what is on screen is what the model says, in patient orientation; only masks and cases run the model. No browser here."""
+"""The explorer: what is on screen is what the model says, in patient orientation; only masks and cases run
+the model. No browser here.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,14 @@ def test_the_slice_on_screen_is_that_slice_of_the_image():
 
 @pytest.mark.parametrize(
     ("axis", "view", "where"),
-    [(0, "axial", "left"), (1, "axial", "top"), (2, "coronal", "top"), (1, "sagittal", "left"), (0, "coronal", "left"), (2, "sagittal", "top")],
+    [
+        (0, "axial", "left"),
+        (1, "axial", "top"),
+        (2, "coronal", "top"),
+        (1, "sagittal", "left"),
+        (0, "coronal", "left"),
+        (2, "sagittal", "top"),
+    ],
 )
 def test_patient_right_front_and_head_are_where_radiologists_expect_them(axis, view, where):
     image = torch.zeros(1, 16, 16, 16)
@@ -115,7 +124,9 @@ def test_rows_hold_what_the_model_says_and_the_loss_is_its_own():
     expected = unpatchify(out.pred * std + mean, (8, 8, 8), (2, 2, 3))[0].numpy()
     np.testing.assert_allclose(scene.rows["reconstruction"][:, hidden], expected[:, hidden], atol=1e-5)
     assert np.array_equal(scene.rows["error"][:, ~hidden], np.zeros_like(image.numpy())[:, ~hidden])
-    np.testing.assert_allclose(scene.normalised["reconstruction"], unpatchify(out.pred, (8, 8, 8), (2, 2, 3))[0].numpy(), atol=1e-6)
+    np.testing.assert_allclose(
+        scene.normalised["reconstruction"], unpatchify(out.pred, (8, 8, 8), (2, 2, 3))[0].numpy(), atol=1e-6
+    )
 
 
 def test_hidden_patches_are_painted_and_visible_ones_are_not():
@@ -181,7 +192,9 @@ def test_the_static_twin_is_a_picture_with_a_text():
 @pytest.mark.parametrize("task", ["brats", "cxr14"])
 def test_runs_are_shown_with_label_prediction_and_the_states_they_kept(task, data, tiny, bare, tmp_path):
     quiet = [].append
-    mae = pretrain(task, data[task], tmp_path / "mae", bare, {**tiny[task, "pretrain"], "keep_every": 2}, report=quiet)
+    mae = pretrain(
+        task, data[task], tmp_path / "mae", bare, {**tiny[task, "pretrain"], "keep_every": 2}, report=quiet
+    )
     fine = finetune(task, data[task], tmp_path / "fine", mae.path, bare, tiny[task, "finetune"], report=quiet)
     e = explore(mae.path, finetuned=[fine.path])
     assert [label for label, _ in e.step.options] == ["2 steps", "4 steps", "last"]

@@ -1,4 +1,6 @@
-"""Weights of others come in and ours go out with equal outputs; a pickle that wants to run something is refused and not run."""
+"""Weights of others come in and ours go out with equal outputs; a pickle that wants to run something is
+refused and not run.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,22 @@ def test_a_timm_vit_gives_the_same_logits_here(pool, tmp_path):
 def test_a_monai_vit_gives_the_same_tokens_and_logits_here(size, bias, tmp_path):
     from monai.networks.nets import ViT
 
-    theirs = shaken(ViT(2, size, 8, 24, 96, 3, 2, classification=True, num_classes=5, spatial_dims=len(size), post_activation=None, qkv_bias=bias))
+    theirs = shaken(
+        ViT(
+            2,
+            size,
+            8,
+            24,
+            96,
+            3,
+            2,
+            classification=True,
+            num_classes=5,
+            spatial_dims=len(size),
+            post_activation=None,
+            qkv_bias=bias,
+        )
+    )
     save_file(theirs.state_dict(), tmp_path / "monai.safetensors")
     ours = shaken(ViTClassifier(size, 8, 2, 24, 3, 2, 5, norm_eps=1e-5))
     report = load_weights(ours, tmp_path / "monai.safetensors", require="")
@@ -94,8 +111,12 @@ def test_a_perceptron_patch_embedding_of_monai_is_the_same_convolution(tmp_path)
 def test_a_monai_unetr_gives_the_same_logits_here(tmp_path):
     from monai.networks.nets import UNETR as Theirs
 
-    theirs = shaken(Theirs(1, 3, (32, 32, 32), feature_size=2, hidden_size=24, mlp_dim=96, num_heads=2, qkv_bias=True))
-    torch.save({"state_dict": {f"module.{k}": v for k, v in theirs.state_dict().items()}}, tmp_path / "monai.pt")
+    theirs = shaken(
+        Theirs(1, 3, (32, 32, 32), feature_size=2, hidden_size=24, mlp_dim=96, num_heads=2, qkv_bias=True)
+    )
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in theirs.state_dict().items()}}, tmp_path / "monai.pt"
+    )
     ours = shaken(UNETR((32, 32, 32), 16, 1, 24, 12, 2, 3, 2, norm_eps=1e-5, class_token=False))
     report = load_weights(ours, tmp_path / "monai.pt", require="")
     assert report.missing == [] and report.unexpected == []
@@ -106,14 +127,22 @@ def test_a_monai_unetr_gives_the_same_logits_here(tmp_path):
 def test_a_monai_masked_autoencoder_predicts_the_same_patches_here(tmp_path):
     from monai.networks.nets import MaskedAutoEncoderViT
 
-    theirs = shaken(MaskedAutoEncoderViT(1, (16, 16, 16), 8, 24, 96, 3, 2, 0.5, 12, 48, 2, 2, spatial_dims=3, qkv_bias=True))
+    theirs = shaken(
+        MaskedAutoEncoderViT(
+            1, (16, 16, 16), 8, 24, 96, 3, 2, 0.5, 12, 48, 2, 2, spatial_dims=3, qkv_bias=True
+        )
+    )
     save_file(theirs.state_dict(), tmp_path / "monai.safetensors")
     ours = shaken(MaskedAutoencoder((16, 16, 16), 8, 1, 24, 3, 2, 12, 2, 2, mask_ratio=0.5, norm_eps=1e-5))
     report = load_weights(ours, tmp_path / "monai.safetensors", require="")
     assert report.missing == [] and report.unexpected == []
     image, noise = torch.rand(1, 1, 16, 16, 16), torch.rand(1, 8)
     visible = split_by_noise(noise, 0.5)[0]
-    theirs._masking = lambda x, masking_ratio=None: (x[:, visible[0]], visible, torch.ones(1, 8, dtype=torch.int))
+    theirs._masking = lambda x, masking_ratio=None: (
+        x[:, visible[0]],
+        visible,
+        torch.ones(1, 8, dtype=torch.int),
+    )
     assert_close(ours.predict_all(image, noise).pred, theirs(image)[0], **EQUAL)
 
 
@@ -121,12 +150,25 @@ def test_a_monai_masked_autoencoder_predicts_the_same_patches_here(tmp_path):
 def test_pickled_checkpoints_of_the_authors_and_of_facebook_load_as_their_safetensors_do(name, tmp_path):
     tensors = load_file(GOLDEN / f"{name}.weights.safetensors")
     files = {
-        "selfmedmae_mae3d_a": ("a.pth.tar", {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in tensors.items()}, "optimizer": {"lr": 1.0}}),
-        "facebook_mae_a": ("b.pth", {"model": tensors, "epoch": 3, "args": argparse.Namespace(lr=1e-3, data_path="x")}),
+        "selfmedmae_mae3d_a": (
+            "a.pth.tar",
+            {
+                "epoch": 3,
+                "state_dict": {f"module.{k}": v for k, v in tensors.items()},
+                "optimizer": {"lr": 1.0},
+            },
+        ),
+        "facebook_mae_a": (
+            "b.pth",
+            {"model": tensors, "epoch": 3, "args": argparse.Namespace(lr=1e-3, data_path="x")},
+        ),
     }
     file, content = files[name]
     torch.save(content, tmp_path / file)
-    sizes = {"selfmedmae_mae3d_a": ((16,) * 3, 4, 2, 48, 3, 4, 24, 2, 4), "facebook_mae_a": ((32,) * 2, 8, 3, 48, 3, 4, 32, 2, 4)}[name]
+    sizes = {
+        "selfmedmae_mae3d_a": ((16,) * 3, 4, 2, 48, 3, 4, 24, 2, 4),
+        "facebook_mae_a": ((32,) * 2, 8, 3, 48, 3, 4, 32, 2, 4),
+    }[name]
     one, two = (shaken(MaskedAutoencoder(*sizes)) for _ in range(2))
     load_weights(one, tmp_path / file, require="")
     load_weights(two, GOLDEN / f"{name}.weights.safetensors", require="")
@@ -135,12 +177,18 @@ def test_pickled_checkpoints_of_the_authors_and_of_facebook_load_as_their_safete
 
 @pytest.mark.parametrize(
     ("more", "part"),
-    [({"reg_tokens": 2}, "encoder.reg_token"), ({"pre_norm": True}, "encoder.norm_pre"), ({"init_values": 0.1}, "encoder.blocks.0.ls1.gamma")],
+    [
+        ({"reg_tokens": 2}, "encoder.reg_token"),
+        ({"pre_norm": True}, "encoder.norm_pre"),
+        ({"init_values": 0.1}, "encoder.blocks.0.ls1.gamma"),
+    ],
 )
 def test_a_vit_with_parts_that_this_encoder_lacks_is_refused_by_the_part(more, part, tmp_path):
     from timm.models.vision_transformer import VisionTransformer
 
-    theirs = VisionTransformer(img_size=(32, 32), patch_size=8, in_chans=1, embed_dim=24, depth=2, num_heads=2, num_classes=2, **more)
+    theirs = VisionTransformer(
+        img_size=(32, 32), patch_size=8, in_chans=1, embed_dim=24, depth=2, num_heads=2, num_classes=2, **more
+    )
     save_file(theirs.state_dict(), tmp_path / "timm.safetensors")
     ours = ViTClassifier((32, 32), 8, 1, 24, 2, 2, 2)
     before = {k: v.clone() for k, v in ours.state_dict().items()}
@@ -154,7 +202,22 @@ def test_weights_made_with_another_epsilon_of_the_norms_say_so(tmp_path):
 
     from smae_utils.method.checkpoints.save import save_weights
 
-    theirs = shaken(ViT(1, (16, 16), 8, 24, 96, 2, 2, classification=True, num_classes=3, spatial_dims=2, post_activation=None, qkv_bias=True))
+    theirs = shaken(
+        ViT(
+            1,
+            (16, 16),
+            8,
+            24,
+            96,
+            2,
+            2,
+            classification=True,
+            num_classes=3,
+            spatial_dims=2,
+            post_activation=None,
+            qkv_bias=True,
+        )
+    )
     save_file(theirs.state_dict(), tmp_path / "monai.safetensors")
     ours, right = (shaken(ViTClassifier((16, 16), 8, 1, 24, 2, 2, 3, norm_eps=eps)) for eps in (1e-6, 1e-5))
     assert "norm_eps=1e-05" in str(load_weights(ours, tmp_path / "monai.safetensors"))
@@ -229,7 +292,9 @@ NESTINGS = {
     "encoder of a module": lambda t: {"state_dict": under("model.encoder.", t)},
     "dictionaries in dictionaries": lambda t: {"state_dict": {"model": {"encoder": t}}, "epoch": 1},
     "dictionaries and names": lambda t: {"model": {"module": under("net._orig_mod.backbone.", t)}},
-    "compiled blocks": lambda t: {name.replace("blocks.1.", "blocks.1._orig_mod."): value for name, value in t.items()},
+    "compiled blocks": lambda t: {
+        name.replace("blocks.1.", "blocks.1._orig_mod."): value for name, value in t.items()
+    },
     "with an averaged copy": lambda t: {"model": t, "model_ema": {k: v + 1 for k, v in t.items()}},
     "beside an optimiser": lambda t: {"net": t, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}},
 }
@@ -305,7 +370,9 @@ MEMORY = {
 
 
 def as_transformers(tensors: dict, style: dict, layer: str | None = None) -> dict:
-    """timm's names -> those of transformers' ViT without `vit.`: of its files, or of its memory since version 5."""
+    """timm's names -> those of transformers' ViT without `vit.`: of its files, or of its memory since version
+    5.
+    """
     plain = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings"}
     out = {}
     for name, value in tensors.items():
@@ -353,16 +420,23 @@ def test_a_vit_of_transformers_without_bias_of_queries_loads_with_a_bias_of_zero
 @pytest.mark.parametrize("size", [(32, 32), (32, 48)], ids=str)
 def test_a_masked_autoencoder_of_transformers_is_the_same_here(size, style, layer, tmp_path):
     """Its names made from our tensors, with a zero class row in the decoder's table as theirs has."""
-    source, ours = (shaken(MaskedAutoencoder(size, 8, 1, 24, 2, 2, 12, 1, 2, norm_eps=1e-12)) for _ in range(2))
+    source, ours = (
+        shaken(MaskedAutoencoder(size, 8, 1, 24, 2, 2, 12, 1, 2, norm_eps=1e-12)) for _ in range(2)
+    )
     torch.nn.init.zeros_(ours.decoder_pred.weight)
     with torch.no_grad():
         source.encoder.pos_embed.add_(1)
     state = source.state_dict()
     row = torch.randn(1, 1, 24)
     encoder = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
-    encoder |= {"cls_token": encoder["cls_token"] - row, "pos_embed": torch.cat([row, encoder["pos_embed"]], 1)}
+    encoder |= {
+        "cls_token": encoder["cls_token"] - row,
+        "pos_embed": torch.cat([row, encoder["pos_embed"]], 1),
+    }
     blocks = {k.removeprefix("decoder_"): v for k, v in state.items() if k.startswith("decoder_blocks.")}
-    rest = {k: v for k, v in state.items() if k.startswith(("decoder_embed.", "decoder_norm.", "decoder_pred."))}
+    rest = {
+        k: v for k, v in state.items() if k.startswith(("decoder_embed.", "decoder_norm.", "decoder_pred."))
+    }
     tensors = under("vit.", as_transformers(encoder, style))
     tensors |= under("decoder.", {**as_transformers(blocks, style, layer), **rest})
     tensors |= {
@@ -408,7 +482,9 @@ class Malicious:
 
 
 def test_a_pickle_that_wants_to_run_something_is_refused_and_not_run(tmp_path):
-    torch.save({"model": {"cls_token": torch.zeros(1)}, "args": Malicious(tmp_path / "proof")}, tmp_path / "bad.pth")
+    torch.save(
+        {"model": {"cls_token": torch.zeros(1)}, "args": Malicious(tmp_path / "proof")}, tmp_path / "bad.pth"
+    )
     with pytest.raises(UserError, match="bad.pth was not loaded: it wants to run .*system"):
         load_weights(ViTClassifier((16, 16), 8, 1, 24, 2, 2, 2), tmp_path / "bad.pth")
     assert not (tmp_path / "proof").exists()
@@ -451,7 +527,9 @@ def test_a_2d_vit_adapted_to_3d_answers_a_stack_of_equal_slices_as_it_answered_o
     solid.encoder.blocks = solid.encoder.blocks[:2]
     load_weights(solid, tmp_path / "flat.safetensors", adapt=True)
     slice_ = torch.rand(1, 2, 16, 24)
-    flat = solid.encoder.embed(solid.encoder.cut(slice_.unsqueeze(-1).repeat(1, 1, 1, 1, 16)))[:, 1:].reshape(2, 3, 2, 24)
+    flat = solid.encoder.embed(solid.encoder.cut(slice_.unsqueeze(-1).repeat(1, 1, 1, 1, 16)))[:, 1:].reshape(
+        2, 3, 2, 24
+    )
     two = shaken(ViTClassifier((16, 24), 8, 2, 24, 2, 2, 2))
     load_weights(two, tmp_path / "flat.safetensors", adapt=True)
     expected = two.encoder.embed(two.encoder.cut(slice_))[:, 1:].reshape(2, 3, 24)
@@ -471,7 +549,14 @@ def built(folder: Path) -> torch.nn.Module:
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 def test_an_exported_classifier_gives_the_same_logits_in_timm(pool, cxr14, tiny, bare, tmp_path):
-    run = finetune("cxr14", cxr14, tmp_path / "run", preset=bare, overrides={**tiny["cxr14", "finetune"], "pool": pool}, report=quiet)
+    run = finetune(
+        "cxr14",
+        cxr14,
+        tmp_path / "run",
+        preset=bare,
+        overrides={**tiny["cxr14", "finetune"], "pool": pool},
+        report=quiet,
+    )
     theirs, ours = built(export(run.path, "timm", tmp_path / "out")), load_finetuned(run)[0]
     image = torch.rand(2, 1, 32, 32)
     assert_close(theirs(image), ours(image), **EQUAL)
@@ -487,15 +572,36 @@ def test_an_exported_classifier_gives_the_same_logits_in_monai(cxr14, tiny, bare
 
 @pytest.mark.slow
 def test_an_exported_unetr_gives_the_same_logits_in_monai(brats, tiny, bare, tmp_path):
-    fits = {"patch_size": 16, "depth": 12, "class_token": False, "norm_eps": 1e-5, "crop_size": [32, 32, 32], "steps": 1}
-    run = finetune("brats", brats, tmp_path / "run", preset=bare, overrides={**tiny["brats", "finetune"], **fits}, report=quiet)
+    fits = {
+        "patch_size": 16,
+        "depth": 12,
+        "class_token": False,
+        "norm_eps": 1e-5,
+        "crop_size": [32, 32, 32],
+        "steps": 1,
+    }
+    run = finetune(
+        "brats",
+        brats,
+        tmp_path / "run",
+        preset=bare,
+        overrides={**tiny["brats", "finetune"], **fits},
+        report=quiet,
+    )
     theirs, ours = built(export(run.path, "monai-unetr", tmp_path / "out")), load_finetuned(run)[0]
     image = torch.rand(1, 4, 32, 32, 32)
     assert_close(theirs(image), ours(image), **EQUAL)
 
 
 def test_an_exported_encoder_of_a_pretraining_run_gives_the_same_tokens_in_monai(brats, tiny, bare, tmp_path):
-    run = pretrain("brats", brats, tmp_path / "run", bare, {**tiny["brats", "pretrain"], "class_token": False, "norm_eps": 1e-5}, report=quiet)
+    run = pretrain(
+        "brats",
+        brats,
+        tmp_path / "run",
+        bare,
+        {**tiny["brats", "pretrain"], "class_token": False, "norm_eps": 1e-5},
+        report=quiet,
+    )
     theirs = built(export(run.path, "monai-vit", tmp_path / "out"))
     ours = UNETR((16, 16, 16), 8, 4, 24, 3, 2, 1, 2, class_token=False, norm_eps=1e-5).eval()
     load_weights(ours, run.path)
@@ -503,9 +609,15 @@ def test_an_exported_encoder_of_a_pretraining_run_gives_the_same_tokens_in_monai
     assert_close(theirs(image)[0], ours.encoder(image)[0], **EQUAL)
 
 
-def test_what_a_target_cannot_hold_is_refused_with_the_settings_that_it_could(brats, cxr14, tiny, bare, tmp_path):
-    three = finetune("brats", brats, tmp_path / "three", preset=bare, overrides=tiny["brats", "finetune"], report=quiet)
-    two = finetune("cxr14", cxr14, tmp_path / "two", preset=bare, overrides=tiny["cxr14", "finetune"], report=quiet)
+def test_what_a_target_cannot_hold_is_refused_with_the_settings_that_it_could(
+    brats, cxr14, tiny, bare, tmp_path
+):
+    three = finetune(
+        "brats", brats, tmp_path / "three", preset=bare, overrides=tiny["brats", "finetune"], report=quiet
+    )
+    two = finetune(
+        "cxr14", cxr14, tmp_path / "two", preset=bare, overrides=tiny["cxr14", "finetune"], report=quiet
+    )
     for run, to, words in (
         (three, "monai-unetr", "patch_size=16 depth=12 class_token=false norm_eps=1e-05"), (three, "timm", "2D"), (two, "monai-unetr", "segmentation"),
         (two, "monai-vit", "norm_eps=1e-05"), (two, "keras", "expected one of timm"),
@@ -521,7 +633,9 @@ def test_a_timm_model_by_name_is_taken_from_timm_and_only_when_asked(monkeypatch
 
     theirs = shaken(timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0))
     asked = []
-    monkeypatch.setattr(timm, "create_model", lambda name, **how: asked.append((name, how["pretrained"])) or theirs)
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, **how: asked.append((name, how["pretrained"])) or theirs
+    )
     ours = shaken(ViTClassifier((32, 32), 16, 3, 192, 12, 3, 2))
     load_weights(ours, "timm:vit_tiny_patch16_224.augreg_in21k")
     assert asked == [("vit_tiny_patch16_224.augreg_in21k", True)]
@@ -530,7 +644,11 @@ def test_a_timm_model_by_name_is_taken_from_timm_and_only_when_asked(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("vit_huge_patch99", "did you mean"), ("vit_tiny_patch16_224.augreg_in21k", "could not get the weights")]
+    ("name", "words"),
+    [
+        ("vit_huge_patch99", "did you mean"),
+        ("vit_tiny_patch16_224.augreg_in21k", "could not get the weights"),
+    ],
 )
 def test_a_timm_name_that_cannot_be_had_is_one_line(name, words, monkeypatch):
     import timm

@@ -1,4 +1,5 @@
-"""A table of what is read and how it is understood: each row makes a small file and compares what is read with numbers known apart.
+"""A table of what is read and how it is understood: each row makes a small file and compares what is read
+with numbers known apart.
 
 `python tests/test_formats.py --write` makes docs/formats.md from the same table.
 """
@@ -122,7 +123,8 @@ def checked(file: Path) -> checking.Report:
         return checking.check(str(file), say=lambda line: None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- scans
+# ----------------------------------------------------------------------------------------------------------------------------
+# scans
 section("Scans")
 
 
@@ -177,11 +179,16 @@ def lies_where_simpleitk_says(path: Path, values: np.ndarray) -> None:
     np.testing.assert_array_equal(ours.values, values)
     for index in ([0, 0, 0], [3, 4, 5], [1, 3, 2]):
         left, back, up = theirs.TransformIndexToPhysicalPoint(index)  # ITK counts to the left and to the back
-        np.testing.assert_allclose(nib.affines.apply_affine(ours.affine, index), [-left, -back, up], atol=1e-6)
+        np.testing.assert_allclose(
+            nib.affines.apply_affine(ours.affine, index), [-left, -back, up], atol=1e-6
+        )
         assert np.atleast_1d(theirs[index]).tolist() == ours.values[(slice(None), *index)].tolist()
 
 
-@row("`.mha`, `.mhd`", "each voxel where SimpleITK says it lies, in mm, counted to the right, front and head (RAS)")
+@row(
+    "`.mha`, `.mhd`",
+    "each voxel where SimpleITK says it lies, in mm, counted to the right, front and head (RAS)",
+)
 def _(folder):
     for name in ("a.mha", "a.mhd"):
         lies_where_simpleitk_says(folder / name, write_itk(folder / name))
@@ -218,12 +225,18 @@ def _(folder):
 
 @row("shape (X, Y, Z, C)", "C channels")
 def _(folder):
-    is_read_as(save(folder / "a.nii.gz", np.stack([VALUES, VALUES + 7, -VALUES], -1)), np.stack([VALUES, VALUES + 7, -VALUES]))
+    is_read_as(
+        save(folder / "a.nii.gz", np.stack([VALUES, VALUES + 7, -VALUES], -1)),
+        np.stack([VALUES, VALUES + 7, -VALUES]),
+    )
 
 
 @row("shape (X, Y, Z, 1, C), as ITK writes channels", "C channels")
 def _(folder):
-    is_read_as(save(folder / "a.nii.gz", np.stack([VALUES, VALUES + 7], -1)[:, :, :, None]), np.stack([VALUES, VALUES + 7]))
+    is_read_as(
+        save(folder / "a.nii.gz", np.stack([VALUES, VALUES + 7], -1)[:, :, :, None]),
+        np.stack([VALUES, VALUES + 7]),
+    )
 
 
 @row("one file a channel: a list of files as `image`", "channels in this order; all have to lie on one grid")
@@ -235,7 +248,10 @@ def _(folder):
         read_channels([str(one), str(moved)])
 
 
-@row("micro-CT: voxels of 0.008 mm", "a scan like any other: the command `check` proposes 0.008 mm, and volumes in ml keep four digits")
+@row(
+    "micro-CT: voxels of 0.008 mm",
+    "a scan like any other: the command `check` proposes 0.008 mm, and volumes in ml keep four digits",
+)
 def _(folder):
     fine = np.diag([0.008, 0.008, 0.008, 1.0])
     for name, extra in (("a", 0), ("b", 1)):
@@ -250,7 +266,10 @@ def _(folder):
     assert _sizes(mask, fine, bone) == {"bone (ml)": pytest.approx(2000 * 0.008**3 / 1000, rel=1e-4)}
 
 
-@row("a header whose voxel sizes (pixdim) contradict its affine", "the affine counts, for voxel sizes and for distances in mm; `check` tells of it")
+@row(
+    "a header whose voxel sizes (pixdim) contradict its affine",
+    "the affine counts, for voxel sizes and for distances in mm; `check` tells of it",
+)
 def _(folder):
     affine = np.diag([3.0, 3.0, 4.0, 1.0])
     label = np.zeros(SHAPE, np.uint8)
@@ -268,14 +287,20 @@ def _(folder):
     numbers, image = read_label(task.read_splits(Path(""), 0, 0)["train"][0], task)
     shifted = np.roll(numbers, 2, axis=0)  # two voxels of 3 mm further on
     assert score_masks(shifted, numbers, task, image.spacing_mm, "a")[0]["hd95_mm"] == pytest.approx(6)
-    assert any("a.nii.gz: voxel sizes 1x1x1 mm, by its affine 3x3x4" in line for line in checked(file).remarks)
+    assert any(
+        "a.nii.gz: voxel sizes 1x1x1 mm, by its affine 3x3x4" in line for line in checked(file).remarks
+    )
 
 
 @row("more bytes behind the end of a `.nii.gz`", "they are left out")
 def _(folder):
     values = np.random.default_rng(9).integers(0, 1000, (12, 11, 10)).astype(np.int16)
     whole = save(folder / "a.nii.gz", values).read_bytes()
-    variants = {"zeros": whole + b"\0" * 512, "words": whole + b"words" * 50, "inside": gzip.compress(gzip.decompress(whole) + b"words" * 50)}
+    variants = {
+        "zeros": whole + b"\0" * 512,
+        "words": whole + b"words" * 50,
+        "inside": gzip.compress(gzip.decompress(whole) + b"words" * 50),
+    }
     for name, content in variants.items():
         (folder / f"{name}.nii.gz").write_bytes(content)
         is_read_as(folder / f"{name}.nii.gz", values[None])
@@ -319,12 +344,28 @@ proved_in_test_dicom(
     "test_an_enhanced_multi_frame_file_is_the_series_in_one_file",
 )
 REFUSED = "test_slices_that_are_no_volume_are_refused_with_what_was_found"
-proved_in_test_dicom("DICOM: a slice is missing", "refused, with the slice behind which the gap is", REFUSED, "a slice is missing")
-proved_in_test_dicom("DICOM: two acquisitions in one series", "refused: keep one of them in the folder", REFUSED, "two acquisitions")
-proved_in_test_dicom("DICOM: a tilted gantry", "refused: straighten it first, for example with dcm2niix", REFUSED, "tilted gantry")
+proved_in_test_dicom(
+    "DICOM: a slice is missing",
+    "refused, with the slice behind which the gap is",
+    REFUSED,
+    "a slice is missing",
+)
+proved_in_test_dicom(
+    "DICOM: two acquisitions in one series",
+    "refused: keep one of them in the folder",
+    REFUSED,
+    "two acquisitions",
+)
+proved_in_test_dicom(
+    "DICOM: a tilted gantry",
+    "refused: straighten it first, for example with dcm2niix",
+    REFUSED,
+    "tilted gantry",
+)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- masks
+# ----------------------------------------------------------------------------------------------------------------------------
+# masks
 section("Masks")
 LABEL = np.random.default_rng(1).integers(0, 3, SHAPE).astype(np.uint8)
 
@@ -353,11 +394,19 @@ def numbers_of(folder: Path, stored: np.ndarray, labels: dict) -> tuple[np.ndarr
 
 def written_back(folder: Path, numbers: np.ndarray, task: Task) -> np.ndarray:
     """Label numbers as they are written for a prediction, read by nibabel."""
-    return np.asarray(nib.load(write_mask(folder / "predicted", numbers, task, Volume(VALUES[None], AFFINE, "i.nii.gz"))).dataobj)
+    return np.asarray(
+        nib.load(
+            write_mask(folder / "predicted", numbers, task, Volume(VALUES[None], AFFINE, "i.nii.gz"))
+        ).dataobj
+    )
 
 
-def stored_otherwise(values: np.ndarray, order: Sequence[int], flips: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The same voxels at the same places, counted along other axes and from other corners: values and their affine."""
+def stored_otherwise(
+    values: np.ndarray, order: Sequence[int], flips: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same voxels at the same places, counted along other axes and from other corners: values and their
+    affine.
+    """
     affine = AFFINE.copy()
     for axis in flips:
         affine[:3, 3] += AFFINE[:3, axis] * (values.shape[axis] - 1)
@@ -378,7 +427,10 @@ def is_brought_over(folder: Path, order: Sequence[int], flips: Sequence[int]) ->
         assert found[index] == np.asarray(stored.dataobj)[tuple(there)]
 
 
-@row("a mask counted from other corners (LPS, its image RAS)", "turned to the image's axes, voxel for voxel; nothing is resampled")
+@row(
+    "a mask counted from other corners (LPS, its image RAS)",
+    "turned to the image's axes, voxel for voxel; nothing is resampled",
+)
 def _(folder):
     is_brought_over(folder, (0, 1, 2), (0, 1))
     assert nib.aff2axcodes(nib.load(folder / "m.nii.gz").affine) == ("L", "P", "S")
@@ -390,10 +442,16 @@ def _(folder):
         is_brought_over(folder, order, flips)
 
 
-@row("a mask on another grid", "refused, with the command `resample`, which writes it on the image's grid by nearest neighbour")
+@row(
+    "a mask on another grid",
+    "refused, with the command `resample`, which writes it on the image's grid by nearest neighbour",
+)
 def _(folder):
     rough, fine = np.diag([4.0, 4.0, 4.0, 1.0]), np.diag([1.5, 1.5, 1.5, 1.0])
-    fine[:3, 3] = -2.9  # the image is larger than the mask, and its voxels lie in all parts of the mask's, also the outer halves
+    fine[
+        :3, 3
+        # The image is larger than the mask, and its voxels lie in all parts of the mask's, also the outer halves
+    ] = -2.9
     label = np.random.default_rng(2).choice([0, 1, 700], (5, 5, 5)).astype(np.int16)
     save(folder / "m m.nii.gz", label, rough)  # a blank in the name: the command quotes it
     image = read_volume(save(folder / "i.nii.gz", np.ones((15, 16, 17), np.int16), fine))
@@ -404,7 +462,11 @@ def _(folder):
         assert words[0] == "resample" and main(words) == 0
     made = nib.load(folder / words[-1])
     np.testing.assert_allclose(made.affine, fine, atol=1e-6)
-    nearest = np.stack(np.meshgrid(*(((np.arange(n) * 1.5 - 2.9) / 4).round().astype(int) for n in (15, 16, 17)), indexing="ij"))
+    nearest = np.stack(
+        np.meshgrid(
+            *(((np.arange(n) * 1.5 - 2.9) / 4).round().astype(int) for n in (15, 16, 17)), indexing="ij"
+        )
+    )
     inside = ((nearest >= 0) & (nearest < 5)).all(0)
     expected = np.where(inside, label[tuple(nearest.clip(0, 4))], 0)
     np.testing.assert_array_equal(np.asarray(made.dataobj), expected)
@@ -442,7 +504,10 @@ def _(folder):
 STORED = np.random.default_rng(3).integers(0, 4, SHAPE).astype(np.uint8)
 
 
-@row('nnU-Net\'s `{"kidney": [1, 2], "tumour": 3}`', "values 1 and 2 are one class; predictions are written with the first of them")
+@row(
+    'nnU-Net\'s `{"kidney": [1, 2], "tumour": 3}`',
+    "values 1 and 2 are one class; predictions are written with the first of them",
+)
 def _(folder):
     numbers, task = numbers_of(folder, STORED, {"background": 0, "kidney": [1, 2], "tumour": 3})
     np.testing.assert_array_equal(numbers, np.select([np.isin(STORED, (1, 2)), STORED == 3], [1, 2]))
@@ -459,7 +524,8 @@ def are_regions(folder: Path, stored: np.ndarray, regions: dict[str, list[int]])
 
 
 @row(
-    'nnU-Net\'s `{"whole": [1, 2, 3], "core": [2, 3], "active": 3}`', "regions that lie in one another, the widest first: each is a class of its own"
+    'nnU-Net\'s `{"whole": [1, 2, 3], "core": [2, 3], "active": 3}`',
+    "regions that lie in one another, the widest first: each is a class of its own",
 )
 def _(folder):
     are_regions(folder, STORED, {"whole": [1, 2, 3], "core": [2, 3], "active": [3]})
@@ -482,12 +548,17 @@ def _(folder):
         numbers, task = numbers_of(folder, stored, {**labels, "ignore": 3})
         assert (numbers[2:] == IGNORE).all() and not (numbers[:2] == IGNORE).any()
         loss, rng = build_loss(task), torch.Generator().manual_seed(0)
-        logits, label = torch.randn(1, task.out_chans, *SHAPE, generator=rng), torch.from_numpy(numbers)[None, None]
+        logits, label = (
+            torch.randn(1, task.out_chans, *SHAPE, generator=rng),
+            torch.from_numpy(numbers)[None, None],
+        )
         other, elsewhere = logits.clone(), logits.clone()
         other[:, :, 2:] = torch.randn(1, task.out_chans, 2, *SHAPE[1:], generator=rng) * 9
         elsewhere[:, :, :2] += torch.randn(1, task.out_chans, 2, *SHAPE[1:], generator=rng)
         assert loss(other, label) == loss(logits, label) != loss(elsewhere, label)
-        assert float(loss(logits, label)) == pytest.approx(float(loss(logits[:, :, :2], label[:, :, :2])), rel=1e-5)
+        assert float(loss(logits, label)) == pytest.approx(
+            float(loss(logits[:, :, :2], label[:, :, :2])), rel=1e-5
+        )
         predicted = np.random.default_rng(4).integers(0, 3, SHAPE).astype(np.uint8)
         changed = predicted.copy()
         changed[2:] = (changed[2:] + 1) % 3
@@ -521,7 +592,9 @@ def _(folder):
     stored = np.array([0, 300, 65535], np.uint16)[FLAT]
     numbers, task = flat_numbers(folder, Image.fromarray(stored), {"300": "left lung", "65535": "right lung"})
     np.testing.assert_array_equal(numbers, FLAT)
-    np.testing.assert_array_equal(np.asarray(Image.open(write_mask(folder / "predicted", numbers, task, None))), stored)
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(write_mask(folder / "predicted", numbers, task, None))), stored
+    )
 
 
 @row("a mask in a PNG with a palette", "the index of each pixel counts, not its colour")
@@ -540,15 +613,21 @@ def _(folder):
     np.testing.assert_array_equal(numbers, FLAT > 0)
 
 
-@row('a mask of 0 and 255, with `{"255": "lung"}`', "255 is the class lung; predictions are written with 0 and 255")
+@row(
+    'a mask of 0 and 255, with `{"255": "lung"}`',
+    "255 is the class lung; predictions are written with 0 and 255",
+)
 def _(folder):
     stored = np.where(FLAT > 0, 255, 0).astype(np.uint8)
     numbers, task = flat_numbers(folder, Image.fromarray(stored), {"0": "background", "255": "lung"})
     np.testing.assert_array_equal(numbers, FLAT > 0)
-    np.testing.assert_array_equal(np.asarray(Image.open(write_mask(folder / "predicted", numbers, task, None))), stored)
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(write_mask(folder / "predicted", numbers, task, None))), stored
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------------------- pictures
+# -------------------------------------------------------------------------------------------------------------------------
+# pictures
 section("Pictures")
 
 
@@ -583,7 +662,9 @@ def stored_in_tiff(path: Path, kind: type) -> np.ndarray:
 @row("a TIFF of 8 bits in which white is 0", "white as white")
 def _(folder):
     Image.fromarray(PICTURE).save(folder / "i.tif", tiffinfo={262: 0})
-    np.testing.assert_array_equal(np.asarray(read_image(folder / "i.tif")), 255 - stored_in_tiff(folder / "i.tif", np.uint8))
+    np.testing.assert_array_equal(
+        np.asarray(read_image(folder / "i.tif")), 255 - stored_in_tiff(folder / "i.tif", np.uint8)
+    )
 
 
 DEEP = (PICTURE.astype(np.uint16) * 13 + 400).astype(np.uint16)  # 12 bits in 16
@@ -651,20 +732,25 @@ def _(folder):
 
 @row("a TIFF of several pages", "refused: save the one that is meant")
 def _(folder):
-    Image.fromarray(PICTURE).save(folder / "i.tif", save_all=True, append_images=[Image.fromarray(255 - PICTURE)])
+    Image.fromarray(PICTURE).save(
+        folder / "i.tif", save_all=True, append_images=[Image.fromarray(255 - PICTURE)]
+    )
     with refused("i.tif", "2 pages"):
         read_image(folder / "i.tif")
 
 
 @row("an animated GIF called `.png`", "refused: save the picture that is meant")
 def _(folder):
-    Image.fromarray(PICTURE).save(folder / "i.gif", save_all=True, append_images=[Image.fromarray(255 - PICTURE)])
+    Image.fromarray(PICTURE).save(
+        folder / "i.gif", save_all=True, append_images=[Image.fromarray(255 - PICTURE)]
+    )
     (folder / "i.gif").rename(folder / "i.png")
     with refused("i.png", "2 pages or frames"):
         read_image(folder / "i.png")
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- lists
+# ----------------------------------------------------------------------------------------------------------------------------
+# lists
 section("Lists")
 TABLE = "image,label,split,patient\ni0.png,sick,train,p0\ni1.png,well,train,p1\ni2.png,sick,val,p2\ni3.png,well,test,p3\n"
 
@@ -704,11 +790,15 @@ def says_the_same(folder: Path, content: str | bytes) -> None:
     assert (task.kind, task.classes) == ("classification", ("sick", "well")) and said(splits) == PLAIN
 
 
-row("CSV with commas", "a line an image; `split` and `patient` where they are said")(lambda folder: says_the_same(folder, TABLE))
+row("CSV with commas", "a line an image; `split` and `patient` where they are said")(
+    lambda folder: says_the_same(folder, TABLE)
+)
 row("CSV with semicolons", "the same")(lambda folder: says_the_same(folder, TABLE.replace(",", ";")))
 row("CSV with tabs", "the same")(lambda folder: says_the_same(folder, TABLE.replace(",", "\t")))
 row("CSV in UTF-16", "the same")(lambda folder: says_the_same(folder, TABLE.encode("utf-16")))
-row("CSV that starts with a mark of UTF-8 (BOM)", "the same")(lambda folder: says_the_same(folder, TABLE.encode("utf-8-sig")))
+row("CSV that starts with a mark of UTF-8 (BOM)", "the same")(
+    lambda folder: says_the_same(folder, TABLE.encode("utf-8-sig"))
+)
 
 
 @row("CSV with the row numbers of pandas", "the column without a name is left out, and a note says so")
@@ -723,7 +813,10 @@ def _(folder):
         assert [n for n in task.notes if column in n and "left out" in n]
 
 
-@row("a column `patient_id`, `PatientID` or `subject`", "the patient; a list with one patient in two splits is refused")
+@row(
+    "a column `patient_id`, `PatientID` or `subject`",
+    "the patient; a list with one patient in two splits is refused",
+)
 def _(folder):
     for name in ("patient_id", "PatientID", "subject"):
         says_the_same(folder, TABLE.replace("patient", name))
@@ -731,7 +824,9 @@ def _(folder):
             read_table(folder, TABLE.replace("patient", name).replace("p2", "p0"))
 
 
-@row("a column or a key that is not known", "left out, and a note says so, with the nearest word that is known")
+@row(
+    "a column or a key that is not known", "left out, and a note says so, with the nearest word that is known"
+)
 def _(folder):
     task, splits = read_table(folder, TABLE.replace("patient", "pateint"))
     assert any("column 'pateint' is not used here: did you mean 'patient'?" in note for note in task.notes)
@@ -751,7 +846,9 @@ def _(folder):
         _, splits = read_table(folder, text, 6, fold)
         json_splits = get_task(str(write_json(folder, training=entries))).read_splits(Path(""), 0, fold)
         for parts in (splits, json_splits):
-            assert {c["case"] for c in parts["val"]} == {f"i{fold}", f"i{fold + 3}"} and len(parts["train"]) == 4
+            assert {c["case"] for c in parts["val"]} == {f"i{fold}", f"i{fold + 3}"} and len(
+                parts["train"]
+            ) == 4
     with refused("no training entry has fold 7", "0, 1, 2"):
         read_table(folder, text, 6, 7)
 
@@ -768,14 +865,19 @@ def vectors(splits: dict) -> dict[str, list | None]:
 
 @row("`A | B`", "both classes")
 def _(folder):
-    task, splits = read_table(folder, "image,label\ni0.png,Mass | Nodule\ni1.png,Mass\ni2.png,Nodule|Mass\ni3.png,Nodule\n")
+    task, splits = read_table(
+        folder, "image,label\ni0.png,Mass | Nodule\ni1.png,Mass\ni2.png,Nodule|Mass\ni3.png,Nodule\n"
+    )
     assert task.classes == ("Mass", "Nodule")
     assert vectors(splits) == {"i0": [1, 1], "i1": [1, 0], "i2": [1, 1], "i3": [0, 1]}
 
 
 @row("an empty cell for the label", "an image without a label: for pre-training only")
 def _(folder):
-    for text in (TABLE.replace("i1.png,well", "i1.png,"), "image,sick,well,split\ni0.png,1,0,\ni1.png,,,\ni2.png,1,0,val\ni3.png,0,1,test\n"):
+    for text in (
+        TABLE.replace("i1.png,well", "i1.png,"),
+        "image,sick,well,split\ni0.png,1,0,\ni1.png,,,\ni2.png,1,0,val\ni3.png,0,1,test\n",
+    ):
         _, splits = read_table(folder, text)
         assert vectors(splits) == {"i0": [1, 0], "i1": None, "i2": [1, 0], "i3": [0, 1]}
 
@@ -798,13 +900,20 @@ def _(folder):
     logits = torch.logit(torch.from_numpy(scores))
     assert float(known_bce(logits, torch.from_numpy(targets))) == pytest.approx(bce, rel=1e-5)
     entries = [{"image": f"i{i}.png", "label": list(map(int, truth[i]))} for i in range(n)]
-    cases = get_task(str(write_json(folder, classes=["mass", "nodule"], test=entries))).read_splits(Path(""), 0, 0)["test"]
-    np.testing.assert_array_equal(np.array([c.get("label", [np.nan, np.nan]) for c in cases], np.float32), targets)
+    cases = get_task(str(write_json(folder, classes=["mass", "nodule"], test=entries))).read_splits(
+        Path(""), 0, 0
+    )["test"]
+    np.testing.assert_array_equal(
+        np.array([c.get("label", [np.nan, np.nan]) for c in cases], np.float32), targets
+    )
 
 
 @row("`No Finding`", "none of the classes")
 def _(folder):
-    task, splits = read_table(folder, "image,Finding Labels\ni0.png,Mass\ni1.png,No Finding\ni2.png,Mass|Nodule\ni3.png,no finding\n")
+    task, splits = read_table(
+        folder,
+        "image,Finding Labels\ni0.png,Mass\ni1.png,No Finding\ni2.png,Mass|Nodule\ni3.png,no finding\n",
+    )
     assert task.classes == ("Mass", "Nodule")
     assert vectors(splits) == {"i0": [1, 0], "i1": [0, 0], "i2": [1, 1], "i3": [0, 0]}
 
@@ -815,9 +924,20 @@ def _(folder):
     entries = [{"image": f"i{i}.png", "label": number} for i, number in enumerate((2, 0, 1, 2))]
     task = get_task(str(write_json(folder, classes=["well", "mass", "nodule"], training=entries)))
     assert task.kind == "classification" and task.classes == ("well", "mass", "nodule")
-    assert vectors(task.read_splits(Path(""), 0, 0)) == {"i0": [0, 0, 1], "i1": [1, 0, 0], "i2": [0, 1, 0], "i3": [0, 0, 1]}
+    assert vectors(task.read_splits(Path(""), 0, 0)) == {
+        "i0": [0, 0, 1],
+        "i1": [1, 0, 0],
+        "i2": [0, 1, 0],
+        "i3": [0, 0, 1],
+    }
     with refused("label of i0 is 3", "0 .. 2"):
-        get_task(str(write_json(folder, classes=["well", "mass", "nodule"], training=[{"image": "i0.png", "label": 3}]))).read_splits(Path(""), 0, 0)
+        get_task(
+            str(
+                write_json(
+                    folder, classes=["well", "mass", "nodule"], training=[{"image": "i0.png", "label": 3}]
+                )
+            )
+        ).read_splits(Path(""), 0, 0)
 
 
 def scans(folder: Path, names: Sequence[str]) -> None:
@@ -826,31 +946,68 @@ def scans(folder: Path, names: Sequence[str]) -> None:
         save(folder / name, LABEL if "label" in name else VALUES + np.int16(i))
 
 
-@row("`dataset.json` of the Medical Segmentation Decathlon", "scans and masks as listed; test scans, which are bare paths, have no label")
+@row(
+    "`dataset.json` of the Medical Segmentation Decathlon",
+    "scans and masks as listed; test scans, which are bare paths, have no label",
+)
 def _(folder):
-    scans(folder, [f"{part}/liver_{i}.nii.gz" for i in range(3) for part in ("imagesTr", "labelsTr")] + ["imagesTs/liver_7.nii.gz"])
-    entries = [{"image": f"./imagesTr/liver_{i}.nii.gz", "label": f"./labelsTr/liver_{i}.nii.gz"} for i in range(3)]
-    content = {"name": "Liver", "tensorImageSize": "3D", "licence": "CC", "release": "1.0", "modality": {"0": "CT"}, "numTraining": 3, "numTest": 1}
-    content |= {"labels": {"0": "background", "1": "liver", "2": "cancer"}, "training": entries, "test": ["./imagesTs/liver_7.nii.gz"]}
+    scans(
+        folder,
+        [f"{part}/liver_{i}.nii.gz" for i in range(3) for part in ("imagesTr", "labelsTr")]
+        + ["imagesTs/liver_7.nii.gz"],
+    )
+    entries = [
+        {"image": f"./imagesTr/liver_{i}.nii.gz", "label": f"./labelsTr/liver_{i}.nii.gz"} for i in range(3)
+    ]
+    content = {
+        "name": "Liver",
+        "tensorImageSize": "3D",
+        "licence": "CC",
+        "release": "1.0",
+        "modality": {"0": "CT"},
+        "numTraining": 3,
+        "numTest": 1,
+    }
+    content |= {
+        "labels": {"0": "background", "1": "liver", "2": "cancer"},
+        "training": entries,
+        "test": ["./imagesTs/liver_7.nii.gz"],
+    }
     task = get_task(str(write_json(folder, "dataset.json", **content)))
     splits = task.read_splits(Path(""), 0, 0)
-    assert (task.kind, task.channels, task.classes, task.title) == ("segmentation", ("CT",), ("liver", "cancer"), "Liver")
+    assert (task.kind, task.channels, task.classes, task.title) == (
+        "segmentation",
+        ("CT",),
+        ("liver", "cancer"),
+        "Liver",
+    )
     assert not [note for note in task.notes if "not used" in note]
     assert {c["case"] for c in splits["train"] + splits["val"]} == {"liver_0", "liver_1", "liver_2"}
     assert [(c["case"], "label" in c) for c in splits["test"]] == [("liver_7", False)]
     np.testing.assert_array_equal(read_label(splits["train"][0], task)[0], LABEL)
 
 
-@row("`dataset.json` of nnU-Net's second version", "scans are what lies in imagesTr and imagesTs, one file a channel; masks in labelsTr")
+@row(
+    "`dataset.json` of nnU-Net's second version",
+    "scans are what lies in imagesTr and imagesTs, one file a channel; masks in labelsTr",
+)
 def _(folder):
-    names = [f"imagesTr/br_{i}_000{c}.nii.gz" for i in range(3) for c in range(2)] + [f"labelsTr/br_{i}.nii.gz" for i in range(3)]
+    names = [f"imagesTr/br_{i}_000{c}.nii.gz" for i in range(3) for c in range(2)] + [
+        f"labelsTr/br_{i}.nii.gz" for i in range(3)
+    ]
     scans(folder, [*names, "imagesTs/br_9_0000.nii.gz", "imagesTs/br_9_0001.nii.gz"])
-    content = {"channel_names": {"0": "T1", "1": "FLAIR"}, "labels": {"background": 0, "edema": 1, "core": 2}, "numTraining": 3}
+    content = {
+        "channel_names": {"0": "T1", "1": "FLAIR"},
+        "labels": {"background": 0, "edema": 1, "core": 2},
+        "numTraining": 3,
+    }
     task = get_task(str(write_json(folder, "dataset.json", **content, file_ending=".nii.gz")))
     splits = task.read_splits(Path(""), 0, 0)
     assert (task.kind, task.channels, task.classes) == ("segmentation", ("T1", "FLAIR"), ("edema", "core"))
     cases = {c["case"]: c for c in splits["train"] + splits["val"]}
-    assert set(cases) == {"br_0", "br_1", "br_2"} and [(c["case"], "label" in c) for c in splits["test"]] == [("br_9", False)]
+    assert set(cases) == {"br_0", "br_1", "br_2"} and [(c["case"], "label" in c) for c in splits["test"]] == [
+        ("br_9", False)
+    ]
     assert [Path(f).name for f in cases["br_1"]["image"]] == ["br_1_0000.nii.gz", "br_1_0001.nii.gz"]
     assert Path(cases["br_1"]["label"]) == folder / "labelsTr" / "br_1.nii.gz"
 
@@ -861,20 +1018,28 @@ def _(folder):
     (folder / "sub").mkdir()
     os.symlink(folder / "i0.png", folder / "link.png")
     for again in ("link.png", "sub/../i0.png"):
-        entries = [{"image": "i0.png", "class": "a"}, {"image": "i1.png", "class": "b"}, {"image": again, "class": "a", "case": "again"}]
+        entries = [
+            {"image": "i0.png", "class": "a"},
+            {"image": "i1.png", "class": "b"},
+            {"image": again, "class": "a", "case": "again"},
+        ]
         with refused("twice", "i0", "again"):
             get_task(str(write_json(folder, training=entries))).read_splits(Path(""), 0, 0)
 
 
 def mirrored(task: Task) -> bool:
-    """Whether augmentation that always flips turns left and right round; front and back go with them, up and down always turn."""
+    """Whether augmentation that always flips turns left and right round; front and back go with them, up and
+    down always turn.
+    """
     none = {"rotate_prob": 0.0, "intensity_prob": 0.0}
     settings = FinetuneSettings(crop_size=SHAPE, flip_prob=1.0, crops_per_scan=1, **none)
     image = torch.from_numpy(VALUES.astype(np.float32))[None]
     (out,) = build_augmentation(task, settings)({"image": image, "label": torch.from_numpy(LABEL)[None]})
     for axes in ((3,), (1, 2, 3)):
         if torch.equal(torch.as_tensor(out["image"]), image.flip(axes)):
-            assert torch.equal(torch.as_tensor(out["label"])[0].byte(), torch.from_numpy(LABEL).flip([a - 1 for a in axes]))
+            assert torch.equal(
+                torch.as_tensor(out["label"])[0].byte(), torch.from_numpy(LABEL).flip([a - 1 for a in axes])
+            )
             return len(axes) == 3
     raise AssertionError("neither up-down alone nor all three axes")
 
@@ -882,18 +1047,32 @@ def mirrored(task: Task) -> bool:
 def sided_task(folder: Path, names: Sequence[str], **more) -> Task:
     scans(folder, ["a.nii.gz", "a_label.nii.gz"])
     labels = {str(i): name for i, name in enumerate(names, start=1)}
-    return get_task(str(write_json(folder, training=[{"image": "a.nii.gz", "label": "a_label.nii.gz"}], labels=labels, **more)))
+    return get_task(
+        str(
+            write_json(
+                folder, training=[{"image": "a.nii.gz", "label": "a_label.nii.gz"}], labels=labels, **more
+            )
+        )
+    )
 
 
-@row("classes named by sides (left kidney, kidney_r, LH)", "labels have sides: images are not mirrored left-right, and a note says so")
+@row(
+    "classes named by sides (left kidney, kidney_r, LH)",
+    "labels have sides: images are not mirrored left-right, and a note says so",
+)
 def _(folder):
     for name in ("left kidney", "kidney_r", "LH cortex", "Lung-Right"):
         task = sided_task(folder, ["liver", name])
         assert task.sided and not mirrored(task)
-        assert any(f"the class {name!r} names a side" in note and "does not mirror" in note for note in task.notes)
+        assert any(
+            f"the class {name!r} names a side" in note and "does not mirror" in note for note in task.notes
+        )
 
 
-@row('a list that does not say `"sided"`', "the same: images are not mirrored left-right, and a note says how to allow it")
+@row(
+    'a list that does not say `"sided"`',
+    "the same: images are not mirrored left-right, and a note says how to allow it",
+)
 def _(folder):
     task = sided_task(folder, ["liver", "bright lesion"])
     assert task.sided and not mirrored(task)
@@ -915,7 +1094,10 @@ def _(folder):
     assert sorted(c["case"] for c in splits["train"] + splits["val"]) == uids
 
 
-@row("a list that is a link to a file of another name (DVC, DataLad)", "read under its own name and from its own folder")
+@row(
+    "a list that is a link to a file of another name (DVC, DataLad)",
+    "read under its own name and from its own folder",
+)
 def _(folder):
     (folder / "store").mkdir()
     (folder / "store" / "d41d8cd98f").write_text(TABLE)
@@ -930,7 +1112,8 @@ def _(folder):
         assert get_task("list.csv").name == task.name
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- tests
+# ----------------------------------------------------------------------------------------------------------------------------
+# tests
 @pytest.mark.parametrize("case", ROWS, ids=str)
 def test_what_is_given_is_understood_as_the_page_says(case, tmp_path):
     case.prove(tmp_path)
@@ -940,13 +1123,17 @@ def test_a_class_that_the_list_gets_later_does_not_move_those_of_a_run(tmp_path)
     pictures(tmp_path)
     (tmp_path / "list.csv").write_text(TABLE)
     record = json.loads(json.dumps(record_of(get_task(str(tmp_path / "list.csv")))))
-    changed = TABLE.replace("i1.png,well", "i1.png,blurred | well")  # stands before the others in the alphabet
+    changed = TABLE.replace(
+        "i1.png,well", "i1.png,blurred | well"
+    )  # stands before the others in the alphabet
     (tmp_path / "list.csv").write_text(changed)
     assert get_task(str(tmp_path / "list.csv")).classes == ("blurred", "sick", "well")
     task = task_from_record(str(tmp_path / "list.csv"), record)
     assert task.classes == ("sick", "well") and said(task.read_splits(Path(""), 0, 0)) == PLAIN
     columns = "image,blurred,well,sick,split,patient\n"  # the same truth in columns of another order
-    lines = [f"i{i}.png,0,{i % 2},{1 - i % 2},{('train', 'train', 'val', 'test')[i]},p{i}\n" for i in range(4)]
+    lines = [
+        f"i{i}.png,0,{i % 2},{1 - i % 2},{('train', 'train', 'val', 'test')[i]},p{i}\n" for i in range(4)
+    ]
     (tmp_path / "list.csv").write_text(columns + "".join(lines))
     assert said(task.read_splits(Path(""), 0, 0)) == PLAIN
 
@@ -961,11 +1148,26 @@ def test_the_same_image_under_two_names_is_a_problem_in_two_splits_and_a_remark_
     def entries(*names: str) -> list[dict]:
         return [{"image": f"{name}.{ending}", "class": "ab"[number % 2]} for number, name in enumerate(names)]
 
-    apart = checked(write_json(tmp_path, training=entries("one"), validation=entries("other"), test=entries("copy", "last")))
+    apart = checked(
+        write_json(
+            tmp_path, training=entries("one"), validation=entries("other"), test=entries("copy", "last")
+        )
+    )
     (problem,) = apart.problems
-    assert "several splits" in problem and "one (train)" in problem and "copy (test)" in problem and "other" not in problem
-    together = checked(write_json(tmp_path, training=entries("one", "copy"), validation=entries("other"), test=entries("last")))
-    assert together.problems == [] and any("several times: one (train), copy (train)" in line for line in together.remarks)
+    assert (
+        "several splits" in problem
+        and "one (train)" in problem
+        and "copy (test)" in problem
+        and "other" not in problem
+    )
+    together = checked(
+        write_json(
+            tmp_path, training=entries("one", "copy"), validation=entries("other"), test=entries("last")
+        )
+    )
+    assert together.problems == [] and any(
+        "several times: one (train), copy (train)" in line for line in together.remarks
+    )
 
 
 def test_the_page_lists_every_row():
@@ -975,9 +1177,20 @@ def test_the_page_lists_every_row():
 
 def page() -> str:
     """docs/formats.md: the rows by section."""
-    lines = ["# What is read, and how it is understood", "", f"Written by `{COMMAND}` from the cases that the tests run:"]
-    lines += ["each line is made as a small file and compared with nibabel, SimpleITK, Pillow, scikit-learn or numbers known beforehand."]
-    lines += ["The lines on DICOM are proved by tests/test_dicom.py. What is refused ends with one line that names the file and says what to do.", ""]
+    lines = [
+        "# What is read, and how it is understood",
+        "",
+        f"Written by `{COMMAND}` from the cases that the tests run:",
+    ]
+    lines += [
+        "each line is made as a small file and compared with nibabel, SimpleITK, Pillow, scikit-learn or "
+        "numbers known beforehand."
+    ]
+    lines += [
+        "The lines on DICOM are proved by tests/test_dicom.py. What is refused ends with one line that names "
+        "the file and says what to do.",
+        "",
+    ]
     for name in dict.fromkeys(r.section for r in ROWS):
         lines += [f"## {name}", "", "| what you have | how it is understood |", "|---|---|"]
         lines += [f"| {cell(r.have)} | {cell(r.understood)} |" for r in ROWS if r.section == name]

@@ -17,7 +17,17 @@ from smae_utils.data.tasks import get_task
 
 pytestmark = pytest.mark.slow  # each kind of task is checked, trained twice, evaluated and predicted
 AFFINE = np.diag([3.0, 3.0, 4.0, 1.0])
-NET = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "precision": "fp32", "steps": 3, "batch_size": 2, "log_every": 1, "base_lr": 0.1}
+NET = {
+    "patch_size": 8,
+    "embed_dim": 24,
+    "depth": 3,
+    "num_heads": 2,
+    "precision": "fp32",
+    "steps": 3,
+    "batch_size": 2,
+    "log_every": 1,
+    "base_lr": 0.1,
+}
 SETTINGS = {
     "pretrain": {**NET, "decoder_embed_dim": 24, "decoder_depth": 1, "decoder_num_heads": 2},
     "finetune": {**NET, "feature_size": 2, "overlap": 0.0, "drop_path": 0.0},
@@ -33,16 +43,28 @@ def write_list(folder: Path, dims: int, kind: str, n: int = 8) -> Path:
     for i in range(n):
         rng = np.random.default_rng(i)
         mask = np.zeros(shape, np.uint8)
-        mask[(slice(4, 12),) * dims], mask[(slice(12, 16),) * dims] = 1, 4  # 4: mask values need not follow one another
+        mask[(slice(4, 12),) * dims], mask[(slice(12, 16),) * dims] = (
+            1,
+            4,
+        )  # 4: mask values need not follow one another
         values = rng.integers(20, 60, shape) + 30 * mask
-        image, label = f"i{i}.png" if dims == 2 else f"i{i}.nii.gz", f"m{i}.png" if dims == 2 else f"m{i}.nii.gz"
+        image, label = (
+            f"i{i}.png" if dims == 2 else f"i{i}.nii.gz",
+            f"m{i}.png" if dims == 2 else f"m{i}.nii.gz",
+        )
         for name, array in ((image, values.astype(np.uint8)), (label, mask)):
             if dims == 2:
                 Image.fromarray(array).save(folder / name)
             else:
                 nib.save(nib.Nifti1Image(array, AFFINE), folder / name)
-        entries.append({"image": image, "label": label if kind == "segmentation" else ("sick" if i % 2 else "well")})
-    content = {"settings": {"crop_size": [16] * dims, **SETTINGS}, "training": entries[: n - 5], "validation": entries[n - 5 : n - 3]}
+        entries.append(
+            {"image": image, "label": label if kind == "segmentation" else ("sick" if i % 2 else "well")}
+        )
+    content = {
+        "settings": {"crop_size": [16] * dims, **SETTINGS},
+        "training": entries[: n - 5],
+        "validation": entries[n - 5 : n - 3],
+    }
     content |= (
         {"test": entries[n - 3 :], "labels": {"0": "background", "1": "liver", "4": "tumour"}}
         if kind == "segmentation"
@@ -97,7 +119,10 @@ def test_scores_are_those_computed_apart_on_the_files_that_were_written(made):
     for row in table.itertuples():
         ending = ".png" if dims == 2 else ".nii.gz"
         value = {"liver": 1, "tumour": 4}[row._2]
-        predicted, label = stored(folder / "run" / "predictions" / f"{row.case}{ending}"), stored(folder / "data" / f"m{row.case[1:]}{ending}")
+        predicted, label = (
+            stored(folder / "run" / "predictions" / f"{row.case}{ending}"),
+            stored(folder / "data" / f"m{row.case[1:]}{ending}"),
+        )
         assert set(np.unique(predicted)) <= {0, 1, 4}
         p, t = predicted == value, label == value
         assert row.dsc == pytest.approx(2 * (p & t).sum() / (p.sum() + t.sum()))
@@ -114,8 +139,13 @@ def test_a_prediction_lies_on_the_images_own_grid_in_the_values_of_its_masks(mad
         return
     mask = stored(out / ("i5_mask.png" if dims == 2 else "i5.nii.gz"))
     assert mask.shape == ((40, 30) if dims == 2 else (18, 20, 16)) and set(np.unique(mask)) <= {0, 1, 4}
-    assert np.array_equal(mask, stored(folder / "run" / "predictions" / ("i5.png" if dims == 2 else "i5.nii.gz")))
-    assert json.loads((out / "labels.json").read_text())["4"] == "tumour" and (out / "i5.png").stat().st_size > 2000
+    assert np.array_equal(
+        mask, stored(folder / "run" / "predictions" / ("i5.png" if dims == 2 else "i5.nii.gz"))
+    )
+    assert (
+        json.loads((out / "labels.json").read_text())["4"] == "tumour"
+        and (out / "i5.png").stat().st_size > 2000
+    )
     row = pd.read_csv(out / ("areas.csv" if dims == 2 else "volumes.csv")).iloc[0]
     for name, value in (("liver", 1), ("tumour", 4)):
         expected = (mask == value).sum() * (1 if dims == 2 else 36 / 1000)
@@ -126,7 +156,10 @@ def test_the_explorer_opens_each_kind(made):
     from smae_utils.show.explorer import explore
 
     dims, kind, folder = made
-    for widget, masked in ((explore(folder / "pre", finetuned=[folder / "run"]), True), (explore(folder / "run"), False)):
+    for widget, masked in (
+        (explore(folder / "pre", finetuned=[folder / "run"]), True),
+        (explore(folder / "run"), False),
+    ):
         assert len(widget.images) == (3 if dims == 3 else 1)
         drawn = [bytes(view.value) for view in widget.images.values()]
         assert all(jpeg.startswith(b"\xff\xd8") and len(jpeg) > 500 for jpeg in drawn)
@@ -143,7 +176,19 @@ def test_pixel_size_in_the_list_makes_millimetres(made, bare, tmp_path):
         pytest.skip("only masks of 2D images have distances in pixels")
     content = json.loads((folder / "data" / "list.json").read_text())
     (folder / "data" / "mm.json").write_text(json.dumps({**content, "spacing_mm": [0.5, 0.5]}))
-    main(["finetune", "--task", str(folder / "data" / "mm.json"), "--preset", bare, "--out", str(tmp_path / "run"), "--init", str(folder / "pre")])
+    main(
+        [
+            "finetune",
+            "--task",
+            str(folder / "data" / "mm.json"),
+            "--preset",
+            bare,
+            "--out",
+            str(tmp_path / "run"),
+            "--init",
+            str(folder / "pre"),
+        ]
+    )
     main(["evaluate", str(tmp_path / "run")])
     pixels, mm = (pd.read_csv(run / "metrics.csv") for run in (folder / "run", tmp_path / "run"))
     np.testing.assert_allclose(mm.hd95_mm, pixels.hd95_px / 2)

@@ -1,4 +1,6 @@
-"""The models give the numbers of the authors' code and of facebookresearch/mae (tests/golden, random weights, tiny sizes)."""
+"""The models give the numbers of the authors' code and of facebookresearch/mae (tests/golden, random weights,
+tiny sizes).
+"""
 
 import json
 from pathlib import Path
@@ -45,7 +47,9 @@ def mae(name, ndim, size, width, depth, heads):
 
 @pytest.fixture
 def authors_mae():
-    return mae("selfmedmae_mae3d_a", 3, "input_size", "encoder_embed_dim", "encoder_depth", "encoder_num_heads"), golden_io("selfmedmae_mae3d_a")
+    return mae(
+        "selfmedmae_mae3d_a", 3, "input_size", "encoder_embed_dim", "encoder_depth", "encoder_num_heads"
+    ), golden_io("selfmedmae_mae3d_a")
 
 
 def test_3d_mae_has_the_authors_loss_in_eval_and_in_train_mode(authors_mae):
@@ -64,7 +68,9 @@ def test_3d_mae_predicts_the_authors_patches_hidden_and_visible(authors_mae):
 def test_3d_mae_hides_the_authors_patches_for_their_noise(authors_mae):
     model, io = authors_mae
     assert torch.equal(model(io["image"], io["noise"]).mask, io["mask"])
-    assert torch.equal(split_by_noise(io["noise"], CONFIGS["selfmedmae_mae3d_a"]["mask_ratio"])[2], io["mask"])
+    assert torch.equal(
+        split_by_noise(io["noise"], CONFIGS["selfmedmae_mae3d_a"]["mask_ratio"])[2], io["mask"]
+    )
 
 
 def test_3d_mae_has_the_authors_gradient(authors_mae):
@@ -88,7 +94,14 @@ def test_3d_unetr_has_the_authors_logits():
     c, io = CONFIGS[name], golden_io(name)
     size = (c["roi_x"], c["roi_y"], c["roi_z"])
     model = UNETR(
-        size, c["patch_size"], c["in_chans"], c["encoder_embed_dim"], c["encoder_depth"], c["encoder_num_heads"], c["num_classes"], c["feature_size"]
+        size,
+        c["patch_size"],
+        c["in_chans"],
+        c["encoder_embed_dim"],
+        c["encoder_depth"],
+        c["encoder_num_heads"],
+        c["num_classes"],
+        c["feature_size"],
     ).eval()
     report = load_weights(model, GOLDEN / f"{name}.weights.safetensors", require="")
     assert not report.missing and not report.unexpected and not report.resized
@@ -99,7 +112,10 @@ def test_3d_unetr_has_the_authors_logits():
 
 
 def test_2d_mae_has_facebooks_patches_and_mask():
-    model, io = mae("facebook_mae_a", 2, "img_size", "embed_dim", "depth", "num_heads"), golden_io("facebook_mae_a")
+    model, io = (
+        mae("facebook_mae_a", 2, "img_size", "embed_dim", "depth", "num_heads"),
+        golden_io("facebook_mae_a"),
+    )
     out = model.predict_all(io["image"], io["noise"])
     assert_close(out.pred, io["pred_patches"], **REST)
     assert torch.equal(out.mask, io["mask"])

@@ -1,4 +1,6 @@
-"""The explorer in a real JupyterLab in a real browser: keys move slices, masks change pictures, nothing fails and nothing is asked from outside."""
+"""The explorer in a real JupyterLab in a real browser: keys move slices, masks change pictures, nothing fails
+and nothing is asked from outside.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ explore(MaskedAutoencoder((32, 32, 32), 8, 1, 24, 2, 2, 24, 1, 2), x, spacing_mm
 
 @pytest.fixture(scope="module")
 def chromium() -> str:
-    """Path of a browser; without one the test is skipped and says how to get it. A test changes nothing on the machine."""
+    """Path of a browser; without one the test is skipped and says how to get it. A test changes nothing on
+    the machine.
+    """
     pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make env installs it")
     return find_browser() or pytest.skip("no Chromium on this machine: make env-browser installs one")
 
@@ -60,14 +64,25 @@ def lab(chromium, tmp_path_factory):
     config = folder / "config.py"
     config.write_text(
         "from jupyterlab.galata import configure_jupyter_server\nconfigure_jupyter_server(c)\n"
-        f"c.ServerApp.port = {port}\nc.ServerApp.port_retries = 0\nc.ServerApp.allow_root = True\nc.ServerApp.ip = '127.0.0.1'\nc.ServerApp.root_dir = {str(folder)!r}\n"
-        "c.LabApp.extra_labextensions_path = []\nc.LabApp.news_url = None\nc.LabApp.check_for_updates_class = 'jupyterlab.NeverCheckForUpdate'\n"
+        f"c.ServerApp.port = {port}\nc.ServerApp.port_retries = 0\nc.ServerApp.allow_root = "
+        f"True\nc.ServerApp.ip = '127.0.0.1'\nc.ServerApp.root_dir = {str(folder)!r}\n"
+        "c.LabApp.extra_labextensions_path = []\nc.LabApp.news_url = None\nc.LabApp.check_for_updates_class "
+        "= 'jupyterlab.NeverCheckForUpdate'\n"
         "c.KernelManager.transport_encryption = 'auto'\n"
     )
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "JUPYTER_CONFIG_DIR": str(folder / "jupyter"), "JUPYTER_DATA_DIR": str(folder / "data")}
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JUPYTER_CONFIG_DIR": str(folder / "jupyter"),
+        "JUPYTER_DATA_DIR": str(folder / "data"),
+    }
     log = (folder / "server.log").open("w")
     server = subprocess.Popen(
-        [sys.executable, "-m", "jupyterlab", "--config", str(config), "--no-browser"], cwd=folder, env=env, stdout=log, stderr=log
+        [sys.executable, "-m", "jupyterlab", "--config", str(config), "--no-browser"],
+        cwd=folder,
+        env=env,
+        stdout=log,
+        stderr=log,
     )
     address = f"http://127.0.0.1:{port}/lab"
     for _ in range(240):
@@ -97,7 +112,8 @@ def test_a_scan_can_be_looked_through_in_a_browser(lab, chromium):
             "request",
             lambda r: (
                 outside.append(r.url)
-                if urlparse(r.url).scheme in ("http", "https", "ws", "wss") and urlparse(r.url).hostname != "127.0.0.1"
+                if urlparse(r.url).scheme in ("http", "https", "ws", "wss")
+                and urlparse(r.url).hostname != "127.0.0.1"
                 else None
             ),
         )
@@ -105,18 +121,24 @@ def test_a_scan_can_be_looked_through_in_a_browser(lab, chromium):
         page.on("response", lambda r: failed.append((r.url, r.status)) if r.status >= 400 else None)
         page.goto(f"{lab}/tree/explorer.ipynb?reset")
         page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000)
-        page.wait_for_function("window.jupyterapp && window.jupyterapp.commands.hasCommand('notebook:run-all-cells')", timeout=60_000)
+        page.wait_for_function(
+            "window.jupyterapp && window.jupyterapp.commands.hasCommand('notebook:run-all-cells')",
+            timeout=60_000,
+        )
         # Asked to run before the kernel is there, JupyterLab opens a dialog instead.
         page.wait_for_function("document.body.innerText.includes('| Idle')", timeout=60_000)
         if page.get_by_role("button", name="No", exact=True).is_visible():  # news from Jupyter
             page.get_by_role("button", name="No", exact=True).click()
-        page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")  # no promise: it may never resolve
+        page.evaluate(
+            "() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }"
+        )  # no promise: it may never resolve
         try:
             page.wait_for_selector("img.widget-image", timeout=90_000)
         finally:
             page.screenshot(path=PICTURES / "started.png")
         page.wait_for_function(
-            "document.querySelectorAll('img.widget-image').length == 3 && [...document.querySelectorAll('img.widget-image')].every(i => i.naturalWidth > 100)",
+            "document.querySelectorAll('img.widget-image').length == 3 && "
+            "[...document.querySelectorAll('img.widget-image')].every(i => i.naturalWidth > 100)",
             timeout=60_000,
         )
         page.screenshot(path=PICTURES / "explorer.png")
@@ -131,7 +153,8 @@ def test_a_scan_can_be_looked_through_in_a_browser(lab, chromium):
             before, said = sources(), status()
             act()
             page.wait_for_function(
-                "([old, said]) => [...document.querySelectorAll('img.widget-image')].some((i, k) => i.src != old[k]) && document.querySelector('[role=status]').innerText != said",
+                "([old, said]) => [...document.querySelectorAll('img.widget-image')].some((i, k) => i.src != "
+                "old[k]) && document.querySelector('[role=status]').innerText != said",
                 arg=[before, said],
                 timeout=20_000,
             )
@@ -164,7 +187,9 @@ def test_a_scan_can_be_looked_through_in_a_browser(lab, chromium):
         changes(lambda: press("left to right", "ArrowLeft"))
         assert status() != hidden
         page.screenshot(path=PICTURES / "hidden_by_hand.png")
-        page.evaluate("() => { window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'}) }")
+        page.evaluate(
+            "() => { window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'}) }"
+        )
         page.wait_for_selector("body[data-jp-theme-light=false]", state="attached", timeout=20_000)
         page.wait_for_timeout(800)
         page.screenshot(path=PICTURES / "dark.png")

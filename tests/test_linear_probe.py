@@ -37,7 +37,12 @@ def test_the_probe_reads_what_tokens_hold(task, data, tiny, monkeypatch):
     def telling(task, settings, case):
         """Images that are as bright as their first finding says, or as their own mask."""
         for image, label in windows(task, settings, case):
-            yield torch.full_like(image, float(case["label"][0] == 1)) if label is None else (label > 0).float(), label
+            yield (
+                torch.full_like(image, float(case["label"][0] == 1))
+                if label is None
+                else (label > 0).float(),
+                label,
+            )
 
     monkeypatch.setattr(linear_probe, "_windows", telling)
     few = dataclasses.replace(record, classes=record.classes[:1])  # the others are not what is shown
@@ -45,7 +50,9 @@ def test_the_probe_reads_what_tokens_hold(task, data, tiny, monkeypatch):
     if task == "btcv":
         structure = dataclasses.replace(record, classes=("structure",), regions=(tuple(range(1, 14)),))
         assert notebook_helpers.probe(structure, settings, Tokens(4, knows=True), cases) > 0.99
-        assert notebook_helpers.probe(structure, settings, Tokens(4, knows=False), cases) < 0.9  # few cases: chance is wide
+        assert (
+            notebook_helpers.probe(structure, settings, Tokens(4, knows=False), cases) < 0.9
+        )  # few cases: chance is wide
         return
     cases = [{**case, "label": case["label"][:1]} for case in cases]
     assert notebook_helpers.probe(few, settings, Tokens(4, knows=True), cases) > 0.99
@@ -54,7 +61,10 @@ def test_the_probe_reads_what_tokens_hold(task, data, tiny, monkeypatch):
 
 
 def test_the_probe_never_scores_a_patient_that_it_was_fitted_on_and_leaves_out_what_is_unknown(monkeypatch):
-    cases = [{"case": f"c{i}", "patient": f"p{i // 4}", "image": "x", "label": np.array([float(i % 2)])} for i in range(12)]
+    cases = [
+        {"case": f"c{i}", "patient": f"p{i // 4}", "image": "x", "label": np.array([float(i % 2)])}
+        for i in range(12)
+    ]
     seen = []
     monkeypatch.setattr(notebook_helpers, "linear_probe", lambda *parts: seen.append(parts))
     monkeypatch.setattr(notebook_helpers, "read_tokens", lambda task, settings, encoder, cases: cases)
@@ -62,9 +72,15 @@ def test_the_probe_never_scores_a_patient_that_it_was_fitted_on_and_leaves_out_w
     fitted, scored = ({c["patient"] for c in part} for part in seen[0])
     assert fitted == {"p0", "p1"} and scored == {"p2"}
     task = dataclasses.replace(get_task("cxr14"), classes=("a",))
-    monkeypatch.setattr(linear_probe, "_windows", lambda task, settings, case: [(torch.full((1, 8, 8), float(case["shown"])), None)])
+    monkeypatch.setattr(
+        linear_probe,
+        "_windows",
+        lambda task, settings, case: [(torch.full((1, 8, 8), float(case["shown"])), None)],
+    )
     known = [{"label": np.array([float(i % 2)]), "shown": i % 2} for i in range(8)]
-    unknown = [{"label": np.array([np.nan]), "shown": 1} for _ in range(8)]  # counted as absent, these would confuse the fit
+    unknown = [
+        {"label": np.array([np.nan]), "shown": 1} for _ in range(8)
+    ]  # counted as absent, these would confuse the fit
     tokens = linear_probe.read_tokens(task, None, Tokens(4, knows=True), known + unknown)
     assert linear_probe.linear_probe(tokens, tokens) == 1.0
 
@@ -73,4 +89,6 @@ def test_the_effective_rank_counts_the_directions_of_tokens():
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.normal(size=(16, 16)))[0]
     for n in (1, 5):
-        assert linear_probe.effective_rank(rng.normal(size=(4096, n)) @ basis[:n]) == pytest.approx(n, rel=0.02)
+        assert linear_probe.effective_rank(rng.normal(size=(4096, n)) @ basis[:n]) == pytest.approx(
+            n, rel=0.02
+        )

@@ -16,7 +16,10 @@ from smae_utils.work.metrics import dsc, hd95_mm, mean_auc
 def blob(rng, shape):
     """A union of a few random balls, often touching the border."""
     places = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"), -1)
-    balls = [np.linalg.norm(places - rng.uniform(0, np.array(shape)), axis=-1) < rng.uniform(2, 4) for _ in range(3)]
+    balls = [
+        np.linalg.norm(places - rng.uniform(0, np.array(shape)), axis=-1) < rng.uniform(2, 4)
+        for _ in range(3)
+    ]
     return np.any(balls, axis=0)
 
 
@@ -35,7 +38,12 @@ def brute_force_hd95(pred, label, spacing):
     return max(np.percentile(distances.min(1), 95), np.percentile(distances.min(0), 95))
 
 
-CASES = [((14, 17), (1.0, 1.0)), ((14, 17), (0.7, 2.5)), ((9, 11, 10), (1.0, 1.0, 1.0)), ((9, 11, 10), (0.8, 1.5, 3.0))]
+CASES = [
+    ((14, 17), (1.0, 1.0)),
+    ((14, 17), (0.7, 2.5)),
+    ((9, 11, 10), (1.0, 1.0, 1.0)),
+    ((9, 11, 10), (0.8, 1.5, 3.0)),
+]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -51,7 +59,8 @@ def test_hd95_equals_a_brute_force_reference(shape, spacing, seed):
 def test_hd95_counts_voxels_at_the_border_of_the_scan_as_surface():
     pred, label = np.zeros((2, 6, 5), bool)
     pred[:1], label[:4] = True, True
-    # of the label's 14 surface pixels the 5 of row 3 lie 3 rows of 2 mm away; the 95th percentile is among them
+    # of the label's 14 surface pixels the 5 of row 3 lie 3 rows of 2 mm away; the 95th percentile is among
+    # them
     assert hd95_mm(pred, label, (2, 1)) == pytest.approx(6)
     full = np.ones((4, 4, 4), bool)
     assert hd95_mm(full, full, (1, 1, 1)) == 0
@@ -67,7 +76,9 @@ def test_hd95_is_zero_for_equal_masks_and_symmetric():
 def test_hd95_is_in_mm_it_scales_with_the_spacing_axis_by_axis():
     rng = np.random.default_rng(6)
     pred, label = blob(rng, (10, 10, 10)), blob(rng, (10, 10, 10))
-    assert hd95_mm(pred, label, (2.4, 4.5, 9)) == pytest.approx(3 * hd95_mm(pred, label, (0.8, 1.5, 3)), rel=1e-5)
+    assert hd95_mm(pred, label, (2.4, 4.5, 9)) == pytest.approx(
+        3 * hd95_mm(pred, label, (0.8, 1.5, 3)), rel=1e-5
+    )
     one, moved = np.zeros((2, 8, 8), bool)
     one[2, 2], moved[5, 2] = True, True
     assert hd95_mm(one, moved, (4, 1)) == pytest.approx(12)
@@ -112,10 +123,17 @@ def test_a_structure_absent_in_both_is_nan():
     assert math.isnan(hd95_mm(empty, empty, (1, 1)))
 
 
-@pytest.mark.parametrize("metric", [dsc, lambda pred, label: hd95_mm(pred, label, (1, 1))], ids=["dsc", "hd95_mm"])
+@pytest.mark.parametrize(
+    "metric", [dsc, lambda pred, label: hd95_mm(pred, label, (1, 1))], ids=["dsc", "hd95_mm"]
+)
 def test_other_shapes_and_arrays_that_are_not_boolean_are_an_error(metric):
     mask = np.ones((4, 4), bool)
-    for pred, label in [(mask, mask[:2]), (mask, mask[None]), (mask.astype(int), mask), (mask, mask.astype(np.float32))]:
+    for pred, label in [
+        (mask, mask[:2]),
+        (mask, mask[None]),
+        (mask.astype(int), mask),
+        (mask, mask.astype(np.float32)),
+    ]:
         with pytest.raises(UserError, match="boolean"):
             metric(pred, label)
 
@@ -136,10 +154,14 @@ def pair_counting_auc(target, score):
 def test_mean_auc_equals_scikit_learns_macro_average_and_pair_counting():
     rng = np.random.default_rng(0)
     targets = rng.integers(0, 2, (40, 5))
-    scores = np.round(rng.normal(size=(40, 5)) + targets * np.linspace(0, 2, 5), 1)  # rounded, so that scores tie
+    scores = np.round(
+        rng.normal(size=(40, 5)) + targets * np.linspace(0, 2, 5), 1
+    )  # rounded, so that scores tie
     mean, per_class = mean_auc(targets, scores)
     assert mean == pytest.approx(roc_auc_score(targets, scores, average="macro"), abs=1e-12)
-    np.testing.assert_allclose(per_class, [pair_counting_auc(t, s) for t, s in zip(targets.T, scores.T)], atol=1e-12)
+    np.testing.assert_allclose(
+        per_class, [pair_counting_auc(t, s) for t, s in zip(targets.T, scores.T)], atol=1e-12
+    )
     assert len(set(per_class.round(6))) == 5
 
 
@@ -149,7 +171,9 @@ def test_a_class_with_one_outcome_is_nan_and_left_out_of_the_mean():
     targets[:, 1], targets[:, 3] = 0, 1
     mean, per_class = mean_auc(targets, scores)
     assert np.isnan(per_class).tolist() == [False, True, False, True]
-    assert mean == pytest.approx(roc_auc_score(targets[:, [0, 2]], scores[:, [0, 2]], average="macro"), abs=1e-12)
+    assert mean == pytest.approx(
+        roc_auc_score(targets[:, [0, 2]], scores[:, [0, 2]], average="macro"), abs=1e-12
+    )
 
 
 def test_auc_is_nan_where_no_class_can_be_scored():

@@ -11,7 +11,14 @@ from torch.testing import assert_close
 from smae_utils import timm_library  # noqa: F401  (before timm: it mends the import of torchvision)
 from smae_utils.errors import UserError
 from smae_utils.method.mae import MaskedAutoencoder, paste_visible, pixel_mask, sanity_band
-from smae_utils.method.patches import as_tuple, gather_tokens, patchify, sincos_positions, split_by_noise, unpatchify
+from smae_utils.method.patches import (
+    as_tuple,
+    gather_tokens,
+    patchify,
+    sincos_positions,
+    split_by_noise,
+    unpatchify,
+)
 from smae_utils.method.unetr import UNETR
 from smae_utils.method.vit import PatchEmbed, ViTClassifier
 
@@ -41,7 +48,9 @@ def tiny_mae(size=(16, 16), patch=4, chans=1, **more):
 
 def image_and_noise(model, batch=2):
     encoder = model.encoder
-    return torch.randn(batch, encoder.in_chans, *encoder.img_size), torch.rand(batch, encoder.pos_embed.shape[1])
+    return torch.randn(batch, encoder.in_chans, *encoder.img_size), torch.rand(
+        batch, encoder.pos_embed.shape[1]
+    )
 
 
 def fill(model):
@@ -180,7 +189,9 @@ def test_the_patch_embedding_is_the_convolution_whose_weights_it_holds(size, pat
     own, conv = embed(patchify(image, patch)), embed.proj(image).flatten(2).transpose(1, 2)
     assert_close(own, conv)
     weights = torch.rand_like(conv)
-    for a, b in zip(*(torch.autograd.grad((out * weights).sum(), list(embed.parameters())) for out in (own, conv))):
+    for a, b in zip(
+        *(torch.autograd.grad((out * weights).sum(), list(embed.parameters())) for out in (own, conv))
+    ):
         assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -188,7 +199,11 @@ def test_the_patch_embedding_is_the_convolution_whose_weights_it_holds(size, pat
 def test_attention_in_bf16_on_a_cpu_is_computed_in_fp32_and_says_what_timms_says(causal, monkeypatch):
     computed = []
     product = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, *a, **k: computed.append(q.dtype) or product(q, *a, **k))
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, *a, **k: computed.append(q.dtype) or product(q, *a, **k),
+    )
     own = timm_library.CpuAttention(24, num_heads=3, qkv_bias=True)
     theirs = Attention(24, num_heads=3, qkv_bias=True)
     theirs.load_state_dict(own.state_dict())
@@ -284,13 +299,29 @@ def test_classifier_equals_timms_vision_transformer(pool, global_pool, size, cha
 class TorchViT(torch.nn.Module):
     """MONAI's ViT, which needs einops, in torch's own layers: the same arguments, the same two results."""
 
-    def __init__(self, in_channels, img_size, patch_size, hidden_size, mlp_dim, num_layers, num_heads, spatial_dims, **rest):
+    def __init__(
+        self,
+        in_channels,
+        img_size,
+        patch_size,
+        hidden_size,
+        mlp_dim,
+        num_layers,
+        num_heads,
+        spatial_dims,
+        **rest,
+    ):
         super().__init__()
         conv = {2: torch.nn.Conv2d, 3: torch.nn.Conv3d}[spatial_dims]
         self.proj = conv(in_channels, hidden_size, patch_size, patch_size)
-        self.pos_embed = torch.nn.Parameter(torch.randn(1, int(np.prod([n // p for n, p in zip(img_size, patch_size)])), hidden_size))
+        self.pos_embed = torch.nn.Parameter(
+            torch.randn(1, int(np.prod([n // p for n, p in zip(img_size, patch_size)])), hidden_size)
+        )
         layer = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
-        self.blocks = torch.nn.ModuleList(torch.nn.TransformerEncoderLayer(hidden_size, num_heads, mlp_dim, **layer) for _ in range(num_layers))
+        self.blocks = torch.nn.ModuleList(
+            torch.nn.TransformerEncoderLayer(hidden_size, num_heads, mlp_dim, **layer)
+            for _ in range(num_layers)
+        )
         self.norm = torch.nn.LayerNorm(hidden_size)
 
     def forward(self, image):
@@ -316,7 +347,11 @@ THEIR_NAMES = [
 @pytest.mark.parametrize("size, chans", [((32, 48), 1), ((32, 16, 16), 2)])
 def test_unetr_equals_monais_unetr_around_torchs_transformer(monkeypatch, size, chans):
     monkeypatch.setattr("monai.networks.nets.unetr.ViT", TorchViT)
-    theirs = fill(MonaiUNETR(chans, 3, size, feature_size=2, hidden_size=24, mlp_dim=96, num_heads=3, spatial_dims=len(size))).eval()
+    theirs = fill(
+        MonaiUNETR(
+            chans, 3, size, feature_size=2, hidden_size=24, mlp_dim=96, num_heads=3, spatial_dims=len(size)
+        )
+    ).eval()
     ours = UNETR(size, 16, chans, 24, 12, 3, 3, feature_size=2, class_token=False, norm_eps=1e-5).eval()
     weights = {}
     for name, value in theirs.state_dict().items():
@@ -334,12 +369,16 @@ def test_unetr_equals_monais_unetr_around_torchs_transformer(monkeypatch, size, 
 # ---- UNETR
 
 
-@pytest.mark.parametrize("patch, depth, blocks", [(16, 12, [3, 6, 9]), (8, 12, [4, 8]), (4, 12, [6]), (16, 4, [1, 2, 3])])
+@pytest.mark.parametrize(
+    "patch, depth, blocks", [(16, 12, [3, 6, 9]), (8, 12, [4, 8]), (4, 12, [6]), (16, 4, [1, 2, 3])]
+)
 def test_unetr_takes_its_skips_from_evenly_spaced_blocks(patch, depth, blocks):
     assert UNETR((32, 32), patch, 1, 24, depth, 3, 2, feature_size=2).skip_blocks == blocks
 
 
-@pytest.mark.parametrize("size, patch", [((32, 48), 16), ((24, 40), 8), ((32, 16, 16), 16), ((16, 24, 8), 8), ((8, 12), 4)])
+@pytest.mark.parametrize(
+    "size, patch", [((32, 48), 16), ((24, 40), 8), ((32, 16, 16), 16), ((16, 24, 8), 8), ((8, 12), 4)]
+)
 def test_unetr_gives_logits_at_full_resolution(size, patch):
     model = UNETR(size, patch, 2, 24, 4, 3, 5, feature_size=2).eval()
     with torch.no_grad():
@@ -363,7 +402,9 @@ def test_unetr_with_fewer_blocks_than_stages_is_an_error():
 
 
 @on_all_shapes
-def test_paste_visible_keeps_visible_pixels_exactly_and_takes_hidden_ones_from_the_reconstruction(size, patch, chans):
+def test_paste_visible_keeps_visible_pixels_exactly_and_takes_hidden_ones_from_the_reconstruction(
+    size, patch, chans
+):
     image, other = torch.randn(2, 2, chans, *size)
     patches, replaced = patchify(image, patch), patchify(other, patch)
     mask = split_by_noise(torch.rand(patches.shape[:2]), 0.6)[2]
@@ -392,7 +433,10 @@ def test_predicting_the_mean_of_normalised_patches_costs_1(size, patch, chans):
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_copying_a_neighbour_costs_nothing_where_all_patches_are_identical(norm_pix_loss):
-    for tile, repeats in [(torch.randn(2, 1, 4, 4), (1, 1, 3, 2)), (torch.randn(2, 2, 4, 4, 4), (1, 1, 2, 1, 3))]:
+    for tile, repeats in [
+        (torch.randn(2, 1, 4, 4), (1, 1, 3, 2)),
+        (torch.randn(2, 2, 4, 4, 4), (1, 1, 2, 1, 3)),
+    ]:
         image = tile.repeat(*repeats)
         mask = split_by_noise(torch.rand(2, 6), 0.6)[2]
         band = sanity_band(image, mask, (4,) * (tile.ndim - 2), norm_pix_loss)
@@ -418,5 +462,7 @@ def test_the_band_leaves_out_air_as_the_loss_does():
     mask = torch.ones(1, 16)
     mask[0, ::5] = 0
     body = sanity_band(image[..., 4:], mask.reshape(1, 4, 4)[:, :, 2:].reshape(1, 8), 2, False)
-    assert sanity_band(image, mask, 2, False, air_loss=False)["patch_mean"] == pytest.approx(body["patch_mean"])
+    assert sanity_band(image, mask, 2, False, air_loss=False)["patch_mean"] == pytest.approx(
+        body["patch_mean"]
+    )
     assert sanity_band(image, mask, 2, False)["patch_mean"] < body["patch_mean"]

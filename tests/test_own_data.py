@@ -1,4 +1,6 @@
-"""Own scans from a list file: what is read is what the list says, and what is predicted lies where the scan lies."""
+"""Own scans from a list file: what is read is what the list says, and what is predicted lies where the scan
+lies.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ from smae_utils.work.settings import FinetuneSettings
 SHAPE, SPACING = (20, 18, 16), (3.0, 3.5, 4.0)
 LABELS = {"0": "background", "1": "liver", "2": "tumour"}
 ORIENTATIONS = [
-    np.array(list(zip(axes, signs)), float) for axes in itertools.permutations(range(3)) for signs in itertools.product((1, -1), repeat=3)
+    np.array(list(zip(axes, signs)), float)
+    for axes in itertools.permutations(range(3))
+    for signs in itertools.product((1, -1), repeat=3)
 ]
 
 
@@ -55,7 +59,9 @@ def smae(capsys):
 def phantom(seed: int = 0, shape=SHAPE) -> tuple[np.ndarray, np.ndarray]:
     """A body with two organs, alike in no mirror: (image, label)."""
     rng = np.random.default_rng(seed)
-    at = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) if n > 1 else np.zeros(1) for n in shape), indexing="ij"))
+    at = np.stack(
+        np.meshgrid(*(np.linspace(-1, 1, n) if n > 1 else np.zeros(1) for n in shape), indexing="ij")
+    )
     label = np.zeros(shape, np.uint8)
     label[((at - np.array([0.35, 0.2, 0.25]).reshape(3, 1, 1, 1)) ** 2).sum(0) < 0.2] = 1
     label[((at - np.array([-0.4, -0.3, -0.2]).reshape(3, 1, 1, 1)) ** 2).sum(0) < 0.1] = 2
@@ -64,7 +70,9 @@ def phantom(seed: int = 0, shape=SHAPE) -> tuple[np.ndarray, np.ndarray]:
     return image, label
 
 
-def write(path: Path, values: np.ndarray, affine: np.ndarray | None = None, units: tuple = ("mm", "sec")) -> str:
+def write(
+    path: Path, values: np.ndarray, affine: np.ndarray | None = None, units: tuple = ("mm", "sec")
+) -> str:
     image = nib.Nifti1Image(values, np.diag([*SPACING, 1.0]) if affine is None else affine)
     image.header.set_xyzt_units(*units)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +88,14 @@ def write_list(folder: Path, n: int = 4, n_test: int = 2, **more) -> Path:
         write(folder / "images" / f"p{i}.nii.gz", image)
         write(folder / "labels" / f"p{i}.nii.gz", label)
         entries.append({"image": f"images/p{i}.nii.gz", "label": f"labels/p{i}.nii.gz"})
-    content = {"name": "abdomen", "labels": LABELS, "modality": {"0": "MRI"}, "spacing_mm": [3, 3, 3], "training": entries[:n], "test": entries[n:]}
+    content = {
+        "name": "abdomen",
+        "labels": LABELS,
+        "modality": {"0": "MRI"},
+        "spacing_mm": [3, 3, 3],
+        "training": entries[:n],
+        "test": entries[n:],
+    }
     file = folder / "list.json"
     file.write_text(json.dumps({**content, **more}))
     return file
@@ -90,7 +105,10 @@ def write_list(folder: Path, n: int = 4, n_test: int = 2, **more) -> Path:
 def small(tiny) -> dict:
     """The smallest settings in the shape of a list's `settings`."""
     drop = ("spacing_mm",)
-    return {stage: {k: v for k, v in tiny["brats", stage].items() if k not in drop} | {"steps": 2} for stage in ("pretrain", "finetune")}
+    return {
+        stage: {k: v for k, v in tiny["brats", stage].items() if k not in drop} | {"steps": 2}
+        for stage in ("pretrain", "finetune")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +127,29 @@ def test_a_json_list_trains_evaluates_and_predicts_with_its_own_settings(smae, s
     content["training"].append({"image": "images/more.nii.gz"})
     file.write_text(json.dumps(content))
     assert smae("pretrain", "--task", file, "--preset", bare, "--out", runs / "pre")[0] == 0
-    code, out, err = smae("finetune", "--task", file, "--preset", bare, "--out", runs / "fine", "--init", runs / "pre", "--set", "seed=1")
+    code, out, err = smae(
+        "finetune",
+        "--task",
+        file,
+        "--preset",
+        bare,
+        "--out",
+        runs / "fine",
+        "--init",
+        runs / "pre",
+        "--set",
+        "seed=1",
+    )
     assert code == 0 and "loaded" in out and "no label" in out, err
     pre, fine = (yaml_of(runs / name) for name in ("pre", "fine"))
-    assert pre["settings"]["embed_dim"] == small["pretrain"]["embed_dim"] and pre["settings"]["base_lr"] == small["pretrain"]["base_lr"]
-    assert fine["settings"]["feature_size"] == small["finetune"]["feature_size"] and fine["settings"]["seed"] == 1
+    assert (
+        pre["settings"]["embed_dim"] == small["pretrain"]["embed_dim"]
+        and pre["settings"]["base_lr"] == small["pretrain"]["base_lr"]
+    )
+    assert (
+        fine["settings"]["feature_size"] == small["finetune"]["feature_size"]
+        and fine["settings"]["seed"] == 1
+    )
     # What has no label serves pre-training only.
     everywhere = set(sum(pre["cases"].values(), []))
     assert "more" in everywhere and everywhere - {"more"} == set(sum(fine["cases"].values(), []))
@@ -123,7 +159,11 @@ def test_a_json_list_trains_evaluates_and_predicts_with_its_own_settings(smae, s
     assert smae("predict", runs / "fine", image, file, "--out", tmp_path / "out", "--probabilities")[0] == 0
     names = {p.name for p in (tmp_path / "out").glob("*.nii.gz")}
     # The scan stands in the list too: both results have names of their own.
-    assert len(names) == 2 * 8 and all(f"p{i}.nii.gz" in names for i in range(6)) and {"001_more.nii.gz"} <= names
+    assert (
+        len(names) == 2 * 8
+        and all(f"p{i}.nii.gz" in names for i in range(6))
+        and {"001_more.nii.gz"} <= names
+    )
     stored = nib.load(tmp_path / "out" / "p0_probabilities.nii.gz")
     assert stored.shape == (*SHAPE, 3)
     assert json.loads((tmp_path / "out" / "labels.json").read_text())["2"] == "tumour"
@@ -138,11 +178,25 @@ def test_labels_of_the_decathlon_and_of_nnunet_mean_the_same(tmp_path):
     def task(labels):
         return get_task(str(write_list(tmp_path, 2, 0, labels=labels)))
 
-    for labels in (LABELS, {"background": 0, "liver": 1, "tumour": 2}, {"tumour": 2, "liver": 1, "background": 0}):
+    for labels in (
+        LABELS,
+        {"background": 0, "liver": 1, "tumour": 2},
+        {"tumour": 2, "liver": 1, "background": 0},
+    ):
         made = task(labels)
-        assert (made.classes, made.regions, made.exclusive, made.channels) == (("liver", "tumour"), None, True, ("MRI",))
+        assert (made.classes, made.regions, made.exclusive, made.channels) == (
+            ("liver", "tumour"),
+            None,
+            True,
+            ("MRI",),
+        )
     made = task({"background": 0, "whole": [1, 2], "core": [2]})
-    assert (made.classes, made.regions, made.exclusive, made.label_values) == (("whole", "core"), ((1, 2), (2,)), False, 3)
+    assert (made.classes, made.regions, made.exclusive, made.label_values) == (
+        ("whole", "core"),
+        ((1, 2), (2,)),
+        False,
+        3,
+    )
     masks = made.class_masks(np.array([0, 1, 2]))
     assert [m.tolist() for m in masks] == [[False, True, True], [False, False, True]]
 
@@ -154,23 +208,43 @@ def test_channels_in_several_files_give_the_array_of_the_file_with_four(brats, t
     names = []
     for channel in range(4):
         names.append(f"case_{channel:04d}.nii.gz")
-        nib.save(nib.Nifti1Image(np.asarray(stored.dataobj)[..., channel], stored.affine, stored.header), tmp_path / names[-1])
+        nib.save(
+            nib.Nifti1Image(np.asarray(stored.dataobj)[..., channel], stored.affine, stored.header),
+            tmp_path / names[-1],
+        )
     shutil.copy(case["label"], tmp_path / "label.nii.gz")
     labels = {"background": 0, "WT": [1, 2, 3], "TC": [2, 3], "ET": 3}
-    content = {"labels": labels, "channel_names": {"0": "FLAIR", "1": "T1w", "2": "T1gd", "3": "T2w"}, "spacing_mm": [4, 4, 4]}
+    content = {
+        "labels": labels,
+        "channel_names": {"0": "FLAIR", "1": "T1w", "2": "T1gd", "3": "T2w"},
+        "spacing_mm": [4, 4, 4],
+    }
     content["training"] = [{"image": names, "label": "label.nii.gz"}]
     (tmp_path / "list.json").write_text(json.dumps(content))
     own = get_task(str(tmp_path / "list.json"))
     assert (own.channels, own.regions, own.classes) == (record.channels, record.regions, record.classes)
     settings = replace(FinetuneSettings(), crop_size=(16, 16, 16), spacing_mm=(4.0, 4.0, 4.0))
     theirs = build_transform(record, settings, with_label=True)(dict(case))
-    ours = build_transform(own, replace(settings, spacing_mm=()), with_label=True)(own.read_splits(Path(""), 0, 0)["train"][0])
+    ours = build_transform(own, replace(settings, spacing_mm=()), with_label=True)(
+        own.read_splits(Path(""), 0, 0)["train"][0]
+    )
     for key in ("image", "label"):
         assert np.array_equal(np.asarray(ours[key]), np.asarray(theirs[key]))
 
 
 def test_like_gives_the_presets_of_a_task_and_the_lists_own_settings_count_more(tmp_path):
-    own = get_task(str(write_list(tmp_path, 2, 0, like="brats", modality={}, settings={"flip_prob": 0.4, "finetune": {"overlap": 0.1}})))
+    own = get_task(
+        str(
+            write_list(
+                tmp_path,
+                2,
+                0,
+                like="brats",
+                modality={},
+                settings={"flip_prob": 0.4, "finetune": {"overlap": 0.1}},
+            )
+        )
+    )
     assert own.classes == ("liver", "tumour") and own.regions is None
     for stage in ("pretrain", "finetune"):
         theirs, ours = resolve(get_task("brats"), stage, "demo"), resolve(own, stage, "demo")
@@ -191,7 +265,9 @@ def pictures(folder: Path, n: int) -> list[str]:
     return [f"i{i:02d}.png" for i in range(n)]
 
 
-def write_csv(file: Path, header: list[str], rows: list[list], encoding: str = "utf-8", newline: str = "\n") -> Path:
+def write_csv(
+    file: Path, header: list[str], rows: list[list], encoding: str = "utf-8", newline: str = "\n"
+) -> Path:
     with file.open("w", newline="", encoding=encoding) as handle:
         csv.writer(handle, lineterminator=newline).writerows([header, *rows])
     return file
@@ -203,7 +279,13 @@ def test_csv_with_a_class_column_with_zeros_and_ones_and_from_windows_say_the_sa
     files = [
         write_csv(tmp_path / "class.csv", ["image", "class"], [[n, w] for n, w in zip(names, words)]),
         write_csv(tmp_path / "ones.csv", ["image", "mass", "nodule"], [[n, *o] for n, o in zip(names, ones)]),
-        write_csv(tmp_path / "windows.csv", ["image", "class"], [[n, w] for n, w in zip(names, words)], "utf-8-sig", "\r\n"),
+        write_csv(
+            tmp_path / "windows.csv",
+            ["image", "class"],
+            [[n, w] for n, w in zip(names, words)],
+            "utf-8-sig",
+            "\r\n",
+        ),
     ]
     for file in files:
         task = get_task(str(file))
@@ -215,7 +297,11 @@ def test_csv_with_a_class_column_with_zeros_and_ones_and_from_windows_say_the_sa
 def test_csv_says_the_split_and_the_patient_of_each_image(tmp_path):
     names = pictures(tmp_path, 6)
     splits, patients = ["train", "Training", "val", "valid", "test", "testing"], list("aabbcc")
-    file = write_csv(tmp_path / "list.csv", ["image", "class", "split", "patient"], [[n, "x", s, p] for n, s, p in zip(names, splits, patients)])
+    file = write_csv(
+        tmp_path / "list.csv",
+        ["image", "class", "split", "patient"],
+        [[n, "x", s, p] for n, s, p in zip(names, splits, patients)],
+    )
     made = get_task(str(file)).read_splits(Path(""), 0, 0)
     for part, patient, two in (("train", "a", names[:2]), ("val", "b", names[2:4]), ("test", "c", names[4:])):
         assert [(Path(c["image"]).name, c["patient"]) for c in made[part]] == [(n, patient) for n in two]
@@ -223,17 +309,26 @@ def test_csv_says_the_split_and_the_patient_of_each_image(tmp_path):
 
 def test_csv_of_masks_names_their_values_in_the_header(tmp_path):
     write_list(tmp_path, 3, 0)
-    file = write_csv(tmp_path / "list.csv", ["image", "label=liver|tumour"], [[f"images/p{i}.nii.gz", f"labels/p{i}.nii.gz"] for i in range(3)])
+    file = write_csv(
+        tmp_path / "list.csv",
+        ["image", "label=liver|tumour"],
+        [[f"images/p{i}.nii.gz", f"labels/p{i}.nii.gz"] for i in range(3)],
+    )
     task = get_task(str(file))
     assert (task.kind, task.classes) == ("segmentation", ("liver", "tumour"))
     made = task.read_splits(Path(""), 0, 0)
-    assert all(Path(c["label"]).is_file() for part in made.values() for c in part) and sum(map(len, made.values())) == 3
+    assert (
+        all(Path(c["label"]).is_file() for part in made.values() for c in part)
+        and sum(map(len, made.values())) == 3
+    )
 
 
 def test_a_tenth_of_the_patients_is_held_out_where_the_list_has_no_validation(tmp_path):
     names = pictures(tmp_path, 40)
     rows = [[n, "x" if i % 2 else "y", f"patient{i // 2}"] for i, n in enumerate(names)]
-    made = get_task(str(write_csv(tmp_path / "list.csv", ["image", "class", "patient"], rows))).read_splits(Path(""), 0, 0)
+    made = get_task(str(write_csv(tmp_path / "list.csv", ["image", "class", "patient"], rows))).read_splits(
+        Path(""), 0, 0
+    )
     held, rest = ({c["patient"] for c in made[part]} for part in ("val", "train"))
     assert len(held) == 2 and len(rest) == 18 and not held & rest
     assert len(made["val"]) == 4 and len(made["train"]) == 36
@@ -244,16 +339,25 @@ def test_a_csv_list_of_radiographs_trains_evaluates_and_predicts(smae, tiny, bar
     found = sorted(cxr14.rglob("*.png"))[:20]
     for file in found:
         shutil.copy(file, tmp_path / file.name)
-    rows = [[f.name, i % 2, f.name.split("_")[0], "test" if i >= 14 else "train"] for i, f in enumerate(found)]
+    rows = [
+        [f.name, i % 2, f.name.split("_")[0], "test" if i >= 14 else "train"] for i, f in enumerate(found)
+    ]
     patients = {r[2] for r in rows if r[3] == "test"}
     rows = [r for r in rows if r[3] == "test" or r[2] not in patients]
     file = write_csv(tmp_path / "list.csv", ["image", "big heart", "patient", "split"], rows)
     for stage, more in (("pretrain", []), ("finetune", ["--init", tmp_path / "pretrain"])):
         settings = [f"{k}={v}" for k, v in {**tiny["cxr14", stage], "steps": 2}.items()]
-        code, _, err = smae(stage, "--task", file, "--preset", bare, "--out", tmp_path / stage, *more, "--set", *settings)
+        code, _, err = smae(
+            stage, "--task", file, "--preset", bare, "--out", tmp_path / stage, *more, "--set", *settings
+        )
         assert code == 0, err
     assert smae("evaluate", tmp_path / "finetune")[0] == 0
-    assert smae("predict", tmp_path / "finetune", found[0], found[15], "--out", tmp_path / "out", "--occlusion")[0] == 0
+    assert (
+        smae("predict", tmp_path / "finetune", found[0], found[15], "--out", tmp_path / "out", "--occlusion")[
+            0
+        ]
+        == 0
+    )
     table = pd.read_csv(tmp_path / "out" / "probabilities.csv")
     assert (
         list(table.columns) == ["case", "big heart", "image"]
@@ -268,7 +372,9 @@ def test_a_csv_list_of_radiographs_trains_evaluates_and_predicts(smae, tiny, bar
 
 @pytest.fixture
 def perfect(monkeypatch, trained):
-    """Predict with a network that knows the labels: they are prepared as the scan is, and go back as a prediction does."""
+    """Predict with a network that knows the labels: they are prepared as the scan is, and go back as a
+    prediction does.
+    """
 
     def call(pairs: list[tuple[Path, Path]], out: Path, run: Path = trained) -> pd.DataFrame:
         _, task, settings = load_finetuned(Run(run))
@@ -276,8 +382,14 @@ def perfect(monkeypatch, trained):
 
         def known(*_) -> torch.Tensor:
             image, label = next(left)
-            prepared = build_transform(task, settings, with_label=True)({"case": "c", "image": str(image), "label": str(label)})["label"][0]
-            return torch.nn.functional.one_hot(prepared.as_tensor().long(), len(task.classes) + 1).movedim(-1, 0).float()
+            prepared = build_transform(task, settings, with_label=True)(
+                {"case": "c", "image": str(image), "label": str(label)}
+            )["label"][0]
+            return (
+                torch.nn.functional.one_hot(prepared.as_tensor().long(), len(task.classes) + 1)
+                .movedim(-1, 0)
+                .float()
+            )
 
         monkeypatch.setattr(Predictor, "probabilities", known)
         return predict.predict(run, [image for image, _ in pairs], out, report=quiet)
@@ -300,7 +412,9 @@ def volumes_fit(table: pd.DataFrame, case: str, mask: Path, names=("liver", "tum
     voxel = np.prod(nib.affines.voxel_sizes(stored.affine)) / 1000
     row = table.set_index("case").loc[case]
     for value, name in enumerate(names, start=1):
-        assert row[f"{name} (ml)"] == pytest.approx((np.asarray(stored.dataobj) == value).sum() * voxel, abs=6e-4)
+        assert row[f"{name} (ml)"] == pytest.approx(
+            (np.asarray(stored.dataobj) == value).sum() * voxel, abs=6e-4
+        )
 
 
 @pytest.mark.slow
@@ -336,7 +450,12 @@ def turned_affine() -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("shape", "affine", "least"),
-    [(SHAPE, turned_affine(), 0.85), ((20, 18, 1), None, 0.85), ((1, 18, 16), None, 0.85), ((5, 5, 5), None, 0.6)],
+    [
+        (SHAPE, turned_affine(), 0.85),
+        ((20, 18, 1), None, 0.85),
+        ((1, 18, 16), None, 0.85),
+        ((5, 5, 5), None, 0.6),
+    ],
     ids=["oblique", "one slice", "one sagittal slice", "tiny"],
 )
 def test_masks_of_odd_scans_lie_on_their_own_grid(perfect, tmp_path, shape, affine, least):
@@ -357,8 +476,17 @@ def test_units_that_a_header_does_not_give_stay_unknown(trained, tmp_path):
     on_the_grid_of(tmp_path / "out" / "scan.nii.gz", tmp_path / "scan.nii.gz")
 
 
-def test_tumour_masks_hold_the_labels_of_the_challenge_and_their_regions_are_nested(brats, tiny, bare, tmp_path, monkeypatch):
-    run = finetune("brats", brats, tmp_path / "run", preset=bare, overrides={**tiny["brats", "finetune"], "steps": 1}, report=quiet)
+def test_tumour_masks_hold_the_labels_of_the_challenge_and_their_regions_are_nested(
+    brats, tiny, bare, tmp_path, monkeypatch
+):
+    run = finetune(
+        "brats",
+        brats,
+        tmp_path / "run",
+        preset=bare,
+        overrides={**tiny["brats", "finetune"], "steps": 1},
+        report=quiet,
+    )
     cases = build_splits(get_task("brats"), brats, FinetuneSettings())["test"]
     generator = torch.Generator().manual_seed(0)
 
@@ -367,7 +495,9 @@ def test_tumour_masks_hold_the_labels_of_the_challenge_and_their_regions_are_nes
         return torch.nn.functional.interpolate(coarse, size=image.shape[1:], mode="trilinear")[0]
 
     monkeypatch.setattr(Predictor, "probabilities", noise)
-    table = predict.predict(run.path, [c["image"] for c in cases], tmp_path / "out", probabilities=True, report=quiet).set_index("case")
+    table = predict.predict(
+        run.path, [c["image"] for c in cases], tmp_path / "out", probabilities=True, report=quiet
+    ).set_index("case")
     for case in cases:
         mask = on_the_grid_of(tmp_path / "out" / f"{case['case']}.nii.gz", Path(case["image"]))
         assert set(np.unique(mask)) == {0, 1, 2, 3}
@@ -384,7 +514,9 @@ def test_tumour_masks_hold_the_labels_of_the_challenge_and_their_regions_are_nes
 @pytest.fixture(scope="module")
 def classifier(cxr14, tiny, bare, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("classifier") / "run"
-    finetune("cxr14", cxr14, out, preset=bare, overrides={**tiny["cxr14", "finetune"], "steps": 8}, report=quiet)
+    finetune(
+        "cxr14", cxr14, out, preset=bare, overrides={**tiny["cxr14", "finetune"], "steps": 8}, report=quiet
+    )
     return out
 
 
@@ -404,14 +536,20 @@ def test_a_radiograph_of_16_bits_gives_the_probabilities_of_its_8_bit_twin(class
     values = np.asarray(Image.open(source).convert("L"), np.float64)
     values = (values - values.min()) / np.ptp(values)
     Image.fromarray((values * 255).round().astype(np.uint8)).save(tmp_path / "eight.png")
-    Image.fromarray((values * 4095).round().astype(np.uint16)).save(tmp_path / "sixteen.png")  # 12 bits in 16, as detectors give
+    Image.fromarray((values * 4095).round().astype(np.uint16)).save(
+        tmp_path / "sixteen.png"
+    )  # 12 bits in 16, as detectors give
     assert Image.open(tmp_path / "sixteen.png").mode.startswith("I")
-    table = predict.predict(classifier, [tmp_path / "eight.png", tmp_path / "sixteen.png"], tmp_path / "out", report=quiet)
+    table = predict.predict(
+        classifier, [tmp_path / "eight.png", tmp_path / "sixteen.png"], tmp_path / "out", report=quiet
+    )
     numbers = table.drop(columns=["case", "image"]).to_numpy(float)
     assert np.abs(numbers[0] - numbers[1]).max() < 0.02
 
 
-def test_nothing_is_written_into_a_folder_that_is_not_empty_nor_for_a_scan_that_cannot_be_read(smae, trained, tmp_path):
+def test_nothing_is_written_into_a_folder_that_is_not_empty_nor_for_a_scan_that_cannot_be_read(
+    smae, trained, tmp_path
+):
     image, _ = phantom()
     write(tmp_path / "scan.nii.gz", image)
     (tmp_path / "cut.nii.gz").write_bytes((tmp_path / "scan.nii.gz").read_bytes()[:2000])
@@ -419,7 +557,9 @@ def test_nothing_is_written_into_a_folder_that_is_not_empty_nor_for_a_scan_that_
     (tmp_path / "out" / "mine.txt").write_text("mine")
     code, _, err = smae("predict", trained, tmp_path / "scan.nii.gz", "--out", tmp_path / "out")
     assert code == 2 and "not empty" in err and [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
-    code, _, err = smae("predict", trained, tmp_path / "scan.nii.gz", tmp_path / "cut.nii.gz", "--out", tmp_path / "new")
+    code, _, err = smae(
+        "predict", trained, tmp_path / "scan.nii.gz", tmp_path / "cut.nii.gz", "--out", tmp_path / "new"
+    )
     assert code == 2 and "cut.nii.gz" in err and not (tmp_path / "new").exists()
 
 
@@ -462,7 +602,9 @@ def spoiled(name: str, folder: Path) -> str:
     return str(target)
 
 
-@pytest.mark.parametrize("name", ["cut", "nan", "constant", "singular", "channels", "flat", "moved", "values", "shape"])
+@pytest.mark.parametrize(
+    "name", ["cut", "nan", "constant", "singular", "channels", "flat", "moved", "values", "shape"]
+)
 def test_check_gives_each_fault_a_line_that_names_the_file(smae, monkeypatch, tmp_path, name):
     monkeypatch.setattr(checking, "estimate", lambda *_: [])  # measures the machine for seconds
     file = write_list(tmp_path)
@@ -478,7 +620,12 @@ def test_check_names_every_file_that_is_not_there(smae, tmp_path):
         (tmp_path / name).unlink()
     code, _, err = smae("check", file)
     assert code == 2 and err.count("\n") == 1 and "do not exist" in err
-    assert [name in err for name in ("images/p1", "labels/p2", "labels/p4", "images/p2")] == [True, True, True, False]
+    assert [name in err for name in ("images/p1", "labels/p2", "labels/p4", "images/p2")] == [
+        True,
+        True,
+        True,
+        False,
+    ]
 
 
 def contradictory(path: Path, image: np.ndarray, affine: np.ndarray, sizes) -> str:
@@ -491,7 +638,9 @@ def contradictory(path: Path, image: np.ndarray, affine: np.ndarray, sizes) -> s
     return str(path)
 
 
-def test_a_header_that_contradicts_itself_is_told_and_read_by_its_affine_as_viewers_do(trained, monkeypatch, tmp_path):
+def test_a_header_that_contradicts_itself_is_told_and_read_by_its_affine_as_viewers_do(
+    trained, monkeypatch, tmp_path
+):
     monkeypatch.setattr(checking, "estimate", lambda *_: [])
     image, _ = phantom(3)
     affine = np.array([[-3.0, 0, 0, 20], [0, -3.5, 0, 30], [0, 0, 4, -7], [0, 0, 0, 1]])
@@ -500,7 +649,9 @@ def test_a_header_that_contradicts_itself_is_told_and_read_by_its_affine_as_view
     write(tmp_path / "other.nii.gz", phantom(4)[0], affine)
     (tmp_path / "list.json").write_text(json.dumps({"training": ["odd.nii.gz", "other.nii.gz"]}))
     made = checking.check(str(tmp_path / "list.json"), say=quiet)
-    assert made.problems == [] and any("odd.nii.gz: voxel sizes 3x3.7x4 mm, by its affine 3x3.5x4" in line for line in made.remarks)
+    assert made.problems == [] and any(
+        "odd.nii.gz: voxel sizes 3x3.7x4 mm, by its affine 3x3.5x4" in line for line in made.remarks
+    )
     assert not any("other.nii" in line for line in made.remarks) and set(made.table.orientation) == {"LPS"}
     predict.predict(trained, [odd, str(tmp_path / "even.nii.gz")], tmp_path / "out", report=quiet)
     one, other = (nib.load(tmp_path / "out" / f"{name}.nii.gz") for name in ("odd", "even"))
@@ -514,10 +665,15 @@ def test_check_names_a_qform_that_lies_elsewhere_than_the_sform(tmp_path, monkey
     scan.set_qform(np.array([[3.0, 0, 0, 12], [0, 3.5, 0, 0], [0, 0, 4, 0], [0, 0, 0, 1]]), 1)
     nib.save(scan, tmp_path / "a.nii.gz")
     (tmp_path / "list.json").write_text(json.dumps({"training": ["a.nii.gz"]}))
-    assert any("qform lies up to 12 mm away" in line for line in checking.check(str(tmp_path / "list.json"), say=quiet).remarks)
+    assert any(
+        "qform lies up to 12 mm away" in line
+        for line in checking.check(str(tmp_path / "list.json"), say=quiet).remarks
+    )
 
 
-def test_check_looks_at_the_headers_of_masks_and_of_each_channel_and_survives_a_qform_that_is_no_rotation(tmp_path, monkeypatch):
+def test_check_looks_at_the_headers_of_masks_and_of_each_channel_and_survives_a_qform_that_is_no_rotation(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(checking, "estimate", lambda *_: [])
     image, label = phantom()
     affine = np.diag([*SPACING, 1.0])
@@ -527,11 +683,19 @@ def test_check_looks_at_the_headers_of_masks_and_of_each_channel_and_survives_a_
     odd.set_qform(affine, 1)
     odd.header["quatern_b"], odd.header["quatern_c"] = 0.9, 0.9
     nib.save(nib.Nifti1Image(label, None, odd.header), tmp_path / "mask.nii.gz")
-    (tmp_path / "list.json").write_text(json.dumps({"labels": LABELS, "training": [{"image": ["a.nii.gz", "b.nii.gz"], "label": "mask.nii.gz"}]}))
+    (tmp_path / "list.json").write_text(
+        json.dumps(
+            {"labels": LABELS, "training": [{"image": ["a.nii.gz", "b.nii.gz"], "label": "mask.nii.gz"}]}
+        )
+    )
     made = checking.check(str(tmp_path / "list.json"), say=quiet)
     assert made.problems == []
     told = next(line for line in made.remarks if "contradict" in line)
-    assert "b.nii.gz: voxel sizes 1x1x1" in told and "mask.nii.gz: its qform is no rotation" in told and "a.nii.gz: " not in told
+    assert (
+        "b.nii.gz: voxel sizes 1x1x1" in told
+        and "mask.nii.gz: its qform is no rotation" in told
+        and "a.nii.gz: " not in told
+    )
 
 
 @pytest.mark.slow
@@ -547,7 +711,9 @@ def test_check_estimates_the_memory_of_scans_that_are_kept_by_their_own_size(sma
 
 def test_check_proposes_the_spacing_in_the_order_of_axes_that_training_uses(tmp_path):
     image, label = phantom()
-    turned = nib.Nifti1Image(image, np.diag([*SPACING, 1.0])).as_reoriented(np.array([[2, -1], [0, 1], [1, -1]], float))
+    turned = nib.Nifti1Image(image, np.diag([*SPACING, 1.0])).as_reoriented(
+        np.array([[2, -1], [0, 1], [1, -1]], float)
+    )
     write(tmp_path / "a.nii.gz", np.asarray(turned.dataobj), turned.affine)
     (tmp_path / "list.json").write_text(json.dumps({"training": ["a.nii.gz"]}))
     made = checking.check(str(tmp_path / "list.json"), say=quiet)
@@ -587,8 +753,16 @@ def test_a_run_means_the_same_after_its_list_was_changed_or_moved_away(tmp_path,
 
     rng = np.random.default_rng(0)
     for i in range(4):
-        nib.save(nib.Nifti1Image(rng.uniform(-200, 200, (20, 20, 20)).astype(np.float32), np.eye(4) * [8, 8, 8, 1]), tmp_path / f"{i}.nii.gz")
-        nib.save(nib.Nifti1Image(rng.integers(0, 2, (20, 20, 20)).astype(np.uint8), np.eye(4) * [8, 8, 8, 1]), tmp_path / f"{i}_l.nii.gz")
+        nib.save(
+            nib.Nifti1Image(
+                rng.uniform(-200, 200, (20, 20, 20)).astype(np.float32), np.eye(4) * [8, 8, 8, 1]
+            ),
+            tmp_path / f"{i}.nii.gz",
+        )
+        nib.save(
+            nib.Nifti1Image(rng.integers(0, 2, (20, 20, 20)).astype(np.uint8), np.eye(4) * [8, 8, 8, 1]),
+            tmp_path / f"{i}_l.nii.gz",
+        )
     content = {
         "labels": {"1": "lesion"}, "window": [-100, 100], "spacing_mm": [8, 8, 8], "modality": {"0": "CT"},
         "training": [{"image": f"{i}.nii.gz", "label": f"{i}_l.nii.gz"} for i in range(4)],
@@ -619,7 +793,14 @@ def test_a_full_disk_during_predict_leaves_nothing(brats, tiny, bare, tmp_path, 
     from smae_utils.work.finetune import finetune
     from smae_utils.work.settings import FinetuneSettings
 
-    run = finetune("brats", brats, tmp_path / "run", preset=bare, overrides={**tiny["brats", "finetune"], "steps": 1}, report=[].append)
+    run = finetune(
+        "brats",
+        brats,
+        tmp_path / "run",
+        preset=bare,
+        overrides={**tiny["brats", "finetune"], "steps": 1},
+        report=[].append,
+    )
     scans = [c["image"] for c in build_splits(get_task("brats"), brats, FinetuneSettings())["train"][:2]]
     calls, save = [], module.save_nifti
 
@@ -642,7 +823,13 @@ def test_files_of_one_name_in_folders_of_patients_get_the_folders_before_their_n
     files = ["p1/a/T1.nii.gz", "p2/a/T1.nii.gz", "p2/b/T1.nii.gz", "p3/T1.nii.gz", "p3/other.nii.gz"]
     (tmp_path / "list.json").write_text(json.dumps({"training": files[:4], "test": files[4:]}))
     made = get_task(str(tmp_path / "list.json")).read_splits(Path(""), 0, 0)
-    assert {c["case"] for part in made.values() for c in part} == {"p1_a_T1", "p2_a_T1", "b_T1", "p3_T1", "other"}
+    assert {c["case"] for part in made.values() for c in part} == {
+        "p1_a_T1",
+        "p2_a_T1",
+        "b_T1",
+        "p3_T1",
+        "other",
+    }
 
 
 def listed(tmp_path: Path, n: int = 6, **more) -> Path:
@@ -655,7 +842,12 @@ def test_minus_one_is_unknown_and_never_a_class(tmp_path):
     names = pictures(tmp_path, 5)
     labels = [0, 1, 2, -1, {"0": 1, "1": -1, "2": 0}]
     (tmp_path / "list.json").write_text(
-        json.dumps({"training": [{"image": n, "label": v} for n, v in zip(names, labels)], "classes": ["0", "1", "2"]})
+        json.dumps(
+            {
+                "training": [{"image": n, "label": v} for n, v in zip(names, labels)],
+                "classes": ["0", "1", "2"],
+            }
+        )
     )
     for more in ({"classes": ["0", "1", "2"]}, {}):
         content = json.loads((tmp_path / "list.json").read_text())
@@ -669,7 +861,9 @@ def test_minus_one_is_unknown_and_never_a_class(tmp_path):
         assert not more or np.array_equal(cases["i04"]["label"], [1, np.nan, 0], equal_nan=True)
 
 
-def test_check_and_predict_take_lists_whose_folds_start_at_one_or_whose_masks_are_elsewhere(smae, small, trained, tmp_path, monkeypatch):
+def test_check_and_predict_take_lists_whose_folds_start_at_one_or_whose_masks_are_elsewhere(
+    smae, small, trained, tmp_path, monkeypatch
+):
     monkeypatch.setattr(checking, "estimate", lambda *_: [])
     file = write_list(tmp_path, 4, 0, settings=small)
     content = json.loads(file.read_text())
@@ -711,6 +905,8 @@ def test_unknown_targets_and_ignored_voxels_are_drawn(tmp_path):
     assert figure is not None
     name = pictures(tmp_path, 1)[0]
     task = replace(get_task("cxr14"), classes=("a", "b"))
-    table = pd.DataFrame({"case": "c", "class": ["a", "b"], "target": pd.array([1, None], dtype="Int64"), "score": [0.5, 0.5]})
+    table = pd.DataFrame(
+        {"case": "c", "class": ["a", "b"], "target": pd.array([1, None], dtype="Int64"), "score": [0.5, 0.5]}
+    )
     drawn = plots.show_test_case(task, {"case": "c", "image": str(tmp_path / name)}, {}, {"self": table}, "c")
     assert [t.get_text() for t in drawn.axes[1].get_yticklabels()] == ["> a", "b"]

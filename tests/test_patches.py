@@ -56,7 +56,9 @@ def test_patches_are_the_slices_of_the_image_in_row_major_order(size, patch, cha
 
 
 def test_pixels_of_a_patch_are_spatial_first_and_channel_last():
-    image = torch.tensor([[[0, 1, 2, 3], [10, 11, 12, 13]], [[100, 101, 102, 103], [110, 111, 112, 113]]])[None]
+    image = torch.tensor([[[0, 1, 2, 3], [10, 11, 12, 13]], [[100, 101, 102, 103], [110, 111, 112, 113]]])[
+        None
+    ]
     expected = [[0, 100, 1, 101, 10, 110, 11, 111], [2, 102, 3, 103, 12, 112, 13, 113]]
     assert patchify(image, 2)[0].tolist() == expected
 
@@ -138,7 +140,9 @@ def test_drawing_noise_leaves_the_global_random_state_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("length, ratio", [(16, 0), (16, 1), (16, 1.5), (16, -0.25), (16, 0.99), (3, 0.75), (1, 0.5)])
+@pytest.mark.parametrize(
+    "length, ratio", [(16, 0), (16, 1), (16, 1.5), (16, -0.25), (16, 0.99), (3, 0.75), (1, 0.5)]
+)
 def test_a_mask_ratio_that_leaves_nothing_visible_or_nothing_hidden_is_an_error(length, ratio):
     with pytest.raises(UserError, match="mask_ratio"):
         split_by_noise(torch.rand(2, length), ratio)
@@ -163,7 +167,17 @@ def numpy_positions(grid, dim):
 
 
 @pytest.mark.parametrize(
-    "grid, dim", [((4, 4), 16), ((3, 5), 24), ((2, 3, 4), 24), ((2, 3, 4), 48), ((3, 2), 18), ((2, 3, 4), 32), ((2, 2, 2), 6), ((5,), 7)]
+    "grid, dim",
+    [
+        ((4, 4), 16),
+        ((3, 5), 24),
+        ((2, 3, 4), 24),
+        ((2, 3, 4), 48),
+        ((3, 2), 18),
+        ((2, 3, 4), 32),
+        ((2, 2, 2), 6),
+        ((5,), 7),
+    ],
 )
 def test_positions_follow_the_papers_formula_for_any_grid_and_width(grid, dim):
     table = sincos_positions(grid, dim)
@@ -171,7 +185,9 @@ def test_positions_follow_the_papers_formula_for_any_grid_and_width(grid, dim):
     np.testing.assert_allclose(table[0].numpy(), numpy_positions(grid, dim), atol=1e-6)
 
 
-@pytest.mark.parametrize("ndim, dim, left", [(2, 18, 2), (2, 19, 3), (3, 32, 2), (3, 47, 5), (3, 768, 0), (3, 512, 2)])
+@pytest.mark.parametrize(
+    "ndim, dim, left", [(2, 18, 2), (2, 19, 3), (3, 32, 2), (3, 47, 5), (3, 768, 0), (3, 512, 2)]
+)
 def test_columns_that_are_left_over_are_zero_and_no_others(ndim, dim, left):
     table = sincos_positions((3,) * ndim, dim)[0]
     used = table.abs().sum(0) > 0

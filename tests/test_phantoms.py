@@ -17,7 +17,8 @@ from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
 from smae_utils.phantoms import write_phantoms
 
-# https://nihcc.app.box.com/v/ChestXray-NIHCC: the header as it is, with brackets that hold commas and a comma at the end.
+# https://nihcc.app.box.com/v/ChestXray-NIHCC: the header as it is, with brackets that hold commas and a comma
+# at the end.
 CXR_HEADER = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
     "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],"
@@ -26,7 +27,11 @@ BTCV_TEST = {1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38}
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 @pytest.mark.parametrize(("task", "n"), [("btcv", 2), ("cxr14", 5), ("brats", 2)])
@@ -60,7 +65,10 @@ def test_btcv_layout_is_that_of_the_synapse_download(btcv):
 def test_btcv_scans_are_int16_hu_with_labels_on_the_same_grid_in_several_orientations(btcv):
     codes, oblique = set(), 0
     for path in sorted((btcv / "RawData/Training/img").iterdir()):
-        image, label = nib.load(path), nib.load(path.parent.parent / "label" / path.name.replace("img", "label"))
+        image, label = (
+            nib.load(path),
+            nib.load(path.parent.parent / "label" / path.name.replace("img", "label")),
+        )
         assert image.get_data_dtype() == np.int16
         assert image.shape == label.shape and np.allclose(image.affine, label.affine)
         hu, values = np.asarray(image.dataobj), np.asarray(label.dataobj)
@@ -75,10 +83,18 @@ def test_btcv_scans_are_int16_hu_with_labels_on_the_same_grid_in_several_orienta
 def test_organs_of_a_group_cannot_be_told_apart_by_their_hu():
     from smae_utils.phantoms.ct import ORGANS, make_case
 
-    groups = (("liver", "spleen"), ("right kidney", "left kidney"), ("aorta", "inferior vena cava", "portal and splenic veins"))
+    groups = (
+        ("liver", "spleen"),
+        ("right kidney", "left kidney"),
+        ("aorta", "inferior vena cava", "portal and splenic veins"),
+    )
     for case in (1, 2, 3):
         phantom = make_case(5, case, clean=True)
-        hu = {name: np.median(phantom.image_hu[phantom.label == i]) for i, name in enumerate(ORGANS, start=1) if (phantom.label == i).any()}
+        hu = {
+            name: np.median(phantom.image_hu[phantom.label == i])
+            for i, name in enumerate(ORGANS, start=1)
+            if (phantom.label == i).any()
+        }
         spread = [np.ptp([hu[name] for name in group if name in hu]) for group in groups]
         assert max(spread) <= 12, (case, hu)
         assert abs(hu["liver"] - hu["aorta"]) > 20 or abs(hu["liver"] - hu["left kidney"]) > 20
@@ -100,7 +116,9 @@ def test_cxr14_header_and_rows_are_those_of_the_nih_table(cxr14):
     raw = (cxr14 / "Data_Entry_2017.csv").read_text()
     assert raw.splitlines()[0] == CXR_HEADER
     rows = list(csv.reader(raw.splitlines()[1:]))
-    assert len(rows) == 60 and {len(r) for r in rows} == {12}  # nine names, two of them split, and the unnamed one
+    assert len(rows) == 60 and {len(r) for r in rows} == {
+        12
+    }  # nine names, two of them split, and the unnamed one
     known = {*get_task("cxr14").classes, "No Finding"}
     for name, findings, follow_up, patient, *_ in rows:
         assert name == f"{int(patient):08d}_{int(follow_up):03d}.png"
@@ -113,7 +131,9 @@ def test_cxr14_lists_name_each_image_once_and_share_no_patient(cxr14):
     files = {p.name: p for p in cxr14.rglob("*.png")}
     assert sorted(train + test) == sorted(files)
     assert train and test and not {n[:8] for n in train} & {n[:8] for n in test}
-    assert all(p.parent.name == "images" and p.parent.parent.name.startswith("images_") for p in files.values())
+    assert all(
+        p.parent.name == "images" and p.parent.parent.name.startswith("images_") for p in files.values()
+    )
     modes = [Image.open(p).mode for p in files.values()]
     assert set(modes) == {"L", "RGBA"} and modes.count("L") > 50
 
@@ -122,7 +142,9 @@ def test_brats_layout_is_that_of_the_decathlon_with_its_junk_file(brats):
     folder = brats / "Task01_BrainTumour"
     index = json.loads((folder / "dataset.json").read_text())
     assert index["modality"]["0"] == "FLAIR" and index["labels"]["3"].startswith("enhancing")
-    assert [Path(e["image"]).name for e in index["training"]] == [f"BRATS_{i:03d}.nii.gz" for i in range(1, 9)]
+    assert [Path(e["image"]).name for e in index["training"]] == [
+        f"BRATS_{i:03d}.nii.gz" for i in range(1, 9)
+    ]
     assert (folder / "imagesTr" / "._BRATS_001.nii.gz").is_file()
     for entry in index["training"]:
         image, label = nib.load(folder / entry["image"]), nib.load(folder / entry["label"])
@@ -144,7 +166,11 @@ def test_mri_background_is_exactly_zero_in_all_channels_and_holds_no_tumour(brat
 
 
 def test_every_tumour_region_occurs(brats):
-    found = {v for p in (brats / "Task01_BrainTumour/labelsTr").glob("BRATS*") for v in np.unique(np.asarray(nib.load(p).dataobj))}
+    found = {
+        v
+        for p in (brats / "Task01_BrainTumour/labelsTr").glob("BRATS*")
+        for v in np.unique(np.asarray(nib.load(p).dataobj))
+    }
     assert found == {0, 1, 2, 3}
 
 

@@ -1,4 +1,6 @@
-"""Readers: official splits, patients kept together, left and right where they are, and errors that name the path."""
+"""Readers: official splits, patients kept together, left and right where they are, and errors that name the
+path.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +117,13 @@ def test_no_radiograph_patient_is_in_two_parts(cxr14, seed):
 
 def test_radiograph_labels_are_14_zeros_and_ones_in_the_official_order(tmp_path):
     table = "\n".join(
-        [HEADER, row("00000001_000.png", "Cardiomegaly|Emphysema"), row("00000002_000.png", "No Finding"), row("00000003_000.png", "Hernia"), ""]
+        [
+            HEADER,
+            row("00000001_000.png", "Cardiomegaly|Emphysema"),
+            row("00000002_000.png", "No Finding"),
+            row("00000003_000.png", "Hernia"),
+            "",
+        ]
     )
     names = [f"0000000{i}_000.png" for i in (1, 2, 3)]
     splits = parts("cxr14", touch_radiographs(tmp_path, table, names[:2], names[2:]))
@@ -142,9 +150,13 @@ def test_a_table_with_bom_or_windows_line_ends_is_read_alike(mark, end, tmp_path
 def test_the_2020_table_is_read_too(cxr14, spoil):
     folder = spoil(cxr14)
     old = folder / "Data_Entry_2017.csv"
-    (folder / "Data_Entry_2017_v2020.csv").write_text(old.read_text().replace("Patient Gender", "Patient Sex"))
+    (folder / "Data_Entry_2017_v2020.csv").write_text(
+        old.read_text().replace("Patient Gender", "Patient Sex")
+    )
     old.unlink()
-    assert [c["case"] for c in parts("cxr14", folder)["test"]] == [c["case"] for c in parts("cxr14", cxr14)["test"]]
+    assert [c["case"] for c in parts("cxr14", folder)["test"]] == [
+        c["case"] for c in parts("cxr14", cxr14)["test"]
+    ]
 
 
 def test_brats_folds_are_disjoint_cover_all_and_hold_validation_out_of_training(brats):
@@ -188,7 +200,9 @@ def test_a_missing_brats_image_is_named(brats, spoil):
         parts("brats", image.parent.parent)
 
 
-@pytest.mark.parametrize("content", ["not json", "[]", json.dumps({"test": []}), json.dumps({"training": [{"image": "a"}]})])
+@pytest.mark.parametrize(
+    "content", ["not json", "[]", json.dumps({"test": []}), json.dumps({"training": [{"image": "a"}]})]
+)
 def test_a_broken_brats_list_is_named(content, tmp_path):
     (tmp_path / "dataset.json").write_text(content)
     with pytest.raises(UserError, match=str(tmp_path / "dataset.json")):
@@ -211,7 +225,9 @@ def test_an_unknown_finding_is_named_with_its_image(tmp_path):
 
 def test_lists_that_share_a_patient_are_refused(tmp_path):
     names = ["00000001_000.png", "00000002_000.png", "00000001_001.png"]
-    folder = touch_radiographs(tmp_path, "\n".join([HEADER, *(row(n, "Mass") for n in names)]), names[:2], names[2:])
+    folder = touch_radiographs(
+        tmp_path, "\n".join([HEADER, *(row(n, "Mass") for n in names)]), names[:2], names[2:]
+    )
     with pytest.raises(UserError, match="patient 1"):
         parts("cxr14", folder)
 
@@ -231,7 +247,9 @@ def test_the_right_kidney_lies_at_the_patients_right_in_every_stored_orientation
         values = np.asarray(stored.dataobj)
         if not ((values == 2).any() and (values == 3).any()):
             continue
-        right, left = (nib.affines.apply_affine(stored.affine, np.argwhere(values == v)).mean(0)[0] for v in (2, 3))
+        right, left = (
+            nib.affines.apply_affine(stored.affine, np.argwhere(values == v)).mean(0)[0] for v in (2, 3)
+        )
         assert right > left + 30, path.name  # nibabel's world x grows towards the patient's right
         codes.add(nib.aff2axcodes(stored.affine))
     assert len(codes) >= 3
@@ -239,12 +257,16 @@ def test_the_right_kidney_lies_at_the_patients_right_in_every_stored_orientation
 
 def test_prepared_scans_keep_the_right_kidney_right_whatever_the_stored_orientation(btcv):
     task = get_task("btcv")
-    transform = build_transform(task, Settings(crop_size=(16, 16, 16), spacing_mm=(10.0, 10.0, 10.0)), with_label=True)
+    transform = build_transform(
+        task, Settings(crop_size=(16, 16, 16), spacing_mm=(10.0, 10.0, 10.0)), with_label=True
+    )
     checked = 0
     for case in (c for p in parts("btcv", btcv).values() for c in p):
         label = transform(dict(case))["label"][0].numpy()
         if (label == 2).any() and (label == 3).any():
-            assert np.argwhere(label == 2)[:, 0].mean() > np.argwhere(label == 3)[:, 0].mean() + 3  # axis 0 grows to the right
+            assert (
+                np.argwhere(label == 2)[:, 0].mean() > np.argwhere(label == 3)[:, 0].mean() + 3
+            )  # axis 0 grows to the right
             checked += 1
     assert checked >= 8
 
@@ -254,7 +276,9 @@ def test_rows_and_columns_of_a_radiograph_stay_where_they_are(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "a.png")
     read = ReadRadiograph()({"image": str(tmp_path / "a.png")})
     assert np.array_equal(np.array(read["image"]), pixels)
-    assert read["mean"] == pytest.approx(pixels.mean() / 255) and read["std"] == pytest.approx(pixels.std() / 255)
+    assert read["mean"] == pytest.approx(pixels.mean() / 255) and read["std"] == pytest.approx(
+        pixels.std() / 255
+    )
     tensor = ResizeRadiograph((6, 9))(read)["image"]
     assert tensor.shape == (1, 6, 9)
     assert np.allclose(tensor[0].numpy(), (pixels - pixels.mean()) / pixels.std(), atol=1e-4)

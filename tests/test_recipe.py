@@ -21,20 +21,42 @@ from smae_utils.work.finetune import few_labelled, finetune
 from smae_utils.work.pretrain import drawn_ratio, pretrain
 from smae_utils.work.settings import FinetuneSettings, PretrainSettings, make_settings
 
-SMALL = {"img_size": (16, 16, 16), "patch_size": 4, "in_chans": 1, "embed_dim": 24, "depth": 3, "num_heads": 2}
-SETTINGS = replace(FinetuneSettings(), crop_size=(16, 16, 16), patch_size=8, embed_dim=24, depth=3, num_heads=2, feature_size=2)
+SMALL = {
+    "img_size": (16, 16, 16),
+    "patch_size": 4,
+    "in_chans": 1,
+    "embed_dim": 24,
+    "depth": 3,
+    "num_heads": 2,
+}
+SETTINGS = replace(
+    FinetuneSettings(),
+    crop_size=(16, 16, 16),
+    patch_size=8,
+    embed_dim=24,
+    depth=3,
+    num_heads=2,
+    feature_size=2,
+)
 
 
 @pytest.mark.parametrize("layer_decay", [1.0, 0.75])
 def test_the_encoder_learns_at_its_share_of_the_rate_and_the_decoder_at_the_full_one(layer_decay):
     model = build_model(get_task("hippocampus"), SETTINGS)
-    slow, plain = (build_optimizer(model, replace(SETTINGS, encoder_lr=factor), layer_decay) for factor in (0.1, 1.0))
-    scales = [{id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]} for optimizer in (slow, plain)]
+    slow, plain = (
+        build_optimizer(model, replace(SETTINGS, encoder_lr=factor), layer_decay) for factor in (0.1, 1.0)
+    )
+    scales = [
+        {id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
+        for optimizer in (slow, plain)
+    ]
     names = {id(p): name for name, p in model.named_parameters()}
     assert scales[0].keys() == scales[1].keys() == {id(p) for p in model.parameters() if p.requires_grad}
     for key, name in names.items():
         if key in scales[0]:
-            assert scales[0][key] == pytest.approx(scales[1][key] * (0.1 if name.startswith("encoder.") else 1)), name
+            assert scales[0][key] == pytest.approx(
+                scales[1][key] * (0.1 if name.startswith("encoder.") else 1)
+            ), name
 
 
 def test_fewer_labelled_cases_are_a_part_of_more_and_follow_the_seed():
@@ -46,10 +68,19 @@ def test_fewer_labelled_cases_are_a_part_of_more_and_follow_the_seed():
 
 def test_a_run_trains_on_as_many_labelled_cases_as_asked_for(brats, tiny, bare, tmp_path):
     values = {**tiny["brats", "finetune"], "steps": 1, "batch_size": 1, "train_on_val": False}
-    run = finetune("brats", brats, tmp_path / "run", preset=bare, overrides={**values, "labelled": 2}, report=[].append)
+    run = finetune(
+        "brats", brats, tmp_path / "run", preset=bare, overrides={**values, "labelled": 2}, report=[].append
+    )
     assert len(run.config["cases"]["train"]) == 2
     with pytest.raises(UserError, match="more than the .* labelled training cases"):
-        finetune("brats", brats, tmp_path / "no", preset=bare, overrides={**values, "labelled": 50}, report=[].append)
+        finetune(
+            "brats",
+            brats,
+            tmp_path / "no",
+            preset=bare,
+            overrides={**values, "labelled": 50},
+            report=[].append,
+        )
 
 
 def test_without_the_image_skip_all_that_the_decoder_knows_went_through_the_encoder():
@@ -85,7 +116,9 @@ def test_pre_training_mirrors_as_fine_tuning_does():
         crop = build_augmentation(replace(task, sided=sided), settings)({"image": image})[0]["image"]
         assert torch.equal(torch.as_tensor(crop), image.flip(3) if keeps else image.flip((1, 2, 3)))
         flat_task = replace(get_task("cxr14"), sided=sided)
-        crops = build_augmentation(flat_task, replace(settings, crop_size=(16, 16), crop_area=(1.0, 1.0)))({"image": flat, "mean": 0.0, "std": 1.0})
+        crops = build_augmentation(flat_task, replace(settings, crop_size=(16, 16), crop_area=(1.0, 1.0)))(
+            {"image": flat, "mean": 0.0, "std": 1.0}
+        )
         row = crops[0]["image"][0, 8]
         assert bool(row[0] < row[-1]) == keeps
 
@@ -93,14 +126,30 @@ def test_pre_training_mirrors_as_fine_tuning_does():
 def test_learned_positions_learn_while_pre_training_and_fixed_ones_do_not(brats, tiny, bare, tmp_path):
     tables = {}
     for positions in ("sincos", "learned"):
-        run = pretrain("brats", brats, tmp_path / positions, bare, {**tiny["brats", "pretrain"], "positions": positions}, report=[].append)
+        run = pretrain(
+            "brats",
+            brats,
+            tmp_path / positions,
+            bare,
+            {**tiny["brats", "pretrain"], "positions": positions},
+            report=[].append,
+        )
         tables[positions] = load_file(run.path / "model.safetensors")["encoder.pos_embed"]
     model = build_model(get_task("brats"), make_settings(FinetuneSettings, tiny["brats", "finetune"], "test"))
-    assert torch.equal(tables["sincos"], model.encoder.pos_embed.detach()) and not torch.equal(tables["learned"], tables["sincos"])
+    assert torch.equal(tables["sincos"], model.encoder.pos_embed.detach()) and not torch.equal(
+        tables["learned"], tables["sincos"]
+    )
     load_weights(model, tmp_path / "learned")
     assert torch.equal(model.encoder.pos_embed.detach(), tables["learned"])
     with pytest.raises(UserError, match="positions must be"):
-        pretrain("brats", brats, tmp_path / "no", bare, {**tiny["brats", "pretrain"], "positions": "rotary"}, report=[].append)
+        pretrain(
+            "brats",
+            brats,
+            tmp_path / "no",
+            bare,
+            {**tiny["brats", "pretrain"], "positions": "rotary"},
+            report=[].append,
+        )
 
 
 def test_the_mask_ratio_is_drawn_for_each_step_and_again_after_a_resume(brats, tiny, bare, tmp_path):
@@ -126,7 +175,9 @@ def test_the_mask_ratio_is_drawn_for_each_step_and_again_after_a_resume(brats, t
 
 def test_patches_of_air_do_not_count_when_asked():
     torch.manual_seed(0)
-    model = MaskedAutoencoder(**SMALL, decoder_embed_dim=24, decoder_depth=1, decoder_num_heads=2, norm_pix_loss=False)
+    model = MaskedAutoencoder(
+        **SMALL, decoder_embed_dim=24, decoder_depth=1, decoder_num_heads=2, norm_pix_loss=False
+    )
     image = torch.randn(2, 1, 16, 16, 16)
     image[:, :, :8] = 0.0  # half of it is air
     noise = torch.rand(2, 64)
@@ -135,5 +186,7 @@ def test_patches_of_air_do_not_count_when_asked():
         body = (patchify(image, 4) != 0).any(-1) & out.mask.bool()
         expected = (out.pred - patchify(image, 4)).square().mean(-1)[body].mean()
         model.air_loss = False
-        assert model(image, noise).loss == pytest.approx(float(expected), rel=1e-5) and out.loss != pytest.approx(float(expected), rel=1e-3)
+        assert model(image, noise).loss == pytest.approx(
+            float(expected), rel=1e-5
+        ) and out.loss != pytest.approx(float(expected), rel=1e-3)
         assert float(model(torch.zeros_like(image), noise).loss) == 0

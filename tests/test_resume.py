@@ -81,15 +81,26 @@ def test_what_changes_nothing_of_the_result_may_change(interrupted, brats, tiny,
     run = interrupted(**new)
     assert {k: run.config["settings"][k] for k in new} == new
     assert steps(run) == [1, 2, 4, 6] and [step for step, _ in run.checkpoints()] == [5]
-    whole = pretrain("brats", brats, tmp_path / "whole", bare, {**tiny["brats", "pretrain"], "steps": 6, "log_every": 2}, report=quiet)
+    whole = pretrain(
+        "brats",
+        brats,
+        tmp_path / "whole",
+        bare,
+        {**tiny["brats", "pretrain"], "steps": 6, "log_every": 2},
+        report=quiet,
+    )
     assert losses(run)[2:] == losses(whole)[1:]
 
 
-@pytest.mark.parametrize("change", [{"mask_ratio": 0.5}, {"seed": 1}, {"base_lr": 0.2}, {"steps": 7}, {"precision": "auto"}])
+@pytest.mark.parametrize(
+    "change", [{"mask_ratio": 0.5}, {"seed": 1}, {"base_lr": 0.2}, {"steps": 7}, {"precision": "auto"}]
+)
 def test_what_decides_the_result_may_not(interrupted, change, tmp_path):
     before = (tmp_path / "run" / "config.yaml").read_bytes()
     ((name, value),) = change.items()
-    with pytest.raises(UserError, match="lr=.*now 0.0015625" if name == "base_lr" else f"{name}=.*now {value!r}"):
+    with pytest.raises(
+        UserError, match="lr=.*now 0.0015625" if name == "base_lr" else f"{name}=.*now {value!r}"
+    ):
         interrupted(**change)
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
 
@@ -107,7 +118,11 @@ def test_a_run_of_an_older_version_goes_on_and_keeps_what_it_said(interrupted, t
     rewrite(run, schema=None, segments=None, data_from_run=None, data="elsewhere")
     made = interrupted()
     first, second = made.config["segments"]
-    assert first["step"] == 0 and first["precision"] == "fp32" and first["date"] == made.config["provenance"]["date"]
+    assert (
+        first["step"] == 0
+        and first["precision"] == "fp32"
+        and first["date"] == made.config["provenance"]["date"]
+    )
     assert second["step"] == 2 and made.config["schema"] == SCHEMA
 
 
@@ -120,7 +135,9 @@ def test_a_run_of_a_newer_version_is_refused_by_name(interrupted, schema, tmp_pa
         Run.open(tmp_path / "run", "pretrain")
 
 
-def test_the_precision_of_the_first_sitting_is_kept_where_the_device_has_it(interrupted, tmp_path, monkeypatch):
+def test_the_precision_of_the_first_sitting_is_kept_where_the_device_has_it(
+    interrupted, tmp_path, monkeypatch
+):
     asked = []
     make = devices.make_accelerator
     monkeypatch.setattr(loop.devices, "make_accelerator", lambda p: asked.append(p) or make("fp32"))
@@ -132,7 +149,10 @@ def test_the_precision_of_the_first_sitting_is_kept_where_the_device_has_it(inte
     assert asked == ["bf16"] and not [line for line in said if line.startswith("note")]
     monkeypatch.setattr(devices, "computes_bf16", lambda device: False)
     run = interrupted(report=said.append)
-    assert asked == ["bf16", "fp32"] and len([line for line in said if line.startswith("note") and "bf16" in line]) == 1
+    assert (
+        asked == ["bf16", "fp32"]
+        and len([line for line in said if line.startswith("note") and "bf16" in line]) == 1
+    )
     assert run.config["precision"] == "bf16" and run.config["segments"][-1]["precision"] == "fp32"
 
 
@@ -159,9 +179,24 @@ def test_inference_computes_in_the_precision_it_is_told_and_records_no_gradient(
 
 
 @pytest.mark.slow
-def test_of_two_processes_that_go_on_with_one_run_one_is_refused_and_the_run_stays_whole(interrupted, brats, bare, tiny, tmp_path):
+def test_of_two_processes_that_go_on_with_one_run_one_is_refused_and_the_run_stays_whole(
+    interrupted, brats, bare, tiny, tmp_path
+):
     values = [f"{k}={v}" for k, v in {**tiny["brats", "pretrain"], "steps": 6, "save_every": 2}.items()]
-    words = ["pretrain", "--task", "brats", "--data", brats, "--preset", bare, "--out", tmp_path / "run", "--resume", "--set", *values]
+    words = [
+        "pretrain",
+        "--task",
+        "brats",
+        "--data",
+        brats,
+        "--preset",
+        bare,
+        "--out",
+        tmp_path / "run",
+        "--resume",
+        "--set",
+        *values,
+    ]
     command = [sys.executable, "-m", "smae_utils", *map(str, words)]
     with only_process(tmp_path / "run"):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -177,7 +212,9 @@ def test_of_two_processes_that_go_on_with_one_run_one_is_refused_and_the_run_sta
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
 def test_the_lock_of_a_killed_process_does_not_stop_the_next(tmp_path):
     code = "import sys, time; from smae_utils.work.run_folder import only_process\nwith only_process(sys.argv[1]): print('in', flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE
+    )
     assert process.stdout.readline() == b"in\n"
     with pytest.raises(UserError, match="another process"), only_process(tmp_path / "run"):
         pass
@@ -198,7 +235,9 @@ def test_a_lock_that_a_kill_left_does_not_make_a_folder_count_as_used(brats, tin
 def test_a_finished_run_is_found_again_where_nothing_can_be_written(brats, tiny, bare, tmp_path, monkeypatch):
     run = pretrain("brats", brats, tmp_path / "run", bare, tiny["brats", "pretrain"], report=quiet)
     monkeypatch.setattr(loop, "only_process", lambda path: pytest.fail("wrote into a finished run"))
-    assert pretrain("brats", brats, run.path, bare, tiny["brats", "pretrain"], resume=True, report=quiet).finished
+    assert pretrain(
+        "brats", brats, run.path, bare, tiny["brats", "pretrain"], resume=True, report=quiet
+    ).finished
 
 
 def test_a_run_that_was_moved_goes_on_there_with_data_that_were_moved(interrupted, brats, tmp_path):
@@ -211,7 +250,17 @@ def test_a_run_that_was_moved_goes_on_there_with_data_that_were_moved(interrupte
 
 
 def test_the_weights_a_run_started_from_may_be_moved_but_not_be_others(brats, tiny, bare, tmp_path):
-    made = [pretrain("brats", brats, tmp_path / f"pre{seed}", bare, {**tiny["brats", "pretrain"], "seed": seed}, report=quiet) for seed in (0, 1)]
+    made = [
+        pretrain(
+            "brats",
+            brats,
+            tmp_path / f"pre{seed}",
+            bare,
+            {**tiny["brats", "pretrain"], "seed": seed},
+            report=quiet,
+        )
+        for seed in (0, 1)
+    ]
     overrides = {**tiny["brats", "finetune"], "save_every": 1}
     with pytest.raises(Stop):
         finetune("brats", brats, tmp_path / "run", made[0].path, bare, overrides, report=stopped_at(2))
@@ -220,7 +269,9 @@ def test_the_weights_a_run_started_from_may_be_moved_but_not_be_others(brats, ti
         finetune("brats", brats, tmp_path / "run", made[1].path, bare, overrides, resume=True, report=quiet)
     with pytest.raises(UserError, match="init"):
         finetune("brats", brats, tmp_path / "run", "scratch", bare, overrides, resume=True, report=quiet)
-    assert finetune("brats", brats, tmp_path / "run", moved, bare, overrides, resume=True, report=quiet).finished
+    assert finetune(
+        "brats", brats, tmp_path / "run", moved, bare, overrides, resume=True, report=quiet
+    ).finished
 
 
 # Where data lie
@@ -235,7 +286,12 @@ def radiographs(folder: Path, name: str = "list.json", data: Path | None = None)
     for i in range(12):
         Image.fromarray(rng.integers(0, 256, (40, 40), dtype=np.uint8)).save(data / f"i{i}.png")
         entries.append({"image": f"i{i}.png", "label": [["mass"], ["nodule"], []][i % 3]})
-    content = {"classes": ["mass", "nodule"], "training": entries[:6], "validation": entries[6:9], "test": entries[9:]}
+    content = {
+        "classes": ["mass", "nodule"],
+        "training": entries[:6],
+        "validation": entries[6:9],
+        "test": entries[9:],
+    }
     (folder / name).write_text(json.dumps(content), encoding="utf-8")
     return folder / name
 
@@ -261,8 +317,12 @@ def test_places_are_kept_absolute_and_links_as_they_are(train, tmp_path, monkeyp
     (tmp_path / "data" / "list.json").symlink_to(real)
     monkeypatch.chdir(tmp_path)
     run = train("data/list.json")
-    assert run.config["task"] == str(tmp_path / "data" / "list.json") and run.config["data"] == str(tmp_path / "data")
-    assert run.config["task_from_run"] == "../../data/list.json" and run.config["data_from_run"] == "../../data"
+    assert run.config["task"] == str(tmp_path / "data" / "list.json") and run.config["data"] == str(
+        tmp_path / "data"
+    )
+    assert (
+        run.config["task_from_run"] == "../../data/list.json" and run.config["data_from_run"] == "../../data"
+    )
     monkeypatch.chdir("/")
     assert find_data(run) == (run.config["task"], run.config["data"])
 
@@ -298,7 +358,9 @@ def test_data_of_a_list_can_be_said_as_the_list_its_folder_or_the_folder_of_its_
 
 def test_a_list_with_a_data_folder_of_its_own_is_not_mistaken_for_one_that_lies_there(train, tmp_path):
     listing = radiographs(tmp_path / "lists", "dataset.json", data=tmp_path / "images")
-    (tmp_path / "images" / "dataset.json").write_text("{}", encoding="utf-8")  # of the download, another thing
+    (tmp_path / "images" / "dataset.json").write_text(
+        "{}", encoding="utf-8"
+    )  # of the download, another thing
     run = train(listing, tmp_path / "images")
     expected = (str(listing), str(tmp_path / "images"))
     assert find_data(run) == find_data(run, tmp_path / "images") == expected
@@ -308,13 +370,18 @@ def test_data_of_a_known_task_are_found_where_they_were_or_where_one_says(brats,
     shutil.copytree(brats, tmp_path / "data")
     overrides = {**tiny["brats", "pretrain"], "steps": 1}
     run = pretrain("brats", tmp_path / "data", tmp_path / "runs" / "run", bare, overrides, report=quiet)
-    assert find_data(run) == ("brats", str(tmp_path / "data")) and find_data(run, brats) == ("brats", str(brats))
+    assert find_data(run) == ("brats", str(tmp_path / "data")) and find_data(run, brats) == (
+        "brats",
+        str(brats),
+    )
     (tmp_path / "data").rename(tmp_path / "gone")
     with pytest.raises(UserError, match="data folder .*--data NEW"):
         find_data(run)
 
 
-def test_a_list_may_be_moved_or_renamed_between_two_sittings_but_not_be_changed(train, tiny, tmp_path, monkeypatch):
+def test_a_list_may_be_moved_or_renamed_between_two_sittings_but_not_be_changed(
+    train, tiny, tmp_path, monkeypatch
+):
     listing = radiographs(tmp_path / "data")
     step = Loop._step
     with monkeypatch.context() as patch, pytest.raises(Stop):
@@ -343,7 +410,12 @@ def test_a_path_through_a_link_and_up_is_not_shortened(tmp_path):
 
 def test_a_commit_is_told_only_by_the_repository_that_tracks_this_package(tmp_path, monkeypatch):
     def git(*words):
-        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True, capture_output=True)
+        subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words],
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+        )
 
     package = tmp_path / "project" / "venv" / "smae_utils"
     package.mkdir(parents=True)

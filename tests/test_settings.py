@@ -55,7 +55,9 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(name, value):
 
 
 def test_harmless_conversions_are_made():
-    made = make_settings(PretrainSettings, {"steps": 1000.0, "base_lr": 1, "crop_size": [32, 32, 16]}, where="here")
+    made = make_settings(
+        PretrainSettings, {"steps": 1000.0, "base_lr": 1, "crop_size": [32, 32, 16]}, where="here"
+    )
     assert (made.steps, type(made.steps)) == (1000, int)
     assert (made.base_lr, type(made.base_lr)) == (1.0, float)
     assert made.crop_size == (32, 32, 16)
@@ -75,15 +77,21 @@ def test_set_reads_python_and_yaml_spellings():
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", ".0001", "1.e-04", "+1e-4"])
 def test_numbers_as_everybody_writes_them_are_numbers_in_presets_and_on_the_command_line(text, tmp_path):
     path = tmp_path / "p.yaml"
-    path.write_text(f"all: {{base_lr: {text}, betas: [9e-1, {text}], pretrain: {{norm_pix_loss: no}}}}", encoding="utf-8")
+    path.write_text(
+        f"all: {{base_lr: {text}, betas: [9e-1, {text}], pretrain: {{norm_pix_loss: no}}}}", encoding="utf-8"
+    )
     with pytest.raises(UserError, match="the smaller first"):  # both are numbers
         resolve(BTCV, "pretrain", str(path))
-    path.write_text(f"all: {{base_lr: {text}, pretrain: {{norm_pix_loss: no, steps: 1e3}}}}", encoding="utf-8")
+    path.write_text(
+        f"all: {{base_lr: {text}, pretrain: {{norm_pix_loss: no, steps: 1e3}}}}", encoding="utf-8"
+    )
     made = resolve(BTCV, "pretrain", str(path), overrides=parse_overrides([f"weight_decay={text}"]))
     assert (made.base_lr, made.weight_decay, made.norm_pix_loss, made.steps) == (1e-4, 1e-4, False, 1000)
 
 
-@pytest.mark.parametrize("text", ["rand-m9-mstd0.5-inc1", "1.2.3", "1e", "e5", "2024-02-31", "1e-4s", "'1e-4'"])
+@pytest.mark.parametrize(
+    "text", ["rand-m9-mstd0.5-inc1", "1.2.3", "1e", "e5", "2024-02-31", "1e-4s", "'1e-4'"]
+)
 def test_words_that_look_like_numbers_stay_words(text):
     value = parse_overrides([f"rand_augment={text}"])["rand_augment"]
     assert isinstance(value, str) and value == text.strip("'")
@@ -106,7 +114,10 @@ def test_a_preset_that_is_no_utf_8_is_named(tmp_path):
 
 def test_false_on_the_command_line_turns_a_switch_off(bare):
     assert resolve(BTCV, "pretrain", bare).norm_pix_loss is True
-    assert resolve(BTCV, "pretrain", bare, overrides=parse_overrides(["norm_pix_loss=False"])).norm_pix_loss is False
+    assert (
+        resolve(BTCV, "pretrain", bare, overrides=parse_overrides(["norm_pix_loss=False"])).norm_pix_loss
+        is False
+    )
 
 
 @pytest.mark.parametrize("item", ["steps", "=3", "steps 3"])
@@ -122,11 +133,17 @@ def test_later_layers_of_a_preset_win_in_the_order_all_task_stage_arm_overrides(
         value = {name: 100 + i if 0 < i <= last else None for i, name in enumerate(layers)}
 
         def section(general: str, stage: str, arm: str, value=value) -> dict:
-            put = {name: {} if value[name] is None else {"seed": value[name]} for name in (general, stage, arm)}
+            put = {
+                name: {} if value[name] is None else {"seed": value[name]} for name in (general, stage, arm)
+            }
             return {**put[general], "finetune": {**put[stage], "self": put[arm]}}
 
         path = tmp_path / f"{last}.yaml"
-        path.write_text(yaml.safe_dump({"all": section(*layers[1:4]), "btcv": section(*layers[4:7]), "cxr14": {"seed": 999}}))
+        path.write_text(
+            yaml.safe_dump(
+                {"all": section(*layers[1:4]), "btcv": section(*layers[4:7]), "cxr14": {"seed": 999}}
+            )
+        )
         overrides = {"seed": value["override"]} if value["override"] else {}
         made = resolve(BTCV, "finetune", str(path), "self", overrides)
         assert made.seed == (100 + last if last else FinetuneSettings().seed), layers[last]
@@ -134,7 +151,9 @@ def test_later_layers_of_a_preset_win_in_the_order_all_task_stage_arm_overrides(
 
 def test_arms_and_stages_do_not_see_each_others_values(tmp_path):
     path = tmp_path / "p.yaml"
-    path.write_text("btcv: {pretrain: {seed: 1}, finetune: {seed: 2, scratch: {base_lr: 3}, self: {base_lr: 4}}}")
+    path.write_text(
+        "btcv: {pretrain: {seed: 1}, finetune: {seed: 2, scratch: {base_lr: 3}, self: {base_lr: 4}}}"
+    )
     assert resolve(BTCV, "pretrain", str(path)).seed == 1
     assert [resolve(BTCV, "finetune", str(path), arm).base_lr for arm in ("scratch", "self")] == [3, 4]
 
@@ -198,7 +217,10 @@ def test_every_shipped_preset_holds_only_known_settings(stage):
 def test_epochs_become_steps_over_whole_passes():
     settings = PretrainSettings(epochs=10000, warmup_epochs=500, batch_size=6)
     assert total_steps(settings, 18) == (30000, 1500)
-    assert total_steps(PretrainSettings(epochs=800, warmup_epochs=40, batch_size=256), 86524) == (800 * 338, 40 * 338)
+    assert total_steps(PretrainSettings(epochs=800, warmup_epochs=40, batch_size=256), 86524) == (
+        800 * 338,
+        40 * 338,
+    )
     assert total_steps(PretrainSettings(epochs=2, batch_size=4), 9) == (6, 0)
 
 
@@ -220,11 +242,16 @@ def test_a_run_without_length_is_refused():
 
 def test_settings_survive_yaml():
     made = FinetuneSettings(crop_size=(32, 32), spacing_mm=(1.5, 1.5), base_lr=1e-5, betas=(0.9, 0.999))
-    again = make_settings(FinetuneSettings, yaml.safe_load(yaml.safe_dump(as_dict(made))), where="config.yaml")
+    again = make_settings(
+        FinetuneSettings, yaml.safe_load(yaml.safe_dump(as_dict(made))), where="config.yaml"
+    )
     assert again == made
 
 
-@pytest.mark.parametrize("name", ["018", "1e-4", "12", "yes", "0x1F", "2024-01-02", "null", "1.5e3", "01_000", "~", "", "1:30", "é"])
+@pytest.mark.parametrize(
+    "name",
+    ["018", "1e-4", "12", "yes", "0x1F", "2024-01-02", "null", "1.5e3", "01_000", "~", "", "1:30", "é"],
+)
 def test_what_a_run_writes_down_is_read_again_as_the_same(name):
     values = {"cases": [name], name: 1, "numbers": [18, 1e-4, 1.0, True, None]}
     assert read_yaml(write_yaml(values)) == values
@@ -232,11 +259,15 @@ def test_what_a_run_writes_down_is_read_again_as_the_same(name):
 
 def test_what_is_said_last_counts_also_in_the_other_of_two_ways_to_say_it(tmp_path):
     path = tmp_path / "p.yaml"
-    path.write_text("all: {base_lr: 6.4e-3, batch_size: 4, epochs: 10}\nbtcv: {pretrain: {lr: 2.0e-3, steps: 7}}")
+    path.write_text(
+        "all: {base_lr: 6.4e-3, batch_size: 4, epochs: 10}\nbtcv: {pretrain: {lr: 2.0e-3, steps: 7}}"
+    )
     made = resolve(BTCV, "pretrain", str(path))
     assert learning_rate(made) == 2e-3 and (made.steps, made.epochs) == (7, 0)
     assert learning_rate(resolve(BTCV, "finetune", str(path))) == pytest.approx(1e-4)
-    assert learning_rate(resolve(BTCV, "pretrain", str(path), overrides={"base_lr": 0.64})) == pytest.approx(0.01)
+    assert learning_rate(resolve(BTCV, "pretrain", str(path), overrides={"base_lr": 0.64})) == pytest.approx(
+        0.01
+    )
     assert learning_rate(resolve(BTCV, "finetune", str(path), overrides={"lr": 0.5})) == 0.5
 
 
@@ -246,10 +277,17 @@ def test_every_setting_is_described_with_a_default_within_its_bounds(capsys):
         assert {f.name for f in dataclasses.fields(cls)} <= {row["setting"] for row in rows}
         for f in dataclasses.fields(cls):
             numbers = f.default if isinstance(f.default, tuple) else (f.default,)
-            assert all(f.metadata["least"] <= n <= f.metadata["most"] for n in numbers if not isinstance(n, str)) and len(f.metadata["help"]) > 5
+            assert (
+                all(f.metadata["least"] <= n <= f.metadata["most"] for n in numbers if not isinstance(n, str))
+                and len(f.metadata["help"]) > 5
+            )
     assert main(["settings", "pretrain"]) == 0
     told = capsys.readouterr().out
-    assert "mask_ratio " in told and "share of the patches that are hidden" in told and "feature_size" not in told
+    assert (
+        "mask_ratio " in told
+        and "share of the patches that are hidden" in told
+        and "feature_size" not in told
+    )
 
 
 def test_a_zero_that_means_the_other_way_leaves_the_other_alone(tmp_path):
@@ -258,4 +296,12 @@ def test_a_zero_that_means_the_other_way_leaves_the_other_alone(tmp_path):
     made = resolve(BTCV, "pretrain", str(path), overrides={"base_lr": 0, "steps": 0})
     assert learning_rate(made) == 2e-3 and made.epochs == 10
     with pytest.raises(UserError, match="mask_ratio"):
-        build_mae(BTCV, resolve(BTCV, "pretrain", str(path), overrides={"mask_ratio_range": [0.5, 0.99], "crop_size": [32, 32, 32]}))
+        build_mae(
+            BTCV,
+            resolve(
+                BTCV,
+                "pretrain",
+                str(path),
+                overrides={"mask_ratio_range": [0.5, 0.99], "crop_size": [32, 32, 32]},
+            ),
+        )

@@ -1,4 +1,6 @@
-"""Training: exact resume, arms that differ in nothing but their start, no label and no test image in pre-training, no silent failure."""
+"""Training: exact resume, arms that differ in nothing but their start, no label and no test image in
+pre-training, no silent failure.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ def quiet(line: str) -> None:
 
 def curve(run: Run | Path) -> list[dict]:
     """The log without the clock."""
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in Run(run.path if isinstance(run, Run) else run).read_log()]
+    return [
+        {k: v for k, v in line.items() if k != "seconds"}
+        for line in Run(run.path if isinstance(run, Run) else run).read_log()
+    ]
 
 
 def tensors(run: Run | Path) -> dict[str, torch.Tensor]:
@@ -65,10 +70,28 @@ def as_set(overrides: dict) -> list[str]:
 
 @pytest.mark.slow
 def test_a_killed_pretraining_goes_on_as_if_nothing_had_happened(btcv, tiny, bare, tmp_path):
-    overrides = {**tiny["btcv", "pretrain"], "steps": 120, "save_every": 7, "val_every": 10, "warmup_steps": 20}
+    overrides = {
+        **tiny["btcv", "pretrain"],
+        "steps": 120,
+        "save_every": 7,
+        "val_every": 10,
+        "warmup_steps": 20,
+    }
     whole = pretrain("btcv", btcv, tmp_path / "whole", bare, overrides, report=quiet)
 
-    words = command("pretrain", "--task", "btcv", "--data", btcv, "--preset", bare, "--out", tmp_path / "killed", "--set", *as_set(overrides))
+    words = command(
+        "pretrain",
+        "--task",
+        "btcv",
+        "--data",
+        btcv,
+        "--preset",
+        bare,
+        "--out",
+        tmp_path / "killed",
+        "--set",
+        *as_set(overrides),
+    )
     env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     log, deadline = tmp_path / "killed" / "log.jsonl", time.monotonic() + 90
@@ -92,8 +115,17 @@ def test_a_killed_pretraining_goes_on_as_if_nothing_had_happened(btcv, tiny, bar
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["brats", "cxr14"])
-def test_an_interrupted_finetuning_with_drop_path_goes_on_as_if_nothing_had_happened(task, data, tiny, bare, tmp_path):
-    overrides = {**tiny[task, "finetune"], "steps": 9, "drop_path": 0.5, "log_every": 2, "val_every": 4, "intensity_prob": 0.5}
+def test_an_interrupted_finetuning_with_drop_path_goes_on_as_if_nothing_had_happened(
+    task, data, tiny, bare, tmp_path
+):
+    overrides = {
+        **tiny[task, "finetune"],
+        "steps": 9,
+        "drop_path": 0.5,
+        "log_every": 2,
+        "val_every": 4,
+        "intensity_prob": 0.5,
+    }
 
     def stop(line: str) -> None:
         if line.startswith("step      6/"):
@@ -103,13 +135,17 @@ def test_an_interrupted_finetuning_with_drop_path_goes_on_as_if_nothing_had_happ
     with pytest.raises(KeyboardInterrupt):
         finetune(task, data[task], tmp_path / "stopped", preset=bare, overrides=overrides, report=stop)
     assert curve(tmp_path / "stopped")[-1]["step"] == 6
-    finetune(task, data[task], tmp_path / "stopped", preset=bare, overrides=overrides, resume=True, report=quiet)
+    finetune(
+        task, data[task], tmp_path / "stopped", preset=bare, overrides=overrides, resume=True, report=quiet
+    )
     assert_same_run(whole, tmp_path / "stopped")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["update", "validation"])
-def test_ctrl_c_in_the_middle_of_a_step_leaves_an_exact_state(where, brats, tiny, bare, tmp_path, monkeypatch):
+def test_ctrl_c_in_the_middle_of_a_step_leaves_an_exact_state(
+    where, brats, tiny, bare, tmp_path, monkeypatch
+):
     overrides = {**tiny["brats", "finetune"], "steps": 6, "val_every": 2}
     whole = finetune("brats", brats, tmp_path / "whole", preset=bare, overrides=overrides, report=quiet)
     calls = []
@@ -131,13 +167,17 @@ def test_ctrl_c_in_the_middle_of_a_step_leaves_an_exact_state(where, brats, tiny
             patch.setattr(finetuning, "score_cases", interrupting(finetuning.score_cases))
         with pytest.raises(KeyboardInterrupt):
             finetune("brats", brats, tmp_path / "stopped", preset=bare, overrides=overrides, report=quiet)
-    finetune("brats", brats, tmp_path / "stopped", preset=bare, overrides=overrides, resume=True, report=quiet)
+    finetune(
+        "brats", brats, tmp_path / "stopped", preset=bare, overrides=overrides, resume=True, report=quiet
+    )
     assert_same_run(whole, tmp_path / "stopped")
 
 
 def test_same_seed_same_run_and_another_seed_another(brats, tiny, bare, tmp_path):
     runs = [
-        pretrain("brats", brats, tmp_path / name, bare, {**tiny["brats", "pretrain"], "seed": seed}, report=quiet)
+        pretrain(
+            "brats", brats, tmp_path / name, bare, {**tiny["brats", "pretrain"], "seed": seed}, report=quiet
+        )
         for name, seed in (("a", 1), ("b", 1), ("c", 2))
     ]
     assert_same_run(runs[0], runs[1])
@@ -153,7 +193,9 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_cases(btcv, tiny, bare, t
     assert all(math.isfinite(line["loss"]) for line in curve(tmp_path / "run"))
 
 
-def test_both_arms_see_the_same_crops_in_the_same_order_and_differ_in_the_encoder(brats, tiny, bare, tmp_path, monkeypatch):
+def test_both_arms_see_the_same_crops_in_the_same_order_and_differ_in_the_encoder(
+    brats, tiny, bare, tmp_path, monkeypatch
+):
     weights = pretrain("brats", brats, tmp_path / "mae", bare, tiny["brats", "pretrain"], report=quiet)
     seen, starts = {}, {}
     step = Loop._step
@@ -161,7 +203,9 @@ def test_both_arms_see_the_same_crops_in_the_same_order_and_differ_in_the_encode
     def spy(self, accelerator, model, optimizer, batch, number):
         if number == 1:
             starts[self.config["init"]] = {k: v.clone() for k, v in self.model.state_dict().items()}
-        seen.setdefault(self.config["init"], []).append((batch["case"], batch["image"].clone(), batch["label"].clone()))
+        seen.setdefault(self.config["init"], []).append(
+            (batch["case"], batch["image"].clone(), batch["label"].clone())
+        )
         return step(self, accelerator, model, optimizer, batch, number)
 
     monkeypatch.setattr(Loop, "_step", spy)
@@ -177,7 +221,9 @@ def test_both_arms_see_the_same_crops_in_the_same_order_and_differ_in_the_encode
     encoder = [k for k in own if k.startswith("encoder.")]
     assert encoder and all(torch.equal(own[k], mae[k]) for k in encoder)
     assert all(torch.equal(own[k], scratch[k]) for k in own if not k.startswith("encoder."))
-    assert not torch.equal(own["encoder.blocks.0.attn.qkv.weight"], scratch["encoder.blocks.0.attn.qkv.weight"])
+    assert not torch.equal(
+        own["encoder.blocks.0.attn.qkv.weight"], scratch["encoder.blocks.0.attn.qkv.weight"]
+    )
 
 
 def test_each_epoch_shows_every_scan_once(btcv, tiny, bare, tmp_path, monkeypatch):
@@ -210,7 +256,9 @@ def test_pretraining_reads_no_label_and_no_test_image(task, data, spoil, tiny, b
         for case in (c for part in splits.values() for c in part):
             Path(case["label"]).write_bytes(b"unreadable")
         with pytest.raises(UserError, match="cannot read"):  # whoever opens a label notices
-            finetune(task, folder, tmp_path / "fine", preset=bare, overrides=tiny[task, "finetune"], report=quiet)
+            finetune(
+                task, folder, tmp_path / "fine", preset=bare, overrides=tiny[task, "finetune"], report=quiet
+            )
     spoiled = pretrain(task, folder, tmp_path / "spoiled", bare, overrides, report=quiet)
     clean = pretrain(task, data[task], tmp_path / "clean", bare, overrides, report=quiet)
     assert_same_run(spoiled, clean)
@@ -225,14 +273,20 @@ def test_finetuning_reads_no_test_image(btcv, spoil, tiny, bare, tmp_path):
     assert finetune("btcv", folder, tmp_path / "run", preset=bare, overrides=overrides, report=quiet).finished
 
 
-def test_the_learning_rate_warms_up_and_falls_as_a_cosine_from_base_lr_times_batch_over_256(brats, tiny, bare, tmp_path):
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine_from_base_lr_times_batch_over_256(
+    brats, tiny, bare, tmp_path
+):
     total, warm, peak = 12, 4, 0.32 * 2 / 256
     overrides = {**tiny["brats", "pretrain"], "steps": total, "warmup_steps": warm, "base_lr": 0.32}
     run = pretrain("brats", brats, tmp_path / "run", bare, overrides, report=quiet)
     for line in run.read_log():
         s = line["step"]
         # The rate reaches 0 where the step after the last would be.
-        expected = peak * s / warm if s < warm else peak / 2 * (1 + math.cos(math.pi * (s - warm) / (total - warm + 1)))
+        expected = (
+            peak * s / warm
+            if s < warm
+            else peak / 2 * (1 + math.cos(math.pi * (s - warm) / (total - warm + 1)))
+        )
         assert line["lr"] == pytest.approx(expected, abs=1e-9), s
 
 
@@ -250,15 +304,26 @@ def test_layer_decay_scales_the_lr_of_each_block_as_timm_does(task, tiny):
 
     settings = make_settings(FinetuneSettings, tiny[task, "finetune"], where="test")
     model = build_model(get_task(task), settings)
-    ours = {id(p): g["lr_scale"] for g in build_optimizer(model, settings, 0.75).param_groups for p in g["params"]}
+    ours = {
+        id(p): g["lr_scale"] for g in build_optimizer(model, settings, 0.75).param_groups for p in g["params"]
+    }
     assert len(ours) == sum(p.requires_grad for p in model.parameters())
     scale = {name: ours[id(p)] for name, p in model.named_parameters() if p.requires_grad}
 
-    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=settings.depth, num_heads=2, num_classes=3)
-    theirs = {id(p): g["lr_scale"] for g in param_groups_layer_decay(vit, layer_decay=0.75) for p in g["params"]}
+    vit = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=24, depth=settings.depth, num_heads=2, num_classes=3
+    )
+    theirs = {
+        id(p): g["lr_scale"] for g in param_groups_layer_decay(vit, layer_decay=0.75) for p in g["params"]
+    }
     expected = {f"encoder.{name}": theirs[id(p)] for name, p in vit.named_parameters()}
     compared = [
-        n for n in scale if n in expected and n.startswith(("encoder.blocks.", "encoder.patch_embed.", "encoder.cls_token", "encoder.pos_embed"))
+        n
+        for n in scale
+        if n in expected
+        and n.startswith(
+            ("encoder.blocks.", "encoder.patch_embed.", "encoder.cls_token", "encoder.pos_embed")
+        )
     ]
     assert len(compared) > 12 * settings.depth
     assert {n: scale[n] for n in compared} == pytest.approx({n: expected[n] for n in compared})
@@ -283,9 +348,13 @@ def test_layer_decay_reaches_the_learning_rates_of_the_run(cxr14, tiny, bare, tm
 
 
 def test_norms_biases_and_tokens_are_not_decayed_and_the_rest_is(tiny):
-    settings = make_settings(FinetuneSettings, {**tiny["btcv", "finetune"], "weight_decay": 0.3}, where="test")
+    settings = make_settings(
+        FinetuneSettings, {**tiny["btcv", "finetune"], "weight_decay": 0.3}, where="test"
+    )
     model = build_model(get_task("btcv"), settings)
-    decay = {id(p): g["weight_decay"] for g in build_optimizer(model, settings).param_groups for p in g["params"]}
+    decay = {
+        id(p): g["weight_decay"] for g in build_optimizer(model, settings).param_groups for p in g["params"]
+    }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             plain = parameter.ndim <= 1 or "pos_embed" in name or "cls_token" in name
@@ -313,7 +382,10 @@ def test_a_setting_newer_than_the_run_does_not_stop_its_resuming(brats, tiny, ba
     with pytest.raises(KeyboardInterrupt):
         pretrain("brats", brats, tmp_path / "run", bare, overrides, report=stop)
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
-    del config["settings"]["keep_every"], config["settings"]["mask_ratio"]  # one that may change between sittings, one that may not
+    del (
+        config["settings"]["keep_every"],
+        config["settings"]["mask_ratio"],
+    )  # one that may change between sittings, one that may not
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     lines = []
     run = pretrain("brats", brats, tmp_path / "run", bare, overrides, resume=True, report=lines.append)
@@ -322,7 +394,15 @@ def test_a_setting_newer_than_the_run_does_not_stop_its_resuming(brats, tiny, ba
     # What an older run does not say counts as the default, and another value is refused.
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     with pytest.raises(UserError, match="mask_ratio"):
-        pretrain("brats", brats, tmp_path / "run", bare, {**overrides, "mask_ratio": 0.5}, resume=True, report=quiet)
+        pretrain(
+            "brats",
+            brats,
+            tmp_path / "run",
+            bare,
+            {**overrides, "mask_ratio": 0.5},
+            resume=True,
+            report=quiet,
+        )
 
 
 def test_a_finished_run_is_not_trained_again(brats, tiny, bare, tmp_path, monkeypatch):
@@ -330,7 +410,9 @@ def test_a_finished_run_is_not_trained_again(brats, tiny, bare, tmp_path, monkey
     before = {p.name: p.read_bytes() for p in run.path.iterdir() if p.is_file()}
     monkeypatch.setattr(Loop, "_step", lambda *a: pytest.fail("trained again"))
     said = []
-    pretrain("brats", brats, tmp_path / "run", bare, tiny["brats", "pretrain"], resume=True, report=said.append)
+    pretrain(
+        "brats", brats, tmp_path / "run", bare, tiny["brats", "pretrain"], resume=True, report=said.append
+    )
     assert any("already finished" in line for line in said)
     with pytest.raises(UserError, match="already holds a run"):
         pretrain("brats", brats, tmp_path / "run", bare, tiny["brats", "pretrain"], report=quiet)
@@ -349,11 +431,25 @@ def test_resuming_with_other_settings_is_refused_by_name(brats, tiny, bare, tmp_
     overrides = tiny["brats", "pretrain"]
     pretrain("brats", brats, tmp_path / "run", bare, overrides, report=quiet)
     with pytest.raises(UserError, match="mask_ratio=0.75, now 0.5"):
-        pretrain("brats", brats, tmp_path / "run", bare, {**overrides, "mask_ratio": 0.5}, resume=True, report=quiet)
+        pretrain(
+            "brats",
+            brats,
+            tmp_path / "run",
+            bare,
+            {**overrides, "mask_ratio": 0.5},
+            resume=True,
+            report=quiet,
+        )
 
 
 def test_validation_uses_the_same_crops_and_masks_each_time(btcv, tiny, bare, tmp_path):
-    overrides = {**tiny["btcv", "pretrain"], "lr": 0.0, "base_lr": 0.0, "val_every": 2, "steps": 6}  # weights stay as they are
+    overrides = {
+        **tiny["btcv", "pretrain"],
+        "lr": 0.0,
+        "base_lr": 0.0,
+        "val_every": 2,
+        "steps": 6,
+    }  # weights stay as they are
     log = pretrain("btcv", btcv, tmp_path / "run", bare, overrides, report=quiet).read_log()
     scores = [line["val_loss"] for line in log if "val_loss" in line]
     assert len(scores) == 3 and len(set(scores)) == 1 and scores[0] > 0
@@ -361,7 +457,12 @@ def test_validation_uses_the_same_crops_and_masks_each_time(btcv, tiny, bare, tm
 
 
 def test_validation_does_not_disturb_training(btcv, tiny, bare, tmp_path):
-    runs = [pretrain("btcv", btcv, tmp_path / str(n), bare, {**tiny["btcv", "pretrain"], "val_every": n}, report=quiet) for n in (1, 3)]
+    runs = [
+        pretrain(
+            "btcv", btcv, tmp_path / str(n), bare, {**tiny["btcv", "pretrain"], "val_every": n}, report=quiet
+        )
+        for n in (1, 3)
+    ]
     assert [line["loss"] for line in curve(runs[0])] == [line["loss"] for line in curve(runs[1])]
     assert [("val_loss" in line) for line in curve(runs[1])] == [False, False, True, True]
 
@@ -382,7 +483,9 @@ def test_the_best_weights_on_validation_are_kept_when_asked(cxr14, tiny, bare, t
 
 
 def test_validation_every_0_steps_is_never(btcv, tiny, bare, tmp_path, monkeypatch):
-    run = pretrain("btcv", btcv, tmp_path / "run", bare, {**tiny["btcv", "pretrain"], "val_every": 0}, report=quiet)
+    run = pretrain(
+        "btcv", btcv, tmp_path / "run", bare, {**tiny["btcv", "pretrain"], "val_every": 0}, report=quiet
+    )
     assert run.finished and run.config["cases"]["val"]
     assert not any("val_loss" in line for line in curve(run))
     overrides = {**tiny["btcv", "finetune"], "select": "best", "val_every": 0}
@@ -422,19 +525,37 @@ def test_notes_of_a_task_are_told_at_the_start_of_both_stages(brats, tiny, bare,
         monkeypatch.setattr(module, "get_task", lambda name: record)
     for stage, train in (("pretrain", pretrain), ("finetune", finetune)):
         said = []
-        train("brats", brats, tmp_path / stage, preset=bare, overrides={**tiny["brats", stage], "steps": 1}, report=said.append)
+        train(
+            "brats",
+            brats,
+            tmp_path / stage,
+            preset=bare,
+            overrides={**tiny["brats", stage], "steps": 1},
+            report=said.append,
+        )
         assert said[0] == "note: the column 'age' is not used"
 
 
-def test_a_batch_that_the_processes_cannot_share_equally_is_refused_before_any_folder_is_made(brats, tiny, bare, tmp_path, monkeypatch):
+def test_a_batch_that_the_processes_cannot_share_equally_is_refused_before_any_folder_is_made(
+    brats, tiny, bare, tmp_path, monkeypatch
+):
     loader = loop.training_loader
     monkeypatch.setattr(loop, "training_loader", lambda *a: loader(*a[:-1], 2))
     with pytest.raises(UserError, match=r"batch_size 3 .*2 processes"):
-        pretrain("brats", brats, tmp_path / "run", bare, {**tiny["brats", "pretrain"], "batch_size": 3}, report=quiet)
+        pretrain(
+            "brats",
+            brats,
+            tmp_path / "run",
+            bare,
+            {**tiny["brats", "pretrain"], "batch_size": 3},
+            report=quiet,
+        )
     assert not (tmp_path / "run").exists()
 
 
-def test_pretraining_goes_on_from_the_encoder_and_decoder_of_another(brats, tiny, bare, tmp_path, monkeypatch):
+def test_pretraining_goes_on_from_the_encoder_and_decoder_of_another(
+    brats, tiny, bare, tmp_path, monkeypatch
+):
     first = pretrain("brats", brats, tmp_path / "first", bare, tiny["brats", "pretrain"], report=quiet)
     starts, step = [], Loop._step
 
@@ -447,7 +568,9 @@ def test_pretraining_goes_on_from_the_encoder_and_decoder_of_another(brats, tiny
     overrides = {**tiny["brats", "pretrain"], "decoder_depth": 2}
     more = pretrain("brats", brats, tmp_path / "more", bare, overrides, report=said.append, init=first.path)
     learned = tensors(first)
-    assert all(torch.equal(starts[0][k], v) for k, v in learned.items())  # of the deeper decoder the first block
+    assert all(
+        torch.equal(starts[0][k], v) for k, v in learned.items()
+    )  # of the deeper decoder the first block
     assert any("loaded" in line for line in said) and more.config["init"] == str(first.path)
     with pytest.raises(UserError, match="no weights"):
         pretrain("brats", brats, tmp_path / "typo", bare, overrides, report=quiet, init=tmp_path / "nowhere")
@@ -455,7 +578,9 @@ def test_pretraining_goes_on_from_the_encoder_and_decoder_of_another(brats, tiny
 
 
 @pytest.mark.parametrize("how", ["folder", "file", "kept", "copy", "chain"])
-def test_weights_that_have_seen_test_cases_are_refused_by_whatever_path_they_come(how, brats, tiny, bare, tmp_path):
+def test_weights_that_have_seen_test_cases_are_refused_by_whatever_path_they_come(
+    how, brats, tiny, bare, tmp_path
+):
     overrides = {**tiny["brats", "pretrain"], "keep_every": 2}
     run = pretrain("brats", brats, tmp_path / "pre", bare, overrides, report=quiet)
     init = run.path
@@ -467,12 +592,24 @@ def test_weights_that_have_seen_test_cases_are_refused_by_whatever_path_they_com
         init = Path(shutil.copy(run.path / "model.safetensors", tmp_path / "mine.safetensors"))
     if how == "chain":  # seen two pre-trainings ago
         said = []
-        init = pretrain("brats", brats, tmp_path / "b", bare, {**overrides, "fold": 1}, report=said.append, init=init).path
+        init = pretrain(
+            "brats", brats, tmp_path / "b", bare, {**overrides, "fold": 1}, report=said.append, init=init
+        ).path
         assert any(line.startswith("note: ") and "test cases" in line for line in said)
     with pytest.raises(UserError, match="test cases"):
-        finetune("brats", brats, tmp_path / "run", init, bare, {**tiny["brats", "finetune"], "fold": 1}, report=quiet)
+        finetune(
+            "brats",
+            brats,
+            tmp_path / "run",
+            init,
+            bare,
+            {**tiny["brats", "finetune"], "fold": 1},
+            report=quiet,
+        )
     if how != "chain":
-        assert finetune("brats", brats, tmp_path / "run", init, bare, tiny["brats", "finetune"], report=quiet).finished
+        assert finetune(
+            "brats", brats, tmp_path / "run", init, bare, tiny["brats", "finetune"], report=quiet
+        ).finished
 
 
 def test_choosing_the_best_without_validation_cases_is_refused(btcv, tiny, bare, tmp_path):
@@ -483,7 +620,14 @@ def test_choosing_the_best_without_validation_cases_is_refused(btcv, tiny, bare,
 
 def test_wrong_weights_are_an_error_before_any_folder_is_made(brats, tiny, bare, tmp_path):
     (tmp_path / "half.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
-    narrow = pretrain("brats", brats, tmp_path / "narrow", bare, {**tiny["brats", "pretrain"], "embed_dim": 16, "steps": 1}, report=quiet)
+    narrow = pretrain(
+        "brats",
+        brats,
+        tmp_path / "narrow",
+        bare,
+        {**tiny["brats", "pretrain"], "embed_dim": 16, "steps": 1},
+        report=quiet,
+    )
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     for init, words in ((tmp_path / "nowhere", "no weights"), (unfinished, "no finished weights"), (tmp_path / "half.safetensors", "half.safetensors"),
@@ -500,11 +644,20 @@ def test_a_run_remembers_everything_needed_to_repeat_it(brats, tiny, bare, tmp_p
     assert config["stage"] == "pretrain" and config["data"] == str(brats) and config["precision"] == "fp32"
     assert config["settings"]["base_lr"] == 0.1 and config["settings"]["mask_ratio"] == 0.75
     assert {"torch", "monai", "timm"} <= set(config["provenance"]["packages"])
-    again = pretrain(config["task"], config["data"], tmp_path / "again", bare, config["settings"], report=quiet)
+    again = pretrain(
+        config["task"], config["data"], tmp_path / "again", bare, config["settings"], report=quiet
+    )
     assert_same_run(run, again)
 
 
 def test_a_batch_larger_than_the_data_is_refused_before_any_folder_is_made(brats, tiny, bare, tmp_path):
     with pytest.raises(UserError, match="batch_size 20 is larger than the"):
-        pretrain("brats", brats, tmp_path / "run", bare, {**tiny["brats", "pretrain"], "batch_size": 20}, report=quiet)
+        pretrain(
+            "brats",
+            brats,
+            tmp_path / "run",
+            bare,
+            {**tiny["brats", "pretrain"], "batch_size": 20},
+            report=quiet,
+        )
     assert not (tmp_path / "run").exists()

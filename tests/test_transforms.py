@@ -1,4 +1,6 @@
-"""Transforms: label-free pre-training, one normalisation a scan, sides kept, and the way back to the scan's own grid."""
+"""Transforms: label-free pre-training, one normalisation a scan, sides kept, and the way back to the scan's
+own grid.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,18 @@ SIZES = {"crop_size": (8, 8, 8), "spacing_mm": (2.0, 2.0, 2.0)}
 
 @pytest.fixture
 def mri(tmp_path):
-    """A RAS+ MRI of 2 mm with four channels and a border of zeros, so that preparing it moves no voxel: (case, array)."""
+    """A RAS+ MRI of 2 mm with four channels and a border of zeros, so that preparing it moves no voxel:
+    (case, array).
+    """
     rng = np.random.default_rng(0)
     array = np.zeros((18, 16, 14, 4), np.float32)
     array[3:15, 2:14, 2:12] = rng.normal([100, 200, 50, 400], [10, 30, 5, 90], (12, 12, 10, 4))
     save_nifti(tmp_path / "mri.nii.gz", array, (2, 2, 2))
-    return {"case": "mri", "image": str(tmp_path / "mri.nii.gz"), "label": str(tmp_path / "no_such_label.nii.gz")}, array
+    return {
+        "case": "mri",
+        "image": str(tmp_path / "mri.nii.gz"),
+        "label": str(tmp_path / "no_such_label.nii.gz"),
+    }, array
 
 
 @pytest.fixture
@@ -41,11 +49,16 @@ def ct(tmp_path):
     array = np.full((14, 14, 14), -1000, np.int16)
     array[1:13, 2:12, 1:13] = rng.integers(-400, 600, (12, 10, 12))
     save_nifti(tmp_path / "ct.nii.gz", array, (2, 2, 2))
-    return {"case": "ct", "image": str(tmp_path / "ct.nii.gz"), "label": str(tmp_path / "no_such_label.nii.gz")}, array
+    return {
+        "case": "ct",
+        "image": str(tmp_path / "ct.nii.gz"),
+        "label": str(tmp_path / "no_such_label.nii.gz"),
+    }, array
 
 
 def z_scored(array: np.ndarray) -> np.ndarray:
-    """(X, Y, Z, C) -> (C, X, Y, Z): each channel by the mean and std of its non-zero voxels, by numpy alone."""
+    """(X, Y, Z, C) -> (C, X, Y, Z): each channel by the mean and std of its non-zero voxels, by numpy
+    alone."""
     out = []
     for channel in np.moveaxis(array, -1, 0):
         inside = channel != 0
@@ -61,13 +74,17 @@ def is_part_of(crop: np.ndarray, whole: np.ndarray) -> bool:
 
 def test_mri_channels_are_standardised_by_their_own_non_zero_voxels(mri):
     case, array = mri
-    prepared = read_case(build_transform(BRATS, PretrainSettings(**SIZES), with_label=False), case)["image"].numpy()
+    prepared = read_case(build_transform(BRATS, PretrainSettings(**SIZES), with_label=False), case)[
+        "image"
+    ].numpy()
     assert np.allclose(prepared, z_scored(array)[:, 3:15, 2:14, 2:12], atol=1e-3)  # cropped to the head
 
 
 def test_ct_is_clipped_to_the_window_and_mapped_to_0_to_1(ct):
     case, array = ct
-    prepared = read_case(build_transform(BTCV, PretrainSettings(**SIZES), with_label=False), case)["image"].numpy()
+    prepared = read_case(build_transform(BTCV, PretrainSettings(**SIZES), with_label=False), case)[
+        "image"
+    ].numpy()
     expected = (np.clip(array, -175, 250) + 175) / 425
     assert np.allclose(prepared[0], expected[1:13, 2:12, 1:13], atol=1e-4)
     assert prepared.min() == 0 and prepared.max() == 1
@@ -88,7 +105,10 @@ def test_crops_are_cut_from_the_normalised_scan_and_not_normalised_themselves(mr
     settings = PretrainSettings(**SIZES, crops_per_scan=5, flip_prob=0)
     augment = build_augmentation(BRATS, settings)
     augment.set_random_state(seed=0)
-    crops = [c["image"].numpy() for c in augment(read_case(build_transform(BRATS, settings, with_label=False), case))]
+    crops = [
+        c["image"].numpy()
+        for c in augment(read_case(build_transform(BRATS, settings, with_label=False), case))
+    ]
     whole = z_scored(array)
     assert all(is_part_of(crop, whole) for crop in crops)
     assert not is_part_of(crops[0] + 0.1, whole)
@@ -99,11 +119,16 @@ def test_finetuning_crops_are_normalised_like_the_whole_scan(mri, tmp_path):
     case, array = mri
     save_nifti(tmp_path / "label.nii.gz", (array[..., 0] > 110).astype(np.uint8) * 3, (2, 2, 2))
     settings = FinetuneSettings(**SIZES, crops_per_scan=4, flip_prob=0, rotate_prob=0, intensity_prob=0)
-    prepared = read_case(build_transform(BRATS, settings, with_label=True), {**case, "label": str(tmp_path / "label.nii.gz")})
+    prepared = read_case(
+        build_transform(BRATS, settings, with_label=True), {**case, "label": str(tmp_path / "label.nii.gz")}
+    )
     whole = z_scored(array)
     for crop in build_augmentation(BRATS, settings)(prepared):
         assert is_part_of(crop["image"].numpy(), whole)
-        truth = crop["image"].numpy()[0] * array[array[..., 0] != 0][:, 0].std() + array[array[..., 0] != 0][:, 0].mean()
+        truth = (
+            crop["image"].numpy()[0] * array[array[..., 0] != 0][:, 0].std()
+            + array[array[..., 0] != 0][:, 0].mean()
+        )
         assert np.array_equal(crop["label"].numpy()[0] == 3, (truth > 110) & (crop["image"].numpy()[0] != 0))
 
 
@@ -139,11 +164,15 @@ def test_a_sided_task_is_never_flipped_left_right_and_is_flipped_otherwise():
             label = augment(landmarks())[0]["label"]
             assert sign * (centre(label, 2) - centre(label, 3))[0] > 4
             assert centre(label, 6)[2] < centre(label, 8)[2]  # head and foot did change places
-            assert sign * (centre(label, 8) - centre(label, 6))[1] < 0  # front-back is left-right after half a turn
+            assert (
+                sign * (centre(label, 8) - centre(label, 6))[1] < 0
+            )  # front-back is left-right after half a turn
 
 
 def test_a_preset_may_ask_for_mirroring():
-    settings = FinetuneSettings(**SIZES, crops_per_scan=1, flip_prob=1.0, rotate_prob=0, intensity_prob=0, mirror=True)
+    settings = FinetuneSettings(
+        **SIZES, crops_per_scan=1, flip_prob=1.0, rotate_prob=0, intensity_prob=0, mirror=True
+    )
     label = build_augmentation(BTCV, settings)(landmarks())[0]["label"]
     assert centre(label, 2)[0] < centre(label, 3)[0]
 
@@ -164,7 +193,9 @@ def test_image_and_label_move_together():
     augment, seen = build_augmentation(BRATS, settings), set()
     for seed in range(20):
         augment.set_random_state(seed=seed)
-        label = torch.randint(0, 4, (1, 8, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        label = torch.randint(
+            0, 4, (1, 8, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        )
         out = augment({"case": "x", "image": label.float().repeat(4, 1, 1, 1), "label": label})[0]
         assert torch.equal(out["image"][2:3].to(torch.uint8), out["label"].to(torch.uint8))
         seen.add(out["label"].numpy().tobytes())
@@ -172,7 +203,14 @@ def test_image_and_label_move_together():
 
 
 @pytest.mark.parametrize(
-    ("what", "word"), [("nan", "NaN"), ("grid", "one grid"), ("value", "integers 0 .. 3"), ("fraction", "integers 0 .. 3"), ("channels", "expects 4")]
+    ("what", "word"),
+    [
+        ("nan", "NaN"),
+        ("grid", "one grid"),
+        ("value", "integers 0 .. 3"),
+        ("fraction", "integers 0 .. 3"),
+        ("channels", "expects 4"),
+    ],
 )
 def test_a_scan_that_would_train_silently_wrong_is_refused_by_name(what, word, mri, tmp_path):
     case, array = mri
@@ -219,7 +257,9 @@ def test_a_mask_comes_back_from_the_prepared_grid_to_the_scans_own(axcodes, tilt
     back = to_scan_grid(channels, np.asarray(image.affine), truth.shape, stored.affine)
     assert back.shape == (2, *truth.shape) and dsc((back[0] > 0.5).numpy(), truth) > 0.9
     index = np.indices(truth.shape).reshape(3, -1)  # the same by scipy, voxel by voxel
-    place = (np.linalg.inv(np.asarray(image.affine)) @ stored.affine @ np.vstack([index, np.ones(index.shape[1])]))[:3]
+    place = (
+        np.linalg.inv(np.asarray(image.affine)) @ stored.affine @ np.vstack([index, np.ones(index.shape[1])])
+    )[:3]
     expected = ndimage.map_coordinates(channels[1].numpy(), place, order=1, mode="grid-constant")
     last = np.array(channels.shape[1:])[:, None] - 1
     inside, outside = ((place >= 0) & (place <= last)).all(0), ((place < -1) | (place > last + 1)).any(0)
@@ -236,7 +276,9 @@ def test_a_mask_comes_back_from_the_prepared_grid_to_the_scans_own(axcodes, tilt
 
 def test_what_reaches_the_edge_of_a_scan_is_carried_to_its_last_plane():
     coarse, fine = np.diag([4.0, 4, 4, 1]), np.diag([2.0, 2, 2, 1])
-    coarse[:3, 3] = 1  # the fields of view are one: voxels of 4 mm have their centres 1 mm further in than those of 2 mm
+    coarse[:3, 3] = (
+        1  # the fields of view are one: voxels of 4 mm have their centres 1 mm further in than those of 2 mm
+    )
     back = to_scan_grid(torch.full((1, 5, 5, 5), 0.6), coarse, (10, 10, 10), fine)[0]
     assert torch.allclose(back[1:-1, 1:-1], torch.tensor(0.6), atol=1e-4)
     far = to_scan_grid(torch.full((1, 5, 5, 5), 0.6), coarse, (10, 10, 14), fine)[0]

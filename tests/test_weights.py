@@ -12,7 +12,15 @@ from safetensors.torch import load_file, save_file
 import smae_utils.method.checkpoints.load as weights_module
 from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
-from smae_utils.method.checkpoints.load import hash_case, load_weights, parameter_count, read_weights, resize_positions, seen_cases, weights_file
+from smae_utils.method.checkpoints.load import (
+    hash_case,
+    load_weights,
+    parameter_count,
+    read_weights,
+    resize_positions,
+    seen_cases,
+    weights_file,
+)
 from smae_utils.method.checkpoints.save import encoder_arguments, save_weights
 from smae_utils.method.mae import MaskedAutoencoder
 from smae_utils.method.unetr import UNETR
@@ -36,7 +44,9 @@ def unetr(size=SIZE):
 
 @pytest.fixture
 def pretrained(tmp_path):
-    """A masked autoencoder none of whose tensors, positions included, is what a new model starts with, and its run folder."""
+    """A masked autoencoder none of whose tensors, positions included, is what a new model starts with, and
+    its run folder.
+    """
     torch.manual_seed(0)
     model = mae()
     with torch.no_grad():
@@ -62,8 +72,12 @@ def test_the_weights_of_a_cnn_which_has_no_encoder_are_kept_too(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
 
 
-@pytest.mark.parametrize("target, new", [(classifier, {"head"}), (unetr, {"image_skip", "skips", "ups", "out"})])
-def test_mae_hands_every_encoder_tensor_over_positions_included_and_reports_what_is_new(pretrained, target, new):
+@pytest.mark.parametrize(
+    "target, new", [(classifier, {"head"}), (unetr, {"image_skip", "skips", "ups", "out"})]
+)
+def test_mae_hands_every_encoder_tensor_over_positions_included_and_reports_what_is_new(
+    pretrained, target, new
+):
     source, folder = pretrained
     model = target()
     report = load_weights(model, folder)
@@ -132,10 +146,17 @@ def test_a_truncated_file_is_an_error(pretrained, keep):
 
 @pytest.mark.parametrize(
     "other, says",
-    [({"width": 36}, "encoder"), ({"depth": 4}, "blocks.3"), ({"chans": 3}, "patch_embed"), ({"patch": 8}, "patch_embed")],
+    [
+        ({"width": 36}, "encoder"),
+        ({"depth": 4}, "blocks.3"),
+        ({"chans": 3}, "patch_embed"),
+        ({"patch": 8}, "patch_embed"),
+    ],
     ids=lambda value: str(value),
 )
-def test_another_width_depth_channels_or_patch_size_is_an_error_that_names_a_tensor_and_loads_nothing(pretrained, other, says):
+def test_another_width_depth_channels_or_patch_size_is_an_error_that_names_a_tensor_and_loads_nothing(
+    pretrained, other, says
+):
     _, folder = pretrained
     model = classifier(**other)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -156,7 +177,10 @@ def test_2d_weights_in_a_3d_model_are_an_error(pretrained):
         load_weights(classifier((8, 8, 8)), folder)
 
 
-@pytest.mark.parametrize("lost", ["encoder.pos_embed", "encoder.cls_token", "encoder.blocks.1.attn.qkv.bias", "encoder.norm.weight"])
+@pytest.mark.parametrize(
+    "lost",
+    ["encoder.pos_embed", "encoder.cls_token", "encoder.blocks.1.attn.qkv.bias", "encoder.norm.weight"],
+)
 def test_a_file_with_one_encoder_tensor_removed_is_an_error_that_names_it(pretrained, lost):
     _, folder = pretrained
     path = rewrite(folder, lambda tensors: tensors.pop(lost))
@@ -175,7 +199,9 @@ def test_a_head_for_other_classes_is_left_new_and_reported(tmp_path):
     assert set(load_weights(classifier(classes=2), tmp_path).missing) == {"head.weight", "head.bias"}
 
 
-@pytest.mark.parametrize("size", [(32, 32), (8, 12), (24, 16)], ids=str)  # grids (8, 8), (2, 3) and (6, 4): as many patches as (4, 6)
+@pytest.mark.parametrize(
+    "size", [(32, 32), (8, 12), (24, 16)], ids=str
+)  # grids (8, 8), (2, 3) and (6, 4): as many patches as (4, 6)
 def test_positions_are_resized_to_another_grid_and_reported(pretrained, size):
     source, folder = pretrained
     model = classifier(size)
@@ -233,7 +259,10 @@ def test_saving_that_is_cut_off_leaves_the_old_weights_whole(pretrained, monkeyp
 def test_a_foreign_file_without_a_class_token_loads_into_a_model_without_one(tmp_path):
     # 9 + 1 = 10 patches: a 2 x 5 grid that looks like a 3 x 3 one with a row for the class token
     source = classifier((8, 20), class_token=False, pool="mean")
-    save_file({name: value.contiguous() for name, value in source.encoder.state_dict().items()}, tmp_path / "foreign.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in source.encoder.state_dict().items()},
+        tmp_path / "foreign.safetensors",
+    )
     model = classifier((8, 20), class_token=False, pool="mean")
     load_weights(model, tmp_path / "foreign.safetensors")
     assert torch.equal(model.encoder.patch_embed.proj.weight, source.encoder.patch_embed.proj.weight)
@@ -248,7 +277,9 @@ def test_parameter_count_counts_trainable_numbers_only():
     assert parameter_count(model) == block + own - 24 * 24
 
 
-@pytest.mark.parametrize("more", [{}, {"class_token": False, "pool": "mean", "qkv_bias": False, "mlp_ratio": 2.0}])
+@pytest.mark.parametrize(
+    "more", [{}, {"class_token": False, "pool": "mean", "qkv_bias": False, "mlp_ratio": 2.0}]
+)
 def test_the_file_tells_every_argument_of_its_encoder(more, tmp_path):
     one = classifier(**more)
     save_weights(one, tmp_path / "model.safetensors")
@@ -282,7 +313,9 @@ def test_another_number_of_heads_is_refused_though_all_shapes_fit(pretrained):
     _, folder = pretrained
     other = ViTClassifier(SIZE, 4, 1, 24, 3, 4, 2)
     before = {name: value.clone() for name, value in other.state_dict().items()}
-    with pytest.raises(UserError, match=r"3 attention heads \(num_heads\), this model has 4.*num_heads=3") as error:
+    with pytest.raises(
+        UserError, match=r"3 attention heads \(num_heads\), this model has 4.*num_heads=3"
+    ) as error:
         load_weights(other, folder)
     assert "\n" not in str(error.value)
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
@@ -303,11 +336,18 @@ def test_a_file_that_does_not_say_its_heads_is_loaded_and_said_so(pretrained):
     assert said not in str(load_weights(classifier(), folder))
 
 
-FACTS = {"channels": ["T1", "T2", "FLAIR"], "spacing_mm": [1.0, 1.0], "window": None, "normalisation": "z-score"}
+FACTS = {
+    "channels": ["T1", "T2", "FLAIR"],
+    "spacing_mm": [1.0, 1.0],
+    "window": None,
+    "normalisation": "z-score",
+}
 
 
 def swapped(model, folder, names=("FLAIR", "T1", "T2")):
-    """`model` randomly filled and saved as trained on T1, T2, FLAIR; what `expect` says for a task with `names`."""
+    """`model` randomly filled and saved as trained on T1, T2, FLAIR; what `expect` says for a task with
+    `names`.
+    """
     torch.manual_seed(0)
     with torch.no_grad():
         for value in model.parameters():
@@ -329,7 +369,9 @@ def test_the_same_channels_in_another_order_are_put_in_order_and_said_so(size, t
     again = mae(size, chans=3).eval()
     load_weights(again, tmp_path, require="", expect=expect)
     noise = torch.rand(2, source.encoder.pos_embed.shape[1])
-    one, two = (model.to_image(x, model.predict_all(x, noise).pred) for model, x in ((source, image), (again, there)))
+    one, two = (
+        model.to_image(x, model.predict_all(x, noise).pred) for model, x in ((source, image), (again, there))
+    )
     torch.testing.assert_close(two, one[:, [2, 0, 1]], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(again(there, noise).loss, source(image, noise).loss, atol=1e-5, rtol=1e-4)
 
@@ -349,7 +391,9 @@ def test_a_network_whose_channels_cannot_be_put_in_order_is_refused_by_both_orde
     load_weights(build_cnn(task), tmp_path, require="", expect=facts)
     with pytest.raises(UserError, match="in the order a, b, c, d, not b, a, c, d"):
         load_weights(build_cnn(task), tmp_path, require="", expect={"channels": ["b", "a", "c", "d"]})
-    narrow = UNETR((16, 16), 4, 2, 24, 3, 3, 2, feature_size=2)  # its first block adds the image's channels to its own
+    narrow = UNETR(
+        (16, 16), 4, 2, 24, 3, 3, 2, feature_size=2
+    )  # its first block adds the image's channels to its own
     save_weights(narrow, tmp_path / "model.safetensors", {"channels": ["a", "b"]})
     with pytest.raises(UserError, match="in the order a, b, not b, a"):
         load_weights(narrow, tmp_path, expect={"channels": ["b", "a"]})
@@ -394,7 +438,13 @@ def test_the_training_cases_are_known_from_the_run_its_files_and_copies_of_them(
     for file in (run / "model.safetensors", run / "checkpoints" / "step0000002.safetensors"):
         save_weights(mae(), file, {"seen": sorted(seen)})
     copy = shutil.copy(run / "checkpoints" / "step0000002.safetensors", tmp_path / "elsewhere.safetensors")
-    for source in (run, run / "model.safetensors", run / "checkpoints" / "step0000002.safetensors", copy, str(copy)):
+    for source in (
+        run,
+        run / "model.safetensors",
+        run / "checkpoints" / "step0000002.safetensors",
+        copy,
+        str(copy),
+    ):
         assert seen_cases(source) == seen
     assert "case_1" not in (run / "model.safetensors").read_bytes().decode("latin-1")
 

@@ -1,1 +1,3 @@
-"""For this repository, not for users of the package: its environment, demo, figures and study. `python -m tools COMMAND`."""
+"""For this repository, not for users of the package: its environment, demo, figures and study. `python -m
+tools COMMAND`.
+"""

@@ -16,9 +16,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser, add = command_line("python -m tools", "The environment, tests, demo, figures and study of this repository.")
+    parser, add = command_line(
+        "python -m tools", "The environment, tests, demo, figures and study of this repository."
+    )
     command = add("env", _env, "make the environment .venv (nothing needs to be installed for it)")
-    command.add_argument("--browser", action="store_true", help="and a Chromium, for the test of the explorer in JupyterLab")
+    command.add_argument(
+        "--browser", action="store_true", help="and a Chromium, for the test of the explorer in JupyterLab"
+    )
     add("test", _test, "run the tests (arguments go to pytest)")
     command = add("demo", _demo, "run the numbered notebooks for the tasks and compare")
     command.add_argument("--task", nargs="*", default=[], help="btcv, cxr14, brats; all when left out")
@@ -27,25 +31,46 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--preset", default="demo")
     command.add_argument("--seed", type=int, default=0)
 
-    command = add("benchmark", _benchmark, "two steps of each paper preset at batch 1 on full-size phantoms; or the explorer's speed")
+    command = add(
+        "benchmark",
+        _benchmark,
+        "two steps of each paper preset at batch 1 on full-size phantoms; or the explorer's speed",
+    )
     command.add_argument("--what", choices=["paper", "explorer"], default="paper")
     command.add_argument("--task", nargs="*", default=[])
     command.add_argument("--out", type=Path, default=Path("build/benchmark"))
 
-    command = add("study", _study, "does self pre-training help on real scans? the study of docs/protocol.md; goes on where it stopped")
+    command = add(
+        "study",
+        _study,
+        "does self pre-training help on real scans? the study of docs/protocol.md; goes on where it stopped",
+    )
     command.add_argument("study", help="hippocampus, cxr14_64px, or a YAML file like those of tools/study")
     command.add_argument("--data", required=True, help="folder of the scans")
-    command.add_argument("--part", nargs="*", default=[], help="room, probe, recipe, tune, main; main when left out")
+    command.add_argument(
+        "--part", nargs="*", default=[], help="room, probe, recipe, tune, main; main when left out"
+    )
     command.add_argument("--seeds", nargs="*", type=int, default=[], help="the protocol's when left out")
-    command.add_argument("--labelled", nargs="*", type=_row, default=[], help="only these rows of the main table, as 2 or 10%%")
+    command.add_argument(
+        "--labelled", nargs="*", type=_row, default=[], help="only these rows of the main table, as 2 or 10%%"
+    )
     command.add_argument("--arm", nargs="*", default=[], help="only these arms of the main table")
     command.add_argument("--out", type=Path, default=Path("build/evidence"), help="folder of the runs")
-    command.add_argument("--results", type=Path, default=Path("results/evidence/real"), help="folder of the tables")
+    command.add_argument(
+        "--results", type=Path, default=Path("results/evidence/real"), help="folder of the tables"
+    )
     command.add_argument("--jobs", type=int, default=1, help="processes at a time; they share the cores")
-    command.add_argument("--quick", type=int, default=1, help="divide steps by this: for tests, such figures mean nothing")
+    command.add_argument(
+        "--quick", type=int, default=1, help="divide steps by this: for tests, such figures mean nothing"
+    )
 
     command = add("readme", _readme, "write the figures of README.md and docs/ anew from results/")
-    command.add_argument("--picture", type=Path, metavar="RUN", help="draw docs/reconstruction.png anew from this pre-training run")
+    command.add_argument(
+        "--picture",
+        type=Path,
+        metavar="RUN",
+        help="draw docs/reconstruction.png anew from this pre-training run",
+    )
     return parser
 
 
@@ -90,7 +115,18 @@ def _row(text: str) -> int | str:
 def _study(args) -> None:
     from tools.study.run import run_study
 
-    run_study(args.study, args.data, args.out, args.results, args.part, args.seeds, args.labelled, args.arm, args.jobs, args.quick)
+    run_study(
+        args.study,
+        args.data,
+        args.out,
+        args.results,
+        args.part,
+        args.seeds,
+        args.labelled,
+        args.arm,
+        args.jobs,
+        args.quick,
+    )
 
 
 def _benchmark(args) -> None:

@@ -18,7 +18,9 @@ from tools.demo import TASKS, clear
 
 
 def benchmark_explorer(out: str | Path) -> pd.DataFrame:
-    """Milliseconds of a slice change on 128^3 x 4 voxels, and of a new mask with the demo preset's model; writes explorer.csv."""
+    """Milliseconds of a slice change on 128^3 x 4 voxels, and of a new mask with the demo preset's model;
+    writes explorer.csv.
+    """
     import torch
 
     from smae_utils.show.explorer import explore
@@ -26,8 +28,19 @@ def benchmark_explorer(out: str | Path) -> pd.DataFrame:
     from smae_utils.work.settings import PretrainSettings, make_settings
 
     task, rows = get_task("brats"), []
-    for name, overrides in (("128^3 x 4, patch 16", {"crop_size": [128] * 3, "patch_size": 16}), ("demo preset, 32^3 x 4", {"crop_size": [32] * 3})):
-        values = {"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4, "decoder_embed_dim": 64, "decoder_depth": 2, "decoder_num_heads": 4}
+    for name, overrides in (
+        ("128^3 x 4, patch 16", {"crop_size": [128] * 3, "patch_size": 16}),
+        ("demo preset, 32^3 x 4", {"crop_size": [32] * 3}),
+    ):
+        values = {
+            "patch_size": 8,
+            "embed_dim": 128,
+            "depth": 4,
+            "num_heads": 4,
+            "decoder_embed_dim": 64,
+            "decoder_depth": 2,
+            "decoder_num_heads": 4,
+        }
         settings = make_settings(PretrainSettings, {**values, **overrides}, where="benchmark")
         widget = explore(build_mae(task, settings), torch.rand(4, *settings.crop_size))
 
@@ -38,7 +51,8 @@ def benchmark_explorer(out: str | Path) -> pd.DataFrame:
             return (time.monotonic() - begin) / times * 1000
 
         n = settings.crop_size[0]
-        slices = milliseconds(lambda i: setattr(widget.slices["axial"], "value", i % n + 1), 40)  # noqa: B023 (called at once)
+        # Called at once
+        slices = milliseconds(lambda i: setattr(widget.slices["axial"], "value", i % n + 1), 40)  # noqa: B023
         masks = milliseconds(lambda i: setattr(widget.seed, "value", i + 1), 10)  # noqa: B023
         rows.append({"image": name, "slice_ms": round(slices, 1), "new_mask_ms": round(masks, 1)})
     table = pd.DataFrame(rows)
@@ -51,7 +65,8 @@ def benchmark_explorer(out: str | Path) -> pd.DataFrame:
 
 
 def benchmark(out: str | Path, tasks: list[str]) -> pd.DataFrame:
-    """Two steps of each paper preset at batch 1 on full-size phantoms: does it fit, and how long does a step take here?
+    """Two steps of each paper preset at batch 1 on full-size phantoms: does it fit, and how long does a step
+    take here?
 
     Writes paper_presets.csv with machine, date and command in its first lines.
     """
@@ -60,23 +75,47 @@ def benchmark(out: str | Path, tasks: list[str]) -> pd.DataFrame:
     for task in list(tasks) or list(TASKS):
         folder = out / task
         clear(folder)
-        write_phantoms(task, folder / "data", {"segmentation": 6, "classification": 12}[get_task(task).kind], size="full")
-        small = {"steps": 2, "warmup_steps": 1, "batch_size": 1, "log_every": 1, "num_workers": 0, "val_every": 0, "cache_rate": 0.0}
+        write_phantoms(
+            task, folder / "data", {"segmentation": 6, "classification": 12}[get_task(task).kind], size="full"
+        )
+        small = {
+            "steps": 2,
+            "warmup_steps": 1,
+            "batch_size": 1,
+            "log_every": 1,
+            "num_workers": 0,
+            "val_every": 0,
+            "cache_rate": 0.0,
+        }
         for stage in ("pretrain", "finetune"):
             if stage == "pretrain":
-                run = pretrain(task, folder / "data", folder / stage, "paper", {**small, "train_on_val": True})
+                run = pretrain(
+                    task, folder / "data", folder / stage, "paper", {**small, "train_on_val": True}
+                )
             else:
-                run = finetune(task, folder / "data", folder / stage, folder / "pretrain", "paper", {**small, "train_on_val": True, "select": "last"})
+                run = finetune(
+                    task,
+                    folder / "data",
+                    folder / stage,
+                    folder / "pretrain",
+                    "paper",
+                    {**small, "train_on_val": True, "select": "last"},
+                )
             log = run.read_log()
             settings = run.config["settings"]
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
             rows.append(
                 {
-                    "task": task, "stage": stage, "input": "x".join(map(str, settings["crop_size"])), "crops": settings["crops_per_scan"],
-                    "precision": run.config["precision"], "device": run.config["device"],
-                    "step_s": round(log[-1]["seconds"] - log[-2]["seconds"], 1), "peak_gb_so_far": round(peak, 1),
+                    "task": task,
+                    "stage": stage,
+                    "input": "x".join(map(str, settings["crop_size"])),
+                    "crops": settings["crops_per_scan"],
+                    "precision": run.config["precision"],
+                    "device": run.config["device"],
+                    "step_s": round(log[-1]["seconds"] - log[-2]["seconds"], 1),
+                    "peak_gb_so_far": round(peak, 1),
                 }
-            )  # fmt: skip
+            )
     table = pd.DataFrame(rows)
     source = provenance()
     head = f"# python -m tools benchmark\n# {source['machine']}, {source['date']}, commit {source['commit']}, torch {source['packages']['torch']}\n"

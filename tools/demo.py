@@ -31,7 +31,12 @@ NOTEBOOKS = ("00_data", "01_masking", "02_self_pretraining", "03_fine_tuning", "
 
 
 def demo(
-    out: str | Path, tasks: list[str], preset: str = "demo", seed: int = 0, n: int | None = None, data_dir: str | Path | None = None
+    out: str | Path,
+    tasks: list[str],
+    preset: str = "demo",
+    seed: int = 0,
+    n: int | None = None,
+    data_dir: str | Path | None = None,
 ) -> pd.DataFrame:
     """Run the notebooks of each task headlessly and write index.html and summary.csv.
 
@@ -45,10 +50,15 @@ def demo(
     """
     out, tasks = Path(out).resolve(), list(tasks) or list(TASKS)
     if data_dir and len(tasks) != 1:
-        raise UserError("--data is the download of one task: name it with --task, for example --task hippocampus")
+        raise UserError(
+            "--data is the download of one task: name it with --task, for example --task hippocampus"
+        )
     for task in tasks:
         if task not in TASKS and not data_dir:
-            raise UserError(f"the demo has no phantoms of task {task!r}: expected one of {', '.join(TASKS)}, or --data with a download")
+            raise UserError(
+                f"the demo has no phantoms of task {task!r}: expected one of {', '.join(TASKS)}, or --data "
+                "with a download"
+            )
         for stage in STAGES:  # a mistyped preset is said before an earlier demo is deleted
             resolve(get_task(task), stage, preset)
     need_notebook_packages("papermill", "nbconvert", "ipykernel")
@@ -63,7 +73,13 @@ def demo(
             write_phantoms(task, data, n or DEFAULT_N[task], seed)
         for notebook in NOTEBOOKS:
             print(f"[{time.monotonic() - begin:5.0f} s] {task}: {notebook}", flush=True)
-            values = {"task": task, "data_dir": str(data), "run_dir": str(runs), "preset": preset, "seed": seed}
+            values = {
+                "task": task,
+                "data_dir": str(data),
+                "run_dir": str(runs),
+                "preset": preset,
+                "seed": seed,
+            }
             done = run_notebook(notebook, folder, values)
             pages.append((task, done.with_suffix(".html")))
         tables[task] = compare(runs / "scratch", runs / "self")
@@ -72,11 +88,16 @@ def demo(
         precision = Run.open(runs / "self").config["precision"]
     summary = pd.DataFrame(rows, columns=["task", "init", "seed", "metric", "value"])
     took = time.monotonic() - begin
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1024**2
+    peak = (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    ) / 1024**2
     source = provenance()
     facts = [
-        f"{took / 60:.1f} minutes ({', '.join(f'{t} {s / 60:.1f}' for t, s in times.items())}), peak memory at most {peak:.1f} GB",
-        f"{machine_name()}, {source['date']}, commit {source['commit']}, preset {preset}, {precision}, seed {seed}",
+        f"{took / 60:.1f} minutes ({', '.join(f'{t} {s / 60:.1f}' for t, s in times.items())}), peak memory "
+        f"at most {peak:.1f} GB",
+        f"{machine_name()}, {source['date']}, commit {source['commit']}, preset {preset}, {precision}, seed "
+        f"{seed}",
     ]
     write_text(out / "summary.csv", "".join(f"# {fact}\n" for fact in facts) + summary.to_csv(index=False))
     _write_index(out, summary, pages, facts)
@@ -101,7 +122,11 @@ def clear(folder: Path) -> None:
 
 def _summary_rows(task: str, table: pd.DataFrame, seed: int) -> list[tuple]:
     means = table[table["class"] == "mean"].set_index("metric")
-    return [(task, arm, seed, metric, means.loc[metric, arm]) for metric in METRICS[get_task(task).kind] for arm in ("scratch", "self")]
+    return [
+        (task, arm, seed, metric, means.loc[metric, arm])
+        for metric in METRICS[get_task(task).kind]
+        for arm in ("scratch", "self")
+    ]
 
 
 def pivot(summary: pd.DataFrame) -> pd.DataFrame:

@@ -22,44 +22,68 @@ def venv_python() -> Path:
 
 
 def make_environment() -> None:
-    """Create `.venv` and install the pinned packages into it; does nothing when that was done for these very files.
+    """Create `.venv` and install the pinned packages into it; does nothing when that was done for these very
+    files.
 
     Raises:
         UserError: for an old Python, or when pip fails (its own messages stand above).
     """
     if sys.version_info < (3, 11):  # noqa: UP036 (this file runs on whatever Python there is)
-        raise UserError(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: use make PYTHON=python3.11, for example")
+        raise UserError(
+            f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: use make PYTHON=python3.11, "
+            "for example"
+        )
     root = clone("the files that pin an environment (pip has installed what it needs)")
     files = [root / "pyproject.toml", root / "constraints.txt"]
     digest = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
     stamp = VENV / "installed.txt"
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == digest and venv_python().exists():
         return
-    print(f"making the environment in {VENV} (a few minutes; 2 GB with a CPU-only torch, several more with CUDA)", flush=True)
+    print(
+        f"making the environment in {VENV} (a few minutes; 2 GB with a CPU-only torch, several more with "
+        "CUDA)",
+        flush=True,
+    )
     try:
         venv.create(VENV, with_pip=True, clear=VENV.exists())
     except subprocess.CalledProcessError:
-        raise UserError("this Python cannot make virtual environments: on Debian or Ubuntu, apt-get install python3-venv") from None
-    # torch first and by exact version: asked for through another package's range, pip may fetch another, larger build.
+        raise UserError(
+            "this Python cannot make virtual environments: on Debian or Ubuntu, apt-get install python3-venv"
+        ) from None
+    # torch first and by exact version: asked for through another package's range, pip may fetch another,
+    # larger build.
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = next(line.strip() for line in constraints if line.startswith("torch=="))
     _pip(pinned)
-    _pip("--constraint", str(ROOT / "constraints.txt"), "--editable", f"{ROOT}[examples,dicom,itk,medmnist,notebooks,test,browser]")
+    _pip(
+        "--constraint",
+        str(ROOT / "constraints.txt"),
+        "--editable",
+        f"{ROOT}[examples,dicom,itk,medmnist,notebooks,test,browser]",
+    )
     stamp.write_text(digest, encoding="utf-8")
 
 
 def _pip(*args: str) -> None:
     command = [str(venv_python()), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *args]
     if subprocess.run(command, cwd=ROOT).returncode:
-        raise UserError(f"pip install {' '.join(args)} failed, see above: check the network, then run the command again")
+        raise UserError(
+            f"pip install {' '.join(args)} failed, see above: check the network, then run the command again"
+        )
 
 
 def find_browser() -> str | None:
-    """A Chromium that starts: the machine's own, else the one that playwright fetched; None where there is neither."""
+    """A Chromium that starts: the machine's own, else the one that playwright fetched; None where there is
+    neither.
+    """
 
     def starts(program: str | None) -> bool:
         # Asked for its version because one that lacks a system library is there and cannot start.
-        return bool(program) and Path(program).is_file() and subprocess.run([program, "--version"], capture_output=True).returncode == 0
+        return (
+            bool(program)
+            and Path(program).is_file()
+            and subprocess.run([program, "--version"], capture_output=True).returncode == 0
+        )
 
     for name in ("chromium", "chromium-browser", "google-chrome"):
         if starts(found := shutil.which(name)):
@@ -71,7 +95,8 @@ def find_browser() -> str | None:
 
 
 def make_browser() -> str:
-    """Install a Chromium for the test that opens the explorer in JupyterLab, unless there is one; returns its path.
+    """Install a Chromium for the test that opens the explorer in JupyterLab, unless there is one; returns its
+    path.
 
     The system's own packages are touched only by root.
 
@@ -89,12 +114,15 @@ def make_browser() -> str:
         else:  # a network that lets through the packages of the system only
             quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
             subprocess.run(["apt-get", "update", "-qq"], env=quiet)
-            subprocess.run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"], env=quiet)
+            subprocess.run(
+                ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"], env=quiet
+            )
     if found := find_browser():
         return found
     raise UserError(
         "no Chromium could be installed, see above: let an administrator run "
-        f"{venv_python()} -m playwright install-deps chromium (or apt-get install chromium), then run make env-browser again"
+        f"{venv_python()} -m playwright install-deps chromium (or apt-get install chromium), then run make "
+        "env-browser again"
     )
 
 
@@ -105,6 +133,12 @@ def run_tests(args: list[str]) -> int:
         UserError: where there are no tests, in an installed package.
     """
     cores = os.cpu_count() or 1
-    spread = [] if cores == 1 or any(a in ("-n", "-x", "--pdb", "-s") for a in args) else ["-n", str(cores), "--dist", "worksteal"]
+    spread = (
+        []
+        if cores == 1 or any(a in ("-n", "-x", "--pdb", "-s") for a in args)
+        else ["-n", str(cores), "--dist", "worksteal"]
+    )
     command = [sys.executable, "-m", "pytest", *spread, *args]
-    return subprocess.run(command, cwd=clone("tests"), env={"OMP_NUM_THREADS": "1", **os.environ} if spread else None).returncode
+    return subprocess.run(
+        command, cwd=clone("tests"), env={"OMP_NUM_THREADS": "1", **os.environ} if spread else None
+    ).returncode

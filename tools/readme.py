@@ -25,11 +25,15 @@ from tools.study.tables import KEYS, Results, intervals
 
 
 def _facts(file: Path) -> str:
-    return "".join(f"\n{line[2:]}  " for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# "))
+    return "".join(
+        f"\n{line[2:]}  " for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# ")
+    )
 
 
 def _table(frame: pd.DataFrame) -> str:
-    text = frame.map(lambda v: (f"{v:.3f}" if abs(v) < 10 else f"{v:.1f}") if isinstance(v, float) else str(v))
+    text = frame.map(
+        lambda v: (f"{v:.3f}" if abs(v) < 10 else f"{v:.1f}") if isinstance(v, float) else str(v)
+    )
     lines = [list(text.columns), ["---"] * len(text.columns), *text.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -63,10 +67,14 @@ def _span(low: float, high: float) -> str:
 
 
 def _order(study: Study, table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of a table of intervals in the order of the study: by labelled cases, then by arm. What the study no longer names is left out."""
+    """Rows of a table of intervals in the order of the study: by labelled cases, then by arm. What the study
+    no longer names is left out.
+    """
     rows, arms = [str(row) for row in study.labelled], list(study.arms)
     table = table[table.labelled.isin(rows) & table.arm.isin(arms)]
-    return table.sort_values(["labelled", "arm"], key=lambda c: c.map((rows if c.name == "labelled" else arms).index))
+    return table.sort_values(
+        ["labelled", "arm"], key=lambda c: c.map((rows if c.name == "labelled" else arms).index)
+    )
 
 
 def _figure(root: Path, name: str, up: str) -> str:
@@ -94,8 +102,16 @@ def main_block(root: Path, name: str, arms: Iterable[str] = (), up: str = "../")
 
 
 def _line(row, patients: pd.DataFrame) -> dict[str, object]:
-    """An arm beside scratch, as a row of a document's table; where intervals by patients were made, those too."""
-    line = {"labelled": row.labelled, "arm": row.arm, "units": row.units, "scratch": row.scratch, "arm's": row.value}
+    """An arm beside scratch, as a row of a document's table; where intervals by patients were made, those
+    too.
+    """
+    line = {
+        "labelled": row.labelled,
+        "arm": row.arm,
+        "units": row.units,
+        "scratch": row.scratch,
+        "arm's": row.value,
+    }
     line |= {"difference": f"{row.difference:+.3f}", "95 % interval": _span(row.low, row.high)}
     if not patients.empty:
         own = patients[(patients.labelled == row.labelled) & (patients.arm == row.arm)]
@@ -104,9 +120,13 @@ def _line(row, patients: pd.DataFrame) -> dict[str, object]:
 
 
 def first_block(root: Path) -> str:
-    """The README's table: pre-training on all training images against scratch and against a convolutional network."""
+    """The README's table: pre-training on all training images against scratch and against a convolutional
+    network.
+    """
     parts = [
-        f"{read_study(name).title}\n\n{main_block(root, name, ('self_all', 'cnn'), '')}" for name in STUDIES if not _study(root, name, "main").empty
+        f"{read_study(name).title}\n\n{main_block(root, name, ('self_all', 'cnn'), '')}"
+        for name in STUDIES
+        if not _study(root, name, "main").empty
     ]
     return (
         "\n\n".join(parts)
@@ -118,7 +138,11 @@ def stopped_block(root: Path) -> str:
     """The rows of the first run of hippocampus, which was too short."""
     file = root / "results" / "evidence" / "real" / "hippocampus" / "stopped_at_300_steps.csv"
     table = pd.read_csv(file, comment="#")
-    wide = table[table.metric == "dsc"].pivot_table(index=["labelled", "seed"], columns="arm", values="value").reset_index()
+    wide = (
+        table[table.metric == "dsc"]
+        .pivot_table(index=["labelled", "seed"], columns="arm", values="value")
+        .reset_index()
+    )
     return _table(wide.fillna("not run")) + _details([file])
 
 
@@ -132,7 +156,9 @@ def missing_block(root: Path) -> str:
         left: dict[str, int] = {}
         for arm, record in study.arms.items():
             for row in record.rows or study.labelled:
-                left[arm] = left.get(arm, 0) + sum((str(row), arm, seed, fold) not in done for seed, fold in study.units())
+                left[arm] = left.get(arm, 0) + sum(
+                    (str(row), arm, seed, fold) not in done for seed, fold in study.units()
+                )
         text = ", ".join(f"{arm} {count}" for arm, count in left.items() if count) or "nothing"
         lines.append(f"* {name}: {len(done)} runs made; missing: {text}.")
     return "\n".join(lines)
@@ -145,27 +171,70 @@ def chosen_block(root: Path, name: str, table: str, file: str = "") -> str:
         return "Not run yet."
     keys = [key for key in KEYS[table] if key in found]
     wide = found.pivot_table(index=keys, columns="metric", values="value", sort=False).reset_index()
-    by = keys[0] if table == "tune" else next(metric for metric in (read_study(name).metric, "auc") if metric in wide)
+    by = (
+        keys[0]
+        if table == "tune"
+        else next(metric for metric in (read_study(name).metric, "auc") if metric in wide)
+    )
     wide = wide.sort_values(by, ascending=table == "tune", kind="stable")
     return _table(wide) + _details([root / "results" / "evidence" / "real" / name / f"{file or table}.csv"])
 
 
 # Arms of the phantom study that are shown, in their order.
-PHANTOM_ARMS = ("self", "steps_x4", "raw_pixels", "raw_pixels_x4", "scratch_equal_compute", "cnn", "shuffled_patches", "permuted_weights")
+PHANTOM_ARMS = (
+    "self",
+    "steps_x4",
+    "raw_pixels",
+    "raw_pixels_x4",
+    "scratch_equal_compute",
+    "cnn",
+    "shuffled_patches",
+    "permuted_weights",
+)
 
 
 def phantoms_block(root: Path) -> str:
     """Primary figures of `results/evidence/phantoms/intervals.csv`."""
     folder = root / "results" / "evidence" / "phantoms"
-    table = pd.read_csv(folder / "intervals.csv", comment="#", dtype={"condition": str}).fillna({"condition": ""})
-    table = table[table.arm.isin(PHANTOM_ARMS) & table.metric.isin(["mauc", "dsc"]) & table.condition.isin(["", "finetune4x"])]
-    table = table.sort_values(["task", "condition", "arm"], key=lambda c: c.map(PHANTOM_ARMS.index) if c.name == "arm" else c)
+    table = pd.read_csv(folder / "intervals.csv", comment="#", dtype={"condition": str}).fillna(
+        {"condition": ""}
+    )
+    table = table[
+        table.arm.isin(PHANTOM_ARMS)
+        & table.metric.isin(["mauc", "dsc"])
+        & table.condition.isin(["", "finetune4x"])
+    ]
+    table = table.sort_values(
+        ["task", "condition", "arm"], key=lambda c: c.map(PHANTOM_ARMS.index) if c.name == "arm" else c
+    )
     rows = [
-        (r.task, r.metric, "4x" if r.condition else "1x", r.arm, r.seeds, r.scratch, r.value, f"{r.difference:+.3f}", _span(r.low, r.high))
+        (
+            r.task,
+            r.metric,
+            "4x" if r.condition else "1x",
+            r.arm,
+            r.seeds,
+            r.scratch,
+            r.value,
+            f"{r.difference:+.3f}",
+            _span(r.low, r.high),
+        )
         for r in table.itertuples()
     ]
-    columns = ["task", "metric", "fine-tuning", "arm", "seeds", "scratch", "arm's", "difference", "95 % interval"]
-    return _table(pd.DataFrame(rows, columns=columns)) + _details(folder / f"{name}.csv" for name in ("main", "sweeps", "controls"))
+    columns = [
+        "task",
+        "metric",
+        "fine-tuning",
+        "arm",
+        "seeds",
+        "scratch",
+        "arm's",
+        "difference",
+        "95 % interval",
+    ]
+    return _table(pd.DataFrame(rows, columns=columns)) + _details(
+        folder / f"{name}.csv" for name in ("main", "sweeps", "controls")
+    )
 
 
 def settings_block(root: Path) -> str:
@@ -188,10 +257,23 @@ BLOCKS: dict[str, dict[str, Callable[[Path], str]]] = {
     "docs/demo.md": {"demo": demo_block},
     "docs/real_data.md": {"paper": paper_block},
     "docs/explorer.md": {"explorer": explorer_block},
-    "docs/evidence.md": {**{f"main-{name}": partial(main_block, name=name) for name in STUDIES}, "stopped": stopped_block, "missing": missing_block},
+    "docs/evidence.md": {
+        **{f"main-{name}": partial(main_block, name=name) for name in STUDIES},
+        "stopped": stopped_block,
+        "missing": missing_block,
+    },
     "docs/recipe.md": {
-        **{f"{table}-{name}": partial(chosen_block, name=name, table=table) for name in STUDIES for table in ("room", "probe", "recipe", "tune")},
-        **{f"{table}-{EARLIER}": partial(chosen_block, name="hippocampus", table=table, file=f"{table}_{EARLIER}") for table in ("room", "recipe")},
+        **{
+            f"{table}-{name}": partial(chosen_block, name=name, table=table)
+            for name in STUDIES
+            for table in ("room", "probe", "recipe", "tune")
+        },
+        **{
+            f"{table}-{EARLIER}": partial(
+                chosen_block, name="hippocampus", table=table, file=f"{table}_{EARLIER}"
+            )
+            for table in ("room", "recipe")
+        },
     },
     "docs/phantoms.md": {"phantoms": phantoms_block},
     "docs/settings.md": {"settings": settings_block},
@@ -211,7 +293,8 @@ def draw_reconstruction(run_dir: str | Path, target: Path) -> None:
 
 
 def render(text: str, root: Path, name_of_file: str = "README.md") -> str:
-    """`text` of a file with everything between `<!-- NAME:start -->` and `<!-- NAME:end -->` written anew from the results.
+    """`text` of a file with everything between `<!-- NAME:start -->` and `<!-- NAME:end -->` written anew
+    from the results.
 
     Raises:
         UserError: if a block's markers are missing.

@@ -1,4 +1,6 @@
-"""From files to batches: tasks and lists, readers, transforms, crops. Knows of the method its patches at most."""
+"""From files to batches: tasks and lists, readers, transforms, crops. Knows of the method its patches at
+most.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,10 @@ __all__ = ["read_case"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:  # what most imports of the old module `data` asked for; loaded then, since torch and MONAI come with it
+    if (
+        name in __all__
+        # What most imports of the old module `data` asked for; loaded then, since torch and MONAI come with it
+    ):
         from smae_utils.data import batches
 
         return getattr(batches, name)

@@ -1,4 +1,6 @@
-"""Case lists to batches. What a batch holds is a function of the seed and the step alone, so that any run can be repeated and resumed."""
+"""Case lists to batches. What a batch holds is a function of the seed and the step alone, so that any run can
+be repeated and resumed.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,22 @@ from smae_utils.data.transforms import ResizeRadiograph, middle, resize
 from smae_utils.errors import UserError
 
 
-def read_splits(task: Task, data_dir: str | Path, split_seed: int = 0, fold: int = 0, test_share: float = 0.0, train_on_val: bool = False) -> Splits:
+def read_splits(
+    task: Task,
+    data_dir: str | Path,
+    split_seed: int = 0,
+    fold: int = 0,
+    test_share: float = 0.0,
+    train_on_val: bool = False,
+) -> Splits:
     """Train, validation and test cases of a data folder.
 
     Args:
         task: whose reader knows the folder.
         data_dir: where the download lies.
         split_seed, fold: as `Task.read_splits` takes them.
-        test_share: of the labelled training patients, who become the test part where no test case has a label.
+        test_share: of the labelled training patients, who become the test part where no test case has a
+            label.
         train_on_val: give the validation cases back to the training ones.
     """
     splits = task.read_splits(Path(data_dir), split_seed, fold)
@@ -43,7 +53,9 @@ def read_splits(task: Task, data_dir: str | Path, split_seed: int = 0, fold: int
 
 
 def hold_out_test(splits: Splits, share: float, seed: int) -> Splits:
-    """Draw test cases from the labelled training and validation cases, by patient; validation keeps its share of the rest."""
+    """Draw test cases from the labelled training and validation cases, by patient; validation keeps its share
+    of the rest.
+    """
     labelled = [c for c in splits["train"] + splits["val"] if "label" in c]
     _, test = hold_out(labelled, share, seed)
     patients = {c["patient"] for c in test}
@@ -62,7 +74,8 @@ def read_case(transform: Callable[[dict[str, Any]], Any], case: Mapping[str, Any
     """Apply a deterministic transform to a case.
 
     Raises:
-        UserError: as a reader said it, naming the file. Any other error is a mistake of this package, and stays what it is.
+        UserError: as a reader said it, naming the file. Any other error is a mistake of this package, and
+            stays what it is.
     """
     try:
         return transform(dict(case))
@@ -79,7 +92,8 @@ def read_case(transform: Callable[[dict[str, Any]], Any], case: Mapping[str, Any
 def read_middle(
     transform: Callable[[dict[str, Any]], Any], case: Mapping[str, Any], size: Sequence[int], whole: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """A prepared case at the network's input size: (C, *size) image, and (1, *size) label numbers where the transform reads a mask.
+    """A prepared case at the network's input size: (C, *size) image, and (1, *size) label numbers where the
+    transform reads a mask.
 
     Args:
         whole: the network sees whole images, which are resized; otherwise the middle is cut out.
@@ -87,8 +101,14 @@ def read_middle(
     sample = read_case(transform, case)
     label = sample["label"] if torch.is_tensor(sample.get("label")) else None
     if whole:
-        return ResizeRadiograph(size)(sample)["image"], None if label is None else resize(label, size, label=True)
-    image, *masks = (middle(torch.as_tensor(x).as_subclass(Tensor), size) for x in (sample["image"], label) if x is not None)
+        return ResizeRadiograph(size)(sample)["image"], None if label is None else resize(
+            label, size, label=True
+        )
+    image, *masks = (
+        middle(torch.as_tensor(x).as_subclass(Tensor), size)
+        for x in (sample["image"], label)
+        if x is not None
+    )
     return image, masks[0] if masks else None
 
 
@@ -115,7 +135,9 @@ class Scans(Dataset):
 
 @contextmanager
 def untracked() -> Iterator[None]:
-    """MONAI transforms without a record of what they did: a third of their time, and a crop for training is never mapped back."""
+    """MONAI transforms without a record of what they did: a third of their time, and a crop for training is
+    never mapped back.
+    """
     before = get_track_meta()
     set_track_meta(False)
     try:
@@ -131,7 +153,9 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 class Crops(Dataset):
-    """Crop number `sample` of an endless shuffled stream: which scan, which crop and which augmentation follow from (seed, sample)."""
+    """Crop number `sample` of an endless shuffled stream: which scan, which crop and which augmentation
+    follow from (seed, sample).
+    """
 
     def __init__(self, scans: Scans, augment: Compose, seed: int):
         self.scans, self.augment, self.seed = scans, augment, seed
@@ -148,7 +172,10 @@ class Crops(Dataset):
         with untracked():
             crops = self.augment(dict(scan))
         crops = crops if isinstance(crops, list) else [crops]
-        out = {"case": [c["case"] for c in crops], "noise_seed": [derive_seed(seed, i) for i in range(len(crops))]}
+        out = {
+            "case": [c["case"] for c in crops],
+            "noise_seed": [derive_seed(seed, i) for i in range(len(crops))],
+        }
         for key in ("image", "label"):
             if key in crops[0]:
                 out[key] = torch.stack([torch.as_tensor(c[key]) for c in crops])
@@ -159,7 +186,12 @@ class Crops(Dataset):
 
 def join(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Crops of several scans -> one batch: image (B, C, *spatial), label, case names, noise seeds."""
-    return {k: torch.cat([i[k] for i in items]) if torch.is_tensor(items[0][k]) else sum((i[k] for i in items), []) for k in items[0]}
+    return {
+        k: torch.cat([i[k] for i in items])
+        if torch.is_tensor(items[0][k])
+        else sum((i[k] for i in items), [])
+        for k in items[0]
+    }
 
 
 class Steps(Sampler):
@@ -183,8 +215,11 @@ class Batches(DataLoader):
         try:
             yield from super().__iter__()
         except UserError as error:
-            # torch wraps the error of a loading process into its whole traceback; the message is its last line.
-            raise UserError(str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")) from None
+            # torch wraps the error of a loading process into its whole traceback; the message is its last
+            # line.
+            raise UserError(
+                str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+            ) from None
 
 
 def _ignore_interrupt(worker: int) -> None:
@@ -192,7 +227,15 @@ def _ignore_interrupt(worker: int) -> None:
 
 
 def training_loader(
-    scans: Scans, augment: Compose, seed: int, batch_size: int, start: int, stop: int, num_workers: int = 0, rank: int = 0, world: int = 1
+    scans: Scans,
+    augment: Compose,
+    seed: int,
+    batch_size: int,
+    start: int,
+    stop: int,
+    num_workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
 ) -> DataLoader:
     """Batches for steps `start` .. `stop` - 1.
 
@@ -209,10 +252,14 @@ def training_loader(
     if not len(scans):
         raise UserError("there are no training cases: list some in 'training', or choose another fold")
     if batch_size > len(scans):
-        raise UserError(f"batch_size {batch_size} is larger than the {len(scans)} training scans: use --set batch_size={len(scans)} or less")
+        raise UserError(
+            f"batch_size {batch_size} is larger than the {len(scans)} training scans: use --set "
+            f"batch_size={len(scans)} or less"
+        )
     if batch_size % world:
         raise UserError(
-            f"batch_size {batch_size} does not divide by the {world} processes, so some scans would count more than others: "
+            f"batch_size {batch_size} does not divide by the {world} processes, so some scans would count "
+            "more than others: "
             f"use --set batch_size={-(-batch_size // world) * world}, for example"
         )
     return Batches(

@@ -16,13 +16,15 @@ IGNORE = 255
 
 
 class Case(TypedDict):
-    """Paths and labels of a case. What transforms make of it, with tensors in their place, is a sample and no `Case`.
+    """Paths and labels of a case. What transforms make of it, with tensors in their place, is a sample and no
+    `Case`.
 
     Attributes:
         case: its name, which is also that of its results.
         patient: cases of one patient never stand on both sides of a split.
         image: file, DICOM folder (or folder#series), or the files of its channels.
-        label: file of the mask; for classification a vector of 1, 0 and NaN for unknown; absent where nothing is known.
+        label: file of the mask; for classification a vector of 1, 0 and NaN for unknown; absent where nothing
+            is known.
     """
 
     case: str
@@ -40,7 +42,9 @@ def files_of(image: str | list[str]) -> list[str]:
 
 
 def case_of(files: Sequence[str | Path]) -> Case:
-    """A case of one image, named after its file; several files are its channels. Nobody says who the patient is."""
+    """A case of one image, named after its file; several files are its channels. Nobody says who the patient
+    is.
+    """
     names = [str(file) for file in files]
     return {"case": case_name(names[0]), "patient": "", "image": names if len(names) > 1 else names[0]}
 
@@ -49,7 +53,10 @@ def hold_out(cases: list[Case], share: float, seed: int) -> tuple[list[Case], li
     """Split a part off **by patient**, at least one patient: (rest, part), both in their old order."""
     patients = sorted({c["patient"] for c in cases})
     if len(patients) < 2:
-        raise UserError(f"{len(cases)} training cases of {len(patients)} patient: at least 2 patients are needed to hold one out for validation")
+        raise UserError(
+            f"{len(cases)} training cases of {len(patients)} patient: at least 2 patients are needed to hold "
+            "one out for validation"
+        )
     count = min(max(1, round(share * len(patients))), len(patients) - 1)
     chosen = {patients[i] for i in np.random.default_rng(seed).permutation(len(patients))[:count]}
     return [c for c in cases if c["patient"] not in chosen], [c for c in cases if c["patient"] in chosen]

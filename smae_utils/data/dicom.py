@@ -1,8 +1,10 @@
-"""The one place that knows DICOM: a folder of slices or an enhanced file to a volume, one image file to pixels. All through highdicom.
+"""The one place that knows DICOM: a folder of slices or an enhanced file to a volume, one image file to
+pixels. All through highdicom.
 
-highdicom was chosen after trying it beside SimpleITK on folders that go wrong in public reports: both put slices in the order of
-their places and rescale each slice by its own numbers, but of a missing slice or of two acquisitions at one place SimpleITK only
-warns and then spreads the slices evenly, where highdicom refuses.
+highdicom was chosen after trying it beside SimpleITK on folders that go wrong in public reports: both put
+slices in the order of their places and rescale each slice by its own numbers, but of a missing slice or of
+two acquisitions at one place SimpleITK only warns and then spreads the slices evenly, where highdicom
+refuses.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from smae_utils.errors import UserError
 from smae_utils.paths import split_series
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-# Attributes that tell which series an image is of, and where it lies; pixels are read later, of one series only.
+# Attributes that tell which series an image is of, and where it lies; pixels are read later, of one series
+# only.
 INDEX = [
     "SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "ImageType", "Rows", "Columns", "NumberOfFrames", "PhotometricInterpretation",
     "ImagePositionPatient", "ImageOrientationPatient", "SOPClassUID", "SamplesPerPixel",
@@ -25,27 +28,40 @@ INDEX = [
 
 
 def read_volume(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """A DICOM series (`folder`, or `folder#series`) or one enhanced multi-frame file -> values (X, Y, Z) float32, affine (4, 4) in mm, RAS+.
+    """A DICOM series (`folder`, or `folder#series`) or one enhanced multi-frame file -> values (X, Y, Z)
+    float32, affine (4, 4) in mm, RAS+.
 
     Values are rescaled slice by slice (HU for CT). Files that hold no image, and localizers, are left out.
 
     Raises:
-        UserError: for several series, slices that are missing or lie twice at one place, a tilted gantry, colour, or files that cannot be read.
+        UserError: for several series, slices that are missing or lie twice at one place, a tilted gantry,
+            colour, or files that cannot be read.
     """
     hd, pydicom = _library(path)
     folder, series = split_series(path)
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and not f.name.startswith("._")) if folder.is_dir() else [folder]
+    files = (
+        sorted(f for f in folder.rglob("*") if f.is_file() and not f.name.startswith("._"))
+        if folder.is_dir()
+        else [folder]
+    )
     headers = []
     for file in files:
         if found := _header(pydicom, file):
             headers.append((file, found))
     chosen = _one_series(folder, series, headers)
     colour = next(
-        (h.PhotometricInterpretation for _, h in chosen if h.get("SamplesPerPixel", 1) > 1 or "PALETTE" in str(h.get("PhotometricInterpretation"))),
+        (
+            h.PhotometricInterpretation
+            for _, h in chosen
+            if h.get("SamplesPerPixel", 1) > 1 or "PALETTE" in str(h.get("PhotometricInterpretation"))
+        ),
         "",
     )
     if colour:
-        raise UserError(f"{path} holds colour images ({colour}): expected grey values; export the original series, not a secondary capture")
+        raise UserError(
+            f"{path} holds colour images ({colour}): expected grey values; export the original series, not a "
+            "secondary capture"
+        )
     if len(chosen) > 1:
         _check_places(folder, [h for _, h in chosen])
     with warnings.catch_warnings():
@@ -55,7 +71,9 @@ def read_volume(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         except UserError:
             raise
         except Exception as error:  # whatever highdicom, pydicom or a decoder finds wrong with these files
-            raise UserError(f"cannot read the DICOM series in {path}: {_line(error)}. {_what_to_do(error)}") from error
+            raise UserError(
+                f"cannot read the DICOM series in {path}: {_line(error)}. {_what_to_do(error)}"
+            ) from error
     values = volume.array.transpose(2, 1, 0)  # (slice, row, column) -> (column, row, slice)
     affine = LPS_TO_RAS @ volume.affine[:, [2, 1, 0, 3]]
     return np.ascontiguousarray(values, dtype=np.float32), affine
@@ -64,8 +82,9 @@ def read_volume(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray, bool]:
     """One DICOM image as a viewer shows it: (values (H, W) or (H, W, 3), padding (H, W), windowed).
 
-    The modality and VOI transforms, the palette and MONOCHROME1 are applied. Where the file has no VOI window, `windowed` is False and the
-    values are the detector's own. Pixels outside the exposed field, which the file marks as padding, are True in `padding`.
+    The modality and VOI transforms, the palette and MONOCHROME1 are applied. Where the file has no VOI
+    window, `windowed` is False and the values are the detector's own. Pixels outside the exposed field, which
+    the file marks as padding, are True in `padding`.
 
     Raises:
         UserError: for several frames, or a file that cannot be read.
@@ -77,23 +96,35 @@ def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray, bool]:
             image = hd.imread(str(path))
             frames = int(image.number_of_frames)
             if frames > 1:
-                raise UserError(f"{path} holds {frames} frames: expected one image; export the frame that is meant")
+                raise UserError(
+                    f"{path} holds {frames} frames: expected one image; export the frame that is meant"
+                )
             stored = image.get_stored_frame(1)
             padding = _padding(image, stored)
             colour = image.get("SamplesPerPixel", 1) > 1 or "PALETTE" in image.PhotometricInterpretation
             if colour:
-                values = image.get_frame(1, apply_voi_transform=False, apply_icc_profile=False).astype(np.float64)
+                values = image.get_frame(1, apply_voi_transform=False, apply_icc_profile=False).astype(
+                    np.float64
+                )
                 return _to_byte_range(values), np.zeros(values.shape[:2], bool), True
-            windowed = bool(image.get("VOILUTSequence")) or _set(image, "WindowCenter") and _set(image, "WindowWidth")
+            windowed = (
+                bool(image.get("VOILUTSequence"))
+                or _set(image, "WindowCenter")
+                and _set(image, "WindowWidth")
+            )
             if not windowed:
                 for name in ("WindowCenter", "WindowWidth"):
                     if name in image:
                         del image[name]
-            values = image.get_frame(1, apply_voi_transform=windowed or None, apply_real_world_transform=False)
+            values = image.get_frame(
+                1, apply_voi_transform=windowed or None, apply_real_world_transform=False
+            )
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"cannot read the DICOM image {path}: {_line(error)}. {_what_to_do(error)}") from error
+            raise UserError(
+                f"cannot read the DICOM image {path}: {_line(error)}. {_what_to_do(error)}"
+            ) from error
     return np.asarray(values, np.float64) * (255 if windowed else 1), padding, windowed
 
 
@@ -108,7 +139,9 @@ def read_stored(path: str | Path) -> np.ndarray:
         image = hd.imread(str(path))
         values = image.get_stored_frame(1)
     except Exception as error:
-        raise UserError(f"cannot read the DICOM image {path}: {_line(error)}. {_what_to_do(error)}") from error
+        raise UserError(
+            f"cannot read the DICOM image {path}: {_line(error)}. {_what_to_do(error)}"
+        ) from error
     if values.ndim != 2 or int(image.number_of_frames) > 1:
         raise UserError(f"{path} holds colours or several frames: a mask holds one label value a pixel")
     return values
@@ -129,7 +162,14 @@ def _padding(image, stored: np.ndarray) -> np.ndarray:
     if not _set(image, "PixelPaddingValue") or stored.ndim != 2:
         return np.zeros(stored.shape[:2], bool)
     low, high = sorted(
-        (int(image.PixelPaddingValue), int(image.PixelPaddingRangeLimit if _set(image, "PixelPaddingRangeLimit") else image.PixelPaddingValue))
+        (
+            int(image.PixelPaddingValue),
+            int(
+                image.PixelPaddingRangeLimit
+                if _set(image, "PixelPaddingRangeLimit")
+                else image.PixelPaddingValue
+            ),
+        )
     )
     found = (stored >= low) & (stored <= high)
     return np.zeros_like(found) if found.all() else found
@@ -145,7 +185,9 @@ def _library(path: str | Path):
 
 
 def _header(pydicom, file: Path):
-    """The attributes of `INDEX` of an image file; None for what is no DICOM image (licence texts, DICOMDIR, reports, structures)."""
+    """The attributes of `INDEX` of an image file; None for what is no DICOM image (licence texts, DICOMDIR,
+    reports, structures).
+    """
     try:
         found = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=INDEX)
     except (pydicom.errors.InvalidDicomError, OSError, EOFError):
@@ -163,18 +205,28 @@ def _one_series(folder: Path, series: str, headers: list) -> list:
     """
     if not headers:
         raise UserError(f"{folder} holds no DICOM images: expected the slices of one series")
-    images = [(f, h) for f, h in headers if "LOCALIZER" not in [str(v).upper() for v in h.get("ImageType") or ()]] or headers
+    images = [
+        (f, h) for f, h in headers if "LOCALIZER" not in [str(v).upper() for v in h.get("ImageType") or ()]
+    ] or headers
     found: dict[str, list] = {}
     for file, header in images:
         found.setdefault(str(header.SeriesInstanceUID), []).append((file, header))
     if series:
-        wanted = {uid: of for uid, of in found.items() if series in (uid, str(of[0][1].get("SeriesNumber", "")))}
+        wanted = {
+            uid: of for uid, of in found.items() if series in (uid, str(of[0][1].get("SeriesNumber", "")))
+        }
         if len(wanted) == 1:
             return next(iter(wanted.values()))
-        raise UserError(f"{folder} holds no single series {series!r}, but {_listing(found)}: name one by its number or UID")
+        raise UserError(
+            f"{folder} holds no single series {series!r}, but {_listing(found)}: name one by its number or "
+            "UID"
+        )
     if len(found) > 1:
         first = next(iter(found))
-        raise UserError(f"{folder} holds {len(found)} series, {_listing(found)}: choose one by writing {folder}#{first}, or give each a folder")
+        raise UserError(
+            f"{folder} holds {len(found)} series, {_listing(found)}: choose one by writing {folder}#{first}, "
+            "or give each a folder"
+        )
     return next(iter(found.values()))
 
 
@@ -182,17 +234,28 @@ def _listing(found: dict[str, list]) -> str:
     parts = []
     for uid, of in list(found.items())[:6]:
         header = of[0][1]
-        parts.append(f"{uid} (number {header.get('SeriesNumber', '?')}, {header.get('SeriesDescription', 'no description')!r}, {len(of)} images)")
+        parts.append(
+            f"{uid} (number {header.get('SeriesNumber', '?')}, "
+            f"{header.get('SeriesDescription', 'no description')!r}, {len(of)} images)"
+        )
     return "; ".join(parts) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
 
 
 def _check_places(folder: Path, headers: list) -> None:
     """Say in millimetres why slices are no volume; highdicom would refuse them too, in fewer words."""
     if any("ImagePositionPatient" not in h or "ImageOrientationPatient" not in h for h in headers):
-        raise UserError(f"{folder} has slices that do not say where they lie (ImagePositionPatient): export the original series")
-    sizes = {(h.Rows, h.Columns, tuple(np.round(np.array(h.ImageOrientationPatient, float), 3))) for h in headers}
+        raise UserError(
+            f"{folder} has slices that do not say where they lie (ImagePositionPatient): export the original "
+            "series"
+        )
+    sizes = {
+        (h.Rows, h.Columns, tuple(np.round(np.array(h.ImageOrientationPatient, float), 3))) for h in headers
+    }
     if len(sizes) > 1:
-        raise UserError(f"{folder} has slices of {len(sizes)} sizes or directions in one series: keep only the slices of one stack in the folder")
+        raise UserError(
+            f"{folder} has slices of {len(sizes)} sizes or directions in one series: keep only the slices of "
+            "one stack in the folder"
+        )
     directions = np.array(headers[0].ImageOrientationPatient, float)
     normal = np.cross(directions[:3], directions[3:])
     places = np.array([h.ImagePositionPatient for h in headers], float)
@@ -202,27 +265,38 @@ def _check_places(folder: Path, headers: list) -> None:
     twice = int((np.abs(steps) < 1e-3).sum())
     if twice:
         raise UserError(
-            f"{folder} has {twice} slices at a place where another one lies (two acquisitions, echoes or phases, or copies): "
+            f"{folder} has {twice} slices at a place where another one lies (two acquisitions, echoes or "
+            "phases, or copies): "
             "keep one of them in the folder, or export them as series of their own"
         )
     usual = float(np.median(steps))
     worst = int(np.argmax(np.abs(steps - usual)))
     if abs(steps[worst] - usual) > max(0.01 * usual, 1e-3):
         raise UserError(
-            f"{folder} has slices that are not evenly spaced: {usual:.3g} mm apart, but {steps[worst]:.3g} mm after slice {worst + 1} of {len(places)} "
-            "(by place): a slice is missing or lies between; export the series again, or resample it with a tool that fills gaps"
+            f"{folder} has slices that are not evenly spaced: {usual:.3g} mm apart, but {steps[worst]:.3g} "
+            f"mm after slice {worst + 1} of {len(places)} "
+            "(by place): a slice is missing or lies between; export the series again, or resample it with a "
+            "tool that fills gaps"
         )
     drift = (places[order[-1]] - places[order[0]]) - (along[order[-1]] - along[order[0]]) * normal
     if np.linalg.norm(drift) > max(0.01 * abs(along[order[-1]] - along[order[0]]), 1e-3):
         raise UserError(
-            f"{folder} was taken with a tilted gantry: its slices are shifted by {np.linalg.norm(drift):.3g} mm from first to last; "
+            f"{folder} was taken with a tilted gantry: its slices are shifted by {np.linalg.norm(drift):.3g} "
+            "mm from first to last; "
             "convert it with a tool that straightens such stacks (dcm2niix does), and give the NIfTI file"
         )
 
 
 def _volume(hd, pydicom, files: list[Path]):
-    """highdicom's volume of one series. A frame of reference, which only matters between series, is filled in where an anonymiser removed it."""
-    options = {"apply_presentation_lut": False, "apply_voi_transform": False, "apply_real_world_transform": False, "dtype": np.float64}
+    """highdicom's volume of one series. A frame of reference, which only matters between series, is filled in
+    where an anonymiser removed it.
+    """
+    options = {
+        "apply_presentation_lut": False,
+        "apply_voi_transform": False,
+        "apply_real_world_transform": False,
+        "dtype": np.float64,
+    }
     if len(files) == 1:
         image = pydicom.dcmread(files[0])
         _fill_in(image)

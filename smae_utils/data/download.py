@@ -1,4 +1,6 @@
-"""Data sets that may be downloaded by anyone, only when the user asks by name; through MONAI and medmnist, which know the addresses and checksums."""
+"""Data sets that may be downloaded by anyone, only when the user asks by name; through MONAI and medmnist,
+which know the addresses and checksums.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ TIMEOUT = 30.0
 def download(name: str, out: str | Path, report: Callable[[str], None] = print, size: int = 64) -> Path:
     """Fetch a data set into the folder `out` and unpack it there.
 
-    What comes is checked against its MD5 and removed once it is unpacked; what is interrupted starts anew. A data set that is there is left alone.
+    What comes is checked against its MD5 and removed once it is unpacked; what is interrupted starts anew. A
+    data set that is there is left alone.
 
     Args:
         size: pixels of ChestMNIST's images: 64, 128 or 224.
@@ -48,26 +51,40 @@ def download(name: str, out: str | Path, report: Callable[[str], None] = print, 
         report(f"{there} is already there")
         return out
     _free_place(out / folder)
-    with _fetched(f"{name} ({folder})", DecathlonDataset.resource[folder], DecathlonDataset.md5[folder], out, f"{folder}.tar", report) as archive:
+    with _fetched(
+        f"{name} ({folder})",
+        DecathlonDataset.resource[folder],
+        DecathlonDataset.md5[folder],
+        out,
+        f"{folder}.tar",
+        report,
+    ) as archive:
         from monai.apps import extractall
 
         made = archive.parent / "made"
         extractall(archive, made, has_base=False)
         if not (made / folder / "dataset.json").is_file():
-            raise UserError(f"the archive of {name} holds no {folder}/dataset.json: it is not what was expected; nothing was kept")
+            raise UserError(
+                f"the archive of {name} holds no {folder}/dataset.json: it is not what was expected; nothing "
+                "was kept"
+            )
         (made / folder).rename(out / folder)
     report(f"unpacked to {out / folder}")
     return out
 
 
 def _chestmnist(out: Path, size: int, report: Callable[[str], None]) -> Path:
-    """ChestMNIST's one file of arrays -> a PNG an image, and a list with the official split by patients, which it does not name."""
+    """ChestMNIST's one file of arrays -> a PNG an image, and a list with the official split by patients,
+    which it does not name.
+    """
     if size not in (64, 128, 224):
         raise UserError(f"{CHEST} comes at 64, 128 or 224 pixels, got {size}")
     try:
         from medmnist.info import INFO
     except ImportError:
-        raise UserError(f"downloading {CHEST} needs the package medmnist: pip install 'smae-utils[medmnist]'") from None
+        raise UserError(
+            f"downloading {CHEST} needs the package medmnist: pip install 'smae-utils[medmnist]'"
+        ) from None
     folder = out / f"{CHEST}_{size}"
     target = folder / "list.json"
     if target.is_file():
@@ -75,9 +92,23 @@ def _chestmnist(out: Path, size: int, report: Callable[[str], None]) -> Path:
         return target
     _free_place(folder)
     info = INFO[CHEST]
-    with _fetched(f"{CHEST} at {size} pixels", info[f"url_{size}"], info[f"MD5_{size}"], out, f"{CHEST}_{size}.npz", report) as file:
-        content = {"title": f"ChestMNIST, {size} pixels", "classes": [info["label"][str(i)] for i in range(len(info["label"]))], "sided": True}
-        content |= {"spatial_dims": 2, "reference": "MedMNIST v2 (Yang et al., Scientific Data 2023), from ChestX-ray14 (Wang et al., CVPR 2017)"}
+    with _fetched(
+        f"{CHEST} at {size} pixels",
+        info[f"url_{size}"],
+        info[f"MD5_{size}"],
+        out,
+        f"{CHEST}_{size}.npz",
+        report,
+    ) as file:
+        content = {
+            "title": f"ChestMNIST, {size} pixels",
+            "classes": [info["label"][str(i)] for i in range(len(info["label"]))],
+            "sided": True,
+        }
+        content |= {
+            "spatial_dims": 2,
+            "reference": "MedMNIST v2 (Yang et al., Scientific Data 2023), from ChestX-ray14 (Wang et al., CVPR 2017)",
+        }
         made = file.parent / "made"
         with np.load(file) as arrays:
             for part, key in (("train", "training"), ("val", "validation"), ("test", "test")):
@@ -96,7 +127,9 @@ def _free_place(folder: Path) -> None:
         UserError: where something lies that is not the whole data set.
     """
     if folder.exists():
-        raise UserError(f"{folder} is there and is not a whole data set: move it away, or choose another --out")
+        raise UserError(
+            f"{folder} is there and is not a whole data set: move it away, or choose another --out"
+        )
 
 
 def _pictures(images: np.ndarray, labels: np.ndarray, folder: Path, part: str) -> Iterator[dict]:
@@ -109,7 +142,9 @@ def _pictures(images: np.ndarray, labels: np.ndarray, folder: Path, part: str) -
 
 
 @contextlib.contextmanager
-def _fetched(what: str, url: str, md5: str, out: Path, name: str, report: Callable[[str], None]) -> Iterator[Path]:
+def _fetched(
+    what: str, url: str, md5: str, out: Path, name: str, report: Callable[[str], None]
+) -> Iterator[Path]:
     """The file behind `url`, whole, in a folder of its own that is removed afterwards, whatever happens.
 
     Raises:
@@ -123,7 +158,9 @@ def _fetched(what: str, url: str, md5: str, out: Path, name: str, report: Callab
     free = shutil.disk_usage(out).free
     report(f"downloading {what}, {size / 1e6:.0f} MB, from {url}")
     if free < 2.2 * size:  # the file and what it holds
-        raise UserError(f"{out} has {free / 1e9:.1f} GB free, {2.2 * size / 1e9:.1f} GB are needed: choose another --out")
+        raise UserError(
+            f"{out} has {free / 1e9:.1f} GB free, {2.2 * size / 1e9:.1f} GB are needed: choose another --out"
+        )
     part = out / f"{Path(name).stem}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
@@ -132,9 +169,14 @@ def _fetched(what: str, url: str, md5: str, out: Path, name: str, report: Callab
             with contextlib.redirect_stdout(sys.stderr):  # progress is no result
                 download_url(url, part / name, hash_val=md5, hash_type="md5")
         except HashCheckError as error:
-            raise UserError(f"the download of {what} is not whole or was changed on its way (MD5): nothing was kept; try again") from error
+            raise UserError(
+                f"the download of {what} is not whole or was changed on its way (MD5): nothing was kept; try "
+                "again"
+            ) from error
         except (urllib.error.URLError, ConnectionError, TimeoutError, RuntimeError) as error:
-            raise UserError(f"{what} could not be downloaded from {url}: {error}. Check the network and try again") from error
+            raise UserError(
+                f"{what} could not be downloaded from {url}: {error}. Check the network and try again"
+            ) from error
         yield part / name
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -150,4 +192,6 @@ def _size(url: str) -> int:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT) as answer:
             return int(answer.headers.get("Content-Length") or 0)
     except (OSError, ValueError) as error:
-        raise UserError(f"{url} does not answer: {error}. Downloads need a network; everything else works without one") from error
+        raise UserError(
+            f"{url} does not answer: {error}. Downloads need a network; everything else works without one"
+        ) from error

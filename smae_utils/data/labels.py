@@ -24,7 +24,9 @@ def whole_numbers(values: np.ndarray, path: str, expected: str) -> np.ndarray:
     if not np.isfinite(values).all() or off.max(initial=0) > INTEGER_TOLERANCE:
         found = np.unique(values[~(off <= INTEGER_TOLERANCE)])
         some = ", ".join(f"{v:.6g}" for v in found[:6]) + (" and more" if len(found) > 6 else "")
-        raise UserError(f"{path} holds values {some}: expected {expected}; is it a probability map or an image?")
+        raise UserError(
+            f"{path} holds values {some}: expected {expected}; is it a probability map or an image?"
+        )
     return rounded.astype(np.int64)
 
 
@@ -45,7 +47,9 @@ def encode_labels(values: np.ndarray, task: Task, path: str) -> np.ndarray:
             if task.name.endswith((".json", ".csv"))
             else ""
         )
-        raise UserError(f"{path} holds values {some}: task {task.title or task.name} expects {expected}.{hint}")
+        raise UserError(
+            f"{path} holds values {some}: task {task.title or task.name} expects {expected}.{hint}"
+        )
     table = np.array([numbers[int(v)] for v in found], np.uint8)
     return table[np.searchsorted(found, whole)]
 

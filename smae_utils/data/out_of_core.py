@@ -1,4 +1,5 @@
-"""Scans that are too large to hold: the preparation of `transforms.prepare`, block by block, into a temporary file.
+"""Scans that are too large to hold: the preparation of `transforms.prepare`, block by block, into a temporary
+file.
 
 Only for prediction. What comes out equals what `prepare` gives; what is held are a few blocks.
 """
@@ -32,14 +33,17 @@ from smae_utils.data.transforms import normalisation, oriented, resampled
 from smae_utils.data.volumes import FILE_ERRORS, check_header, unreadable, volume_shape
 from smae_utils.paths import has_ending
 
-# Voxels x channels that are held in memory at a time, in a few arrays: 256 MB each in fp32. What is larger goes to a temporary file.
+# Voxels x channels that are held in memory at a time, in a few arrays: 256 MB each in fp32. What is larger
+# goes to a temporary file.
 CHANNEL_VOXELS = 64_000_000
 
 Box = tuple[slice, slice, slice]
 
 
 def zeros(shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
-    """Zeros of a shape; in an unnamed temporary file, from where the system takes it as needed, when they are many."""
+    """Zeros of a shape; in an unnamed temporary file, from where the system takes it as needed, when they are
+    many.
+    """
     if math.prod(shape) <= CHANNEL_VOXELS:
         return np.zeros(shape, dtype)
     file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the array)
@@ -49,10 +53,12 @@ def zeros(shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
 
 
 def blocks(shape: Sequence[int], channels: int = 1, to_other: np.ndarray | None = None) -> Iterator[Box]:
-    """Boxes that fill a grid, near cubes, so that what a turned one touches elsewhere is not much larger; a few of them fit `CHANNEL_VOXELS`.
+    """Boxes that fill a grid, near cubes, so that what a turned one touches elsewhere is not much larger; a
+    few of them fit `CHANNEL_VOXELS`.
 
     Args:
-        to_other: (4, 4) to the grid from which each box is filled, where that is another one and may be finer.
+        to_other: (4, 4) to the grid from which each box is filled, where that is another one and may be
+            finer.
     """
     finer = 1.0 if to_other is None else max(1.0, abs(np.linalg.det(to_other[:3, :3])))
     side = max(8, math.floor((CHANNEL_VOXELS / 8 / channels / finer) ** (1 / 3) + 1e-9))
@@ -72,12 +78,19 @@ def start_of(box: Box) -> np.ndarray:
 
 
 def source_box(box: Box, to_other: np.ndarray, other: Sequence[int], edge: bool = False) -> Box | None:
-    """What a box touches, and a voxel around it, on another grid that (4, 4) `to_other` leads to; None where nothing is.
+    """What a box touches, and a voxel around it, on another grid that (4, 4) `to_other` leads to; None where
+    nothing is.
 
     Args:
         edge: the other grid's edge goes on beyond it, so that what lies outside touches its nearest planes.
     """
-    corners = np.array([[*(s.start if c == 0 else s.stop - 1 for c, s in zip(corner, box)), 1] for corner in np.ndindex(2, 2, 2)], float)
+    corners = np.array(
+        [
+            [*(s.start if c == 0 else s.stop - 1 for c, s in zip(corner, box)), 1]
+            for corner in np.ndindex(2, 2, 2)
+        ],
+        float,
+    )
     inside = (corners @ to_other.T)[:, :3]
     low, high = np.floor(inside.min(0)).astype(int) - 1, np.ceil(inside.max(0)).astype(int) + 2
     low, high = np.clip(low, 0, np.array(other) - edge), np.clip(high, int(edge), other)
@@ -99,7 +112,9 @@ class ScanOnDisk:
             check_header(part, file)
             volume_shape(part, file)
             self.parts.append(part)
-            check_grid((part.shape[:3], part.affine), file, (self.parts[0].shape[:3], self.parts[0].affine), files[0])
+            check_grid(
+                (part.shape[:3], part.affine), file, (self.parts[0].shape[:3], self.parts[0].affine), files[0]
+            )
         self.shape, self.affine = tuple(int(n) for n in self.parts[0].shape[:3]), self.parts[0].affine
         self.channels = sum(math.prod(part.shape[3:]) for part in self.parts)
         check_channels(self.channels, self.shape, task, self.name)
@@ -118,7 +133,9 @@ class ScanOnDisk:
 
 
 def _unpacked(file: str, stack: ExitStack) -> str:
-    """The file itself, or an unpacked copy that goes away with `stack`: single planes of a .gz cannot be read without all before them."""
+    """The file itself, or an unpacked copy that goes away with `stack`: single planes of a .gz cannot be read
+    without all before them.
+    """
     if not has_ending(file, (".gz",)):
         return file
     folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -175,7 +192,9 @@ class Prepared(NamedTuple):
     scan_affine: np.ndarray
 
 
-def prepare_large(case: Mapping[str, Any], task: Task, spacing_mm: Sequence[float] = (), crop_size: Sequence[int] = ()) -> Prepared:
+def prepare_large(
+    case: Mapping[str, Any], task: Task, spacing_mm: Sequence[float] = (), crop_size: Sequence[int] = ()
+) -> Prepared:
     """`transforms.prepare` for a scan that is not to be held: its image, its grid and the scan's."""
     with ExitStack() as stack:
         scan = ScanOnDisk(case["image"], task, stack)
@@ -183,16 +202,24 @@ def prepare_large(case: Mapping[str, Any], task: Task, spacing_mm: Sequence[floa
         ghost = MetaTensor(torch.zeros(1).expand(1, *scan.shape), affine=torch.from_numpy(scan.affine))
         for step in (mt.Orientation(**oriented()), mt.Spacing(**resampled(task, spacing_mm))):
             ghost = step(ghost, lazy=True)
-        shape, affine = tuple(int(n) for n in ghost.peek_pending_shape()), np.asarray(ghost.peek_pending_affine(), float)
+        shape, affine = (
+            tuple(int(n) for n in ghost.peek_pending_shape()),
+            np.asarray(ghost.peek_pending_affine(), float),
+        )
         image = zeros((scan.channels, *shape))
         to_scan = np.linalg.inv(scan.affine) @ affine
         resample = mt.SpatialResample(mode="bilinear", padding_mode="border", dtype=torch.float64)
         with torch.autocast("cpu", enabled=False):  # bf16 is too coarse for where a voxel lies
             for box in blocks(shape, scan.channels, to_scan):
                 source = source_box(box, to_scan, scan.shape, edge=True)
-                values = MetaTensor(torch.from_numpy(scan.read(source)), affine=torch.from_numpy(scan.affine @ start_of(source)))
+                values = MetaTensor(
+                    torch.from_numpy(scan.read(source)),
+                    affine=torch.from_numpy(scan.affine @ start_of(source)),
+                )
                 size = tuple(s.stop - s.start for s in box)
-                image[(slice(None), *box)] = resample(values, dst_affine=torch.from_numpy(affine @ start_of(box)), spatial_size=size).numpy()
+                image[(slice(None), *box)] = resample(
+                    values, dst_affine=torch.from_numpy(affine @ start_of(box)), spatial_size=size
+                ).numpy()
     _normalise(image, task)
     body = _body(image)
     image, affine = image[(slice(None), *body)], affine @ start_of(body)
@@ -210,7 +237,9 @@ def _normalise(image: np.ndarray, task: Task) -> None:
     if task.window:
         window = normalisation(task)
         for box in blocks(image.shape[1:], len(image)):
-            image[(slice(None), *box)] = window({"image": torch.from_numpy(image[(slice(None), *box)].copy())})["image"].numpy()
+            image[(slice(None), *box)] = window(
+                {"image": torch.from_numpy(image[(slice(None), *box)].copy())}
+            )["image"].numpy()
         return
     for channel in image:
         count, total = 0, 0.0

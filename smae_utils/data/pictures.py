@@ -17,7 +17,8 @@ PHOTOMETRIC = 262
 
 
 class ReadRadiograph(mt.Transform):
-    """PNG, JPEG, TIFF or DICOM -> 8-bit PIL image (grey, or RGB for three channels) with rows from the top, and the mean and std of the whole in 0..1.
+    """PNG, JPEG, TIFF or DICOM -> 8-bit PIL image (grey, or RGB for three channels) with rows from the top,
+    and the mean and std of the whole in 0..1.
 
     PIL, not MONAI's PILReader, which transposes: left and right would change places with up and down.
     """
@@ -36,7 +37,8 @@ class ReadRadiograph(mt.Transform):
 def read_image(path: str | Path) -> Image.Image:
     """A 2D image file as 8-bit PIL image ("L" or "RGB").
 
-    EXIF's orientation, TIFF's WhiteIsZero, palettes and transparency (over black) are applied; 16 bits and floats are scaled by their own range.
+    EXIF's orientation, TIFF's WhiteIsZero, palettes and transparency (over black) are applied; 16 bits and
+    floats are scaled by their own range.
 
     Raises:
         UserError: if it cannot be read, or is no single 2D image.
@@ -47,14 +49,20 @@ def read_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as file:
             _one_page(file, path)
-            inverted = file.format == "TIFF" and file.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO and file.mode.startswith(("I", "F"))
+            inverted = (
+                file.format == "TIFF"
+                and file.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
+                and file.mode.startswith(("I", "F"))
+            )
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith(("I", "F")):
                 values = np.asarray(image, np.float64)
                 return _to_8_bit(-values if inverted else values, path)
             if image.has_transparency_data:
                 shown = image.convert("RGBA")
-                return Image.alpha_composite(Image.new("RGBA", shown.size, (0, 0, 0, 255)), shown).convert("RGB")
+                return Image.alpha_composite(Image.new("RGBA", shown.size, (0, 0, 0, 255)), shown).convert(
+                    "RGB"
+                )
             return image.convert("L" if image.mode in ("L", "1") else "RGB")
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise _unreadable(path, error) from error
@@ -72,8 +80,13 @@ def read_flat_mask(path: str | Path) -> np.ndarray:
     try:
         with Image.open(path) as file:
             _one_page(file, path)
-            # Of a WhiteIsZero TIFF PIL has turned 8 bits round already; a mask's numbers are meant as they are stored.
-            turned = file.format == "TIFF" and file.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO and file.mode in ("L", "1")
+            # Of a WhiteIsZero TIFF PIL has turned 8 bits round already; a mask's numbers are meant as they
+            # are stored.
+            turned = (
+                file.format == "TIFF"
+                and file.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
+                and file.mode in ("L", "1")
+            )
             image = ImageOps.exif_transpose(file)
             values = np.asarray(image)
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
@@ -86,14 +99,22 @@ def read_flat_mask(path: str | Path) -> np.ndarray:
     if values.ndim == 3:
         colours = values[..., :3] if values.shape[-1] in (3, 4) else values[..., :1]
         if (colours != colours[..., :1]).any():
-            raise UserError(f"{path} holds colours ({image.mode}): a mask holds one label value a pixel; save it as grey or with a palette")
+            raise UserError(
+                f"{path} holds colours ({image.mode}): a mask holds one label value a pixel; save it as grey "
+                "or with a palette"
+            )
         values = colours[..., 0]
     return values
 
 
 def _one_page(file: Image.Image, path: str) -> None:
-    if getattr(file, "n_frames", 1) > 1 and file.format != "MPO":  # of which some phones write a second picture behind the first
-        raise UserError(f"{path} holds {file.n_frames} pages or frames: expected one image a file; save the one that is meant")
+    if (
+        getattr(file, "n_frames", 1) > 1 and file.format != "MPO"
+    ):  # of which some phones write a second picture behind the first
+        raise UserError(
+            f"{path} holds {file.n_frames} pages or frames: expected one image a file; save the one that is "
+            "meant"
+        )
 
 
 def _unreadable(path: str, error: Exception) -> UserError:
@@ -102,9 +123,13 @@ def _unreadable(path: str, error: Exception) -> UserError:
 
 
 def _to_8_bit(values: np.ndarray, path: str, padding: np.ndarray | None = None) -> Image.Image:
-    """Grey values (H, W) of any range -> 8 bits by their own range; padding becomes black and has no part in the range."""
+    """Grey values (H, W) of any range -> 8 bits by their own range; padding becomes black and has no part in
+    the range.
+    """
     if values.ndim != 2 or not np.isfinite(values).all():
-        raise UserError(f"cannot read {path}: expected a grey 2D image of finite values, got shape {values.shape}")
+        raise UserError(
+            f"cannot read {path}: expected a grey 2D image of finite values, got shape {values.shape}"
+        )
     inside = values if padding is None or not padding.any() else values[~padding]
     low, high = inside.min(), inside.max()
     grey = ((values - low) / max(high - low, 1e-9) * 255).clip(0, 255).round().astype(np.uint8)

@@ -1,4 +1,6 @@
-"""Files to arrays by one rule for checking, training and evaluation, and the checks that refuse what would train or score silently wrong."""
+"""Files to arrays by one rule for checking, training and evaluation, and the checks that refuse what would
+train or score silently wrong.
+"""
 
 from __future__ import annotations
 
@@ -25,27 +27,35 @@ from smae_utils.paths import case_name, has_ending
 
 
 def read_mask(path: str | Path, image: Volume) -> np.ndarray:
-    """A mask brought to the axes of its image: (X, Y, Z). Voxels are counted from other corners, none is resampled.
+    """A mask brought to the axes of its image: (X, Y, Z). Voxels are counted from other corners, none is
+    resampled.
 
     Raises:
         UserError: for channels, another shape or another place, with what to run.
     """
     mask = read_volume(path)
     if len(mask.values) != 1:
-        raise UserError(f"{path} has {len(mask.values)} channels: a mask is one volume of label values (X, Y, Z)")
+        raise UserError(
+            f"{path} has {len(mask.values)} channels: a mask is one volume of label values (X, Y, Z)"
+        )
     values, affine = to_axes_of(image.affine, mask.values[0], mask.affine)
     if values.shape != image.shape:
         raise UserError(
-            f"{path} has shape {mask.shape}, its image {image.path} {image.shape}: they must lie on one grid (are they swapped?). {_resample(mask, image)}"
+            f"{path} has shape {mask.shape}, its image {image.path} {image.shape}: they must lie on one grid "
+            f"(are they swapped?). {_resample(mask, image)}"
         )
     check_same_place(affine, image.affine, image.shape, str(path), image.path, _resample(mask, image))
     return values
 
 
 def to_axes_of(target: np.ndarray, values: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Turn and flip values (X, Y, Z) with affine (4, 4) so that their axes run as those of `target` (4, 4): (values, affine)."""
+    """Turn and flip values (X, Y, Z) with affine (4, 4) so that their axes run as those of `target` (4, 4):
+    (values, affine).
+    """
     change = ornt_transform(io_orientation(affine), io_orientation(target))
-    return np.ascontiguousarray(apply_orientation(values, change)), affine @ inv_ornt_aff(change, values.shape)
+    return np.ascontiguousarray(apply_orientation(values, change)), affine @ inv_ornt_aff(
+        change, values.shape
+    )
 
 
 def _resample(mask: Volume, image: Volume) -> str:
@@ -61,19 +71,29 @@ def resample_mask(mask: str | Path, image: str | Path, out: str | Path) -> None:
         UserError: if a file cannot be read, or `out` exists or is no NIfTI name.
     """
     if not has_ending(out, (".nii", ".nii.gz")) or Path(out).exists():
-        raise UserError(f"{out} exists or is no NIfTI name (.nii, .nii.gz): give a new name for the resampled mask")
+        raise UserError(
+            f"{out} exists or is no NIfTI name (.nii, .nii.gz): give a new name for the resampled mask"
+        )
     source, target = read_volume(mask), read_volume(image)
     values = whole_numbers(source.values[0], source.path, "integers")
     kind = np.int16 if np.abs(values).max(initial=0) < 2**15 else np.int32
     if len(source.values) != 1:
-        raise UserError(f"{mask} has {len(source.values)} channels: a mask is one volume of label values (X, Y, Z)")
+        raise UserError(
+            f"{mask} has {len(source.values)} channels: a mask is one volume of label values (X, Y, Z)"
+        )
     # "grid-constant" keeps the outer half of the mask's border voxels, which scipy's "constant" sets to 0.
-    moved = resample_from_to(nib.Nifti1Image(values.astype(kind), source.affine), (target.shape, target.affine), order=0, mode="grid-constant")
+    moved = resample_from_to(
+        nib.Nifti1Image(values.astype(kind), source.affine),
+        (target.shape, target.affine),
+        order=0,
+        mode="grid-constant",
+    )
     nib.save(nib.Nifti1Image(np.asarray(moved.dataobj).astype(kind), target.affine), out)
 
 
 class ReadScan(mt.Transform):
-    """Files of `image` (several are channels) and, where wanted, `label` -> MetaTensors (C, X, Y, Z) with their affine.
+    """Files of `image` (several are channels) and, where wanted, `label` -> MetaTensors (C, X, Y, Z) with
+    their affine.
 
     The label is brought to the axes of the image, see `read_mask`.
     """
@@ -93,7 +113,11 @@ class ReadScan(mt.Transform):
 
 def _tensor(values: np.ndarray, image: Volume, path: str = "") -> MetaTensor:
     affine = torch.from_numpy(np.asarray(image.affine, float))
-    meta = {"filename_or_obj": path or image.path, "original_affine": np.asarray(image.affine, float), "spatial_shape": np.array(image.shape)}
+    meta = {
+        "filename_or_obj": path or image.path,
+        "original_affine": np.asarray(image.affine, float),
+        "spatial_shape": np.array(image.shape),
+    }
     return MetaTensor(torch.from_numpy(values), affine=affine, meta=meta)
 
 
@@ -113,7 +137,9 @@ def read_channels(image: str | Sequence[str]) -> Volume:
 
 
 class CheckCase(mt.Transform):
-    """Refuse what would train silently wrong (other channels, NaN, values that are no label) and number the label values from 0."""
+    """Refuse what would train silently wrong (other channels, NaN, values that are no label) and number the
+    label values from 0.
+    """
 
     def __init__(self, task: Task, with_label: bool):
         self.task, self.with_label = task, with_label
@@ -153,13 +179,17 @@ def read_label(case: Mapping[str, Any], task: Task) -> tuple[np.ndarray, Volume 
     """A case's mask as label numbers on the grid of its image, and the image (None for 2D).
 
     Raises:
-        UserError: if a file cannot be read, they do not lie on one grid, or the mask holds values that are no label.
+        UserError: if a file cannot be read, they do not lie on one grid, or the mask holds values that are no
+            label.
     """
     if task.spatial_dims == 2:
         label = encode_labels(read_flat_mask(case["label"]), task, case["label"])
         width, height = read_image(case["image"]).size
         if label.shape != (height, width):
-            raise UserError(f"{case['label']} has {label.shape} pixels, its image {(height, width)}: they must lie on one grid")
+            raise UserError(
+                f"{case['label']} has {label.shape} pixels, its image {(height, width)}: they must lie on "
+                "one grid"
+            )
         return label, None
     image = read_volume(first_file(case["image"]))
     return encode_labels(read_mask(case["label"], image), task, case["label"]), image

@@ -15,15 +15,24 @@ from smae_utils.paths import has_ending
 def check_grid(other: tuple, path: str, first: tuple, first_path: str) -> None:
     """Refuse a channel whose grid (shape, affine) is not the first one's."""
     if tuple(other[0]) != tuple(first[0]):
-        raise UserError(f"{path} has shape {tuple(other[0])}, {first_path} {tuple(first[0])}: channels must lie on one grid")
+        raise UserError(
+            f"{path} has shape {tuple(other[0])}, {first_path} {tuple(first[0])}: channels must lie on one "
+            "grid"
+        )
     check_same_place(other[1], first[1], other[0], path, first_path)
 
 
 def contradiction(path: str) -> str:
-    """In which way a NIfTI header says two things of where the voxels lie; "" where it does not. Its affine (sform first) is what counts here."""
+    """In which way a NIfTI header says two things of where the voxels lie; "" where it does not. Its affine
+    (sform first) is what counts here.
+    """
     scan = nib.load(path)
     if "sform_code" not in scan.header:
-        return "an Analyze file does not say which side is left: it is taken as nibabel takes it" if has_ending(path, (".hdr", ".img")) else ""
+        return (
+            "an Analyze file does not say which side is left: it is taken as nibabel takes it"
+            if has_ending(path, (".hdr", ".img"))
+            else ""
+        )
     sizes, stored = np.asarray(scan.header.get_zooms()[:3], float), voxel_sizes(scan.affine)
     if not np.allclose(sizes, stored, rtol=1e-3, atol=0):
         return f"voxel sizes {by(sizes)} mm, by its affine {by(stored)}"
@@ -49,9 +58,20 @@ def _farthest_corner(one: np.ndarray, other: np.ndarray, shape: Sequence[int]) -
     return float(np.abs(corners @ (one - other).T)[:, :3].max())
 
 
-def check_same_place(label: np.ndarray, image: np.ndarray, shape: Sequence[int], label_path: str, image_path: str, what_to_do: str = "") -> None:
-    """Refuse a label whose affine (4, 4) puts its corners half a voxel or more away from where the image has them."""
+def check_same_place(
+    label: np.ndarray,
+    image: np.ndarray,
+    shape: Sequence[int],
+    label_path: str,
+    image_path: str,
+    what_to_do: str = "",
+) -> None:
+    """Refuse a label whose affine (4, 4) puts its corners half a voxel or more away from where the image has
+    them.
+    """
     off = _farthest_corner(label, image, shape)
     if off > 0.5 * voxel_sizes(image).min():
         what = what_to_do or "resample it onto the image's grid"
-        raise UserError(f"{label_path} lies up to {off:.3g} mm away from its image {image_path}, by their affines. {what}")
+        raise UserError(
+            f"{label_path} lies up to {off:.3g} mm away from its image {image_path}, by their affines. {what}"
+        )

@@ -1,4 +1,5 @@
-"""MONAI transforms per stage. A scan is normalised as a whole, then cropped; pre-training never touches a label.
+"""MONAI transforms per stage. A scan is normalised as a whole, then cropped; pre-training never touches a
+label.
 
 `prepare` is the deterministic part (its result can be cached and inverted), `augment` the random part.
 """
@@ -22,8 +23,11 @@ from smae_utils.errors import UserError
 from smae_utils.timm_library import RandomResizedCropAndInterpolation, rand_augment_transform
 
 
-def prepare(task: Task, with_label: bool, spacing_mm: Sequence[float] = (), crop_size: Sequence[int] = ()) -> Compose:
-    """Read, orient, resample, normalise, crop to the body, pad to the crop size: {image: (C, *spatial)[, label: (1, *spatial)]}.
+def prepare(
+    task: Task, with_label: bool, spacing_mm: Sequence[float] = (), crop_size: Sequence[int] = ()
+) -> Compose:
+    """Read, orient, resample, normalise, crop to the body, pad to the crop size: {image: (C, *spatial)[,
+    label: (1, *spatial)]}.
 
     2D images stay PIL images until they are cropped, unless a mask goes with them.
 
@@ -51,7 +55,9 @@ def prepare(task: Task, with_label: bool, spacing_mm: Sequence[float] = (), crop
 
 
 class ReadFlatMask(mt.Transform):
-    """A 2D image with its mask, after `ReadRadiograph` -> image (C, H, W) standardised, label (1, H, W) label numbers."""
+    """A 2D image with its mask, after `ReadRadiograph` -> image (C, H, W) standardised, label (1, H, W) label
+    numbers.
+    """
 
     def __init__(self, task: Task):
         self.task = task
@@ -60,7 +66,10 @@ class ReadFlatMask(mt.Transform):
         label = encode_labels(read_flat_mask(data["label"]), self.task, str(data["label"]))
         width, height = data["image"].size
         if label.shape != (height, width):
-            raise UserError(f"{data['label']} has {label.shape} pixels, its image {(height, width)}: they must lie on one grid (are they swapped?)")
+            raise UserError(
+                f"{data['label']} has {label.shape} pixels, its image {(height, width)}: they must lie on "
+                "one grid (are they swapped?)"
+            )
         return {**data, "image": to_tensor(data, data["image"]), "label": torch.from_numpy(label[None])}
 
 
@@ -77,7 +86,9 @@ def resampled(task: Task, spacing_mm: Sequence[float] = ()) -> dict:
     """
     if spacing := tuple(spacing_mm) or task.spacing_mm:
         return {"pixdim": spacing}
-    raise UserError(f'{task.name} does not say to which voxel size scans are resampled: add "spacing_mm": [x, y, z]; the command check proposes one')
+    raise UserError(
+        f'{task.name} does not say to which voxel size scans are resampled: add "spacing_mm": [x, y, z]; the command check proposes one'
+    )
 
 
 def normalisation(task: Task) -> mt.MapTransform:
@@ -99,7 +110,8 @@ def is_foreground(image: torch.Tensor) -> torch.Tensor:
 
 
 def mirrored_axes(task: Task, mirror: bool) -> tuple[int, ...]:
-    """Axes along which crops are flipped, in either stage: not left-right where labels have sides, unless `mirror` says so.
+    """Axes along which crops are flipped, in either stage: not left-right where labels have sides, unless
+    `mirror` says so.
 
     Front-back followed by half a turn would call a right kidney left, too. Pictures have an upright side.
     """
@@ -117,7 +129,8 @@ def augment_pretrain(
     mirror: bool = False,
     crop_area: Sequence[float] = (0.08, 1.0),
 ) -> Compose:
-    """Random crops around intensity foreground, and flips as in fine-tuning: positions learn one atlas. Images only.
+    """Random crops around intensity foreground, and flips as in fine-tuning: positions learn one atlas.
+    Images only.
 
     Args:
         task: whether images have sides, and whether the network sees them whole.
@@ -132,7 +145,9 @@ def augment_pretrain(
     flips = _flips(["image"], flip_prob, axes)
     if task.whole:
         return Compose([*_resized_crop(["image"], crop_size, crop_area), *flips])
-    crop = mt.RandWeightedCropd("image", w_key="foreground", spatial_size=crop_size, num_samples=crops_per_scan)
+    crop = mt.RandWeightedCropd(
+        "image", w_key="foreground", spatial_size=crop_size, num_samples=crops_per_scan
+    )
     return Compose([AddForeground(), crop, *flips])
 
 
@@ -149,23 +164,29 @@ def augment_finetune(
     intensity_shift: float = 0.1,
     rand_augment: str = "",
 ) -> Compose:
-    """Crops (balanced over the labels, or of the whole image resized), flips, quarter turns, intensity scale and shift.
+    """Crops (balanced over the labels, or of the whole image resized), flips, quarter turns, intensity scale
+    and shift.
 
     Args:
         task, crop_size, crops_per_scan, flip_prob, mirror, crop_area: as in `augment_pretrain`.
         rotate_prob: probability of quarter turns in the axial plane of 3D crops that are square there.
-        intensity_prob, intensity_scale, intensity_shift: how often intensities are scaled and shifted, and by how much at most.
+        intensity_prob, intensity_scale, intensity_shift: how often intensities are scaled and shifted, and by
+            how much at most.
         rand_augment: a policy of timm for classified 2D images; empty: none.
     """
     axes = mirrored_axes(task, mirror)
     if task.spatial_dims == 2 and task.kind == "classification":
-        return Compose([RandomRadiograph(crop_size, flip_prob if axes else 0.0, crop_area, rand_augment, task.in_chans)])
+        return Compose(
+            [RandomRadiograph(crop_size, flip_prob if axes else 0.0, crop_area, rand_augment, task.in_chans)]
+        )
     keys = ["image", "label"] if task.kind == "segmentation" else ["image"]
     if task.whole:
         steps = _resized_crop(keys, crop_size, crop_area)
     else:
         balanced = {"label_key": "label", "num_classes": task.label_values, "warn": False}
-        steps = [mt.RandCropByLabelClassesd(keys, spatial_size=crop_size, num_samples=crops_per_scan, **balanced)]
+        steps = [
+            mt.RandCropByLabelClassesd(keys, spatial_size=crop_size, num_samples=crops_per_scan, **balanced)
+        ]
     steps += _flips(keys, flip_prob, axes)
     if rotate_prob and task.spatial_dims == 3 and crop_size[0] == crop_size[1]:
         steps.append(mt.RandRotate90d(keys, prob=rotate_prob, spatial_axes=(0, 1)))
@@ -176,17 +197,23 @@ def augment_finetune(
 
 
 def _resized_crop(keys: Sequence[str], size: Sequence[int], area: Sequence[float]) -> list:
-    """A random box that covers `area` of the image, resized to the network's input: labels by nearest neighbour (the "exact" one, which shifts nothing by half a pixel)."""
+    """A random box that covers `area` of the image, resized to the network's input: labels by nearest
+    neighbour (the "exact" one, which shifts nothing by half a pixel).
+    """
     low, high = (share ** (1 / len(size)) for share in area)
     crop = mt.RandScaleCropd(keys, roi_scale=low, max_roi_scale=high, random_size=True, random_center=True)
     return [crop, ResizeAll(keys, size)]
 
 
 def resize(values: torch.Tensor, size: Sequence[int], label: bool = False) -> torch.Tensor:
-    """(C, *spatial) -> (C, *size): labels by nearest neighbour, 2D images as PIL resizes them (bicubic, smoothed where they shrink), 3D linearly."""
+    """(C, *spatial) -> (C, *size): labels by nearest neighbour, 2D images as PIL resizes them (bicubic,
+    smoothed where they shrink), 3D linearly.
+    """
     plain = torch.as_tensor(values).as_subclass(torch.Tensor)[None]
     if label:
-        return torch.nn.functional.interpolate(plain.float(), size=tuple(size), mode="nearest-exact")[0].to(values.dtype)
+        return torch.nn.functional.interpolate(plain.float(), size=tuple(size), mode="nearest-exact")[0].to(
+            values.dtype
+        )
     how = {"mode": "trilinear"} if len(size) == 3 else {"mode": "bicubic", "antialias": True}
     return torch.nn.functional.interpolate(plain.float(), size=tuple(size), align_corners=False, **how)[0]
 
@@ -220,7 +247,9 @@ def to_tensor(data: dict, image: Image.Image) -> torch.Tensor:
 
 
 class ResizeRadiograph(mt.Transform):
-    """The whole image at the model's input size, for validation and testing; 3D scans linearly, radiographs bicubically."""
+    """The whole image at the model's input size, for validation and testing; 3D scans linearly, radiographs
+    bicubically.
+    """
 
     def __init__(self, size: Sequence[int]):
         self.size = tuple(size)
@@ -235,19 +264,29 @@ class ResizeRadiograph(mt.Transform):
 class RandomRadiograph(mt.RandomizableTransform):
     """Random resized crop, horizontal flip and RandAugment, by timm."""
 
-    def __init__(self, size: Sequence[int], flip_prob: float, area: Sequence[float], policy: str, in_chans: int = 1):
+    def __init__(
+        self, size: Sequence[int], flip_prob: float, area: Sequence[float], policy: str, in_chans: int = 1
+    ):
         super().__init__()
         self.crop = RandomResizedCropAndInterpolation(tuple(size), scale=tuple(area), interpolation="bicubic")
         self.flip_prob = flip_prob
         try:
             self.augment = (
-                rand_augment_transform(policy, {"translate_const": int(0.45 * min(size)), "img_mean": (128,) * in_chans}) if policy else None
+                rand_augment_transform(
+                    policy, {"translate_const": int(0.45 * min(size)), "img_mean": (128,) * in_chans}
+                )
+                if policy
+                else None
             )
         except (AssertionError, ValueError, KeyError):
-            raise UserError(f"rand_augment {policy!r} is no policy of timm: expected one as rand-m9-mstd0.5-inc1, or empty for none") from None
+            raise UserError(
+                f"rand_augment {policy!r} is no policy of timm: expected one as rand-m9-mstd0.5-inc1, or "
+                "empty for none"
+            ) from None
 
     def __call__(self, data: dict) -> list[dict]:
-        # timm draws from Python's and numpy's global generators; they are seeded from this transform's own, and then as they were.
+        # timm draws from Python's and numpy's global generators; they are seeded from this transform's own,
+        # and then as they were.
         seed = int(self.R.randint(2**31))
         before = random.getstate(), np.random.get_state()
         random.seed(seed)

@@ -1,4 +1,6 @@
-"""3D files as they are stored: NIfTI, MetaImage, NRRD, MGH and DICOM folders to one kind of array with its affine."""
+"""3D files as they are stored: NIfTI, MetaImage, NRRD, MGH and DICOM folders to one kind of array with its
+affine.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from smae_utils.data import dicom
 from smae_utils.errors import UserError
 from smae_utils.paths import ITK_ENDINGS, NIBABEL_ENDINGS, has_ending, is_dicom, split_series
 
-# What nibabel, zlib and the system raise for a file that is damaged; everything else is a mistake of this package and is not blamed on the file.
+# What nibabel, zlib and the system raise for a file that is damaged; everything else is a mistake of this
+# package and is not blamed on the file.
 FILE_ERRORS = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError)
 
 
@@ -47,7 +50,8 @@ class Volume:
 
 
 def read_volume(path: str | Path) -> Volume:
-    """A scan or a mask from any 3D file that is read here: NIfTI (also .hdr/.img pairs and FreeSurfer's .mgz), .mha, .mhd, .nrrd, DICOM.
+    """A scan or a mask from any 3D file that is read here: NIfTI (also .hdr/.img pairs and FreeSurfer's
+    .mgz), .mha, .mhd, .nrrd, DICOM.
 
     Raises:
         UserError: naming the file, for what cannot be read or is no volume of grey values.
@@ -61,7 +65,8 @@ def read_volume(path: str | Path) -> Volume:
         return _read_itk(path)
     if not has_ending(path, NIBABEL_ENDINGS):
         raise UserError(
-            f"{path} is no 3D scan that is read here (NIfTI, {', '.join(ITK_ENDINGS)}, or a folder of one DICOM series): convert it first"
+            f"{path} is no 3D scan that is read here (NIfTI, {', '.join(ITK_ENDINGS)}, or a folder of one "
+            "DICOM series): convert it first"
         )
     try:
         scan = nib.load(path)
@@ -92,16 +97,22 @@ def volume_shape(scan: nib.spatialimages.SpatialImage, path: str) -> tuple[int, 
     """
     kind = scan.header.get_data_dtype()
     if kind.fields:
-        raise UserError(f"{path} holds colours (RGB), no grey values: give the original scan, not a coloured copy")
+        raise UserError(
+            f"{path} holds colours (RGB), no grey values: give the original scan, not a coloured copy"
+        )
     if kind.kind == "c":
-        raise UserError(f"{path} holds complex numbers: write their magnitude (np.abs) into a new file and give that")
+        raise UserError(
+            f"{path} holds complex numbers: write their magnitude (np.abs) into a new file and give that"
+        )
     shape = tuple(int(n) for n in scan.shape)
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) == 5 and shape[3] == 1:
         shape = (*shape[:3], shape[4])
     if not 3 <= len(shape) <= 4 or min(shape) < 1:
-        raise UserError(f"{path} has shape {tuple(scan.shape)}: expected a 3D scan (X, Y, Z), with channels (X, Y, Z, C)")
+        raise UserError(
+            f"{path} has shape {tuple(scan.shape)}: expected a 3D scan (X, Y, Z), with channels (X, Y, Z, C)"
+        )
     return shape if len(shape) == 4 else (*shape, 1)
 
 
@@ -117,7 +128,10 @@ def unreadable(path: str, error: Exception) -> UserError:
     if isinstance(error, FileNotFoundError):
         return UserError(f"{path} does not exist, or its other half (.hdr and .img belong together): {line}")
     if "not a gzip" in line.lower():
-        return UserError(f"cannot read {path}: its content is not compressed with gzip, though it is called .gz: rename it, or copy it again")
+        return UserError(
+            f"cannot read {path}: its content is not compressed with gzip, though it is called .gz: rename "
+            "it, or copy it again"
+        )
     return UserError(f"cannot read {path}: {line}. The file may be cut short: copy or unpack it again")
 
 
@@ -135,7 +149,9 @@ def _read_itk(path: str) -> Volume:
         line = " ".join(str(error).split("\n")[-1].split())[:200]
         raise UserError(f"cannot read {path}: {line}. The file may be cut short: copy it again") from error
     if image.GetDimension() != 3:
-        raise UserError(f"{path} has {image.GetDimension()} axes of size {image.GetSize()}: expected a 3D scan")
+        raise UserError(
+            f"{path} has {image.GetDimension()} axes of size {image.GetSize()}: expected a 3D scan"
+        )
     values = sitk.GetArrayFromImage(image)
     if np.iscomplexobj(values):
         raise UserError(f"{path} holds complex numbers: write their magnitude into a new file and give that")
@@ -143,17 +159,28 @@ def _read_itk(path: str) -> Volume:
     affine = np.eye(4)
     affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
     affine[:3, 3] = image.GetOrigin()
-    return Volume(_channels_first(np.moveaxis(values.transpose(0, 3, 2, 1), 0, -1)), dicom.LPS_TO_RAS @ affine, path)
+    return Volume(
+        _channels_first(np.moveaxis(values.transpose(0, 3, 2, 1), 0, -1)), dicom.LPS_TO_RAS @ affine, path
+    )
 
 
 def check_header(scan: nib.spatialimages.SpatialImage, path: str) -> None:
-    """Refuse a NIfTI header that counts in other units than mm, or an affine (4, 4) by which the voxels lie in a plane, or nowhere.
+    """Refuse a NIfTI header that counts in other units than mm, or an affine (4, 4) by which the voxels lie
+    in a plane, or nowhere.
 
     Whether an affine is singular does not depend on the size of its voxels: those of micro-CT are .008 mm.
     """
-    if "xyzt_units" in scan.header and (unit := {1: "metres", 3: "micrometres"}.get(int(scan.header["xyzt_units"]) % 8)):
-        raise UserError(f"the header of {path} counts in {unit}: voxel sizes are taken as mm here; correct the header or convert the scan")
+    if "xyzt_units" in scan.header and (
+        unit := {1: "metres", 3: "micrometres"}.get(int(scan.header["xyzt_units"]) % 8)
+    ):
+        raise UserError(
+            f"the header of {path} counts in {unit}: voxel sizes are taken as mm here; correct the header or "
+            "convert the scan"
+        )
     axes = scan.affine[:3, :3]
     sizes = np.linalg.norm(axes, axis=0)
     if not np.isfinite(scan.affine).all() or (sizes == 0).any() or abs(np.linalg.det(axes / sizes)) < 1e-4:
-        raise UserError(f"{path} has a singular affine: its header does not say where the voxels lie; repair it, for example with its DICOM original")
+        raise UserError(
+            f"{path} has a singular affine: its header does not say where the voxels lie; repair it, for "
+            "example with its DICOM original"
+        )

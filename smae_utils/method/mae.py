@@ -1,4 +1,6 @@
-"""The masked autoencoder (He et al. 2111.06377), in the form that Zhou et al. 2203.05573 pre-train on the task's own images."""
+"""The masked autoencoder (He et al. 2111.06377), in the form that Zhou et al. 2203.05573 pre-train on the
+task's own images.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,9 @@ class MAEOutput:
 
     Attributes:
         loss: scalar, mean squared error over the hidden patches.
-        pred: (B, H, p^d * C), the hidden patches as predicted, in the units of the target (normalised when `norm_pix_loss`)
-            and in the order of `hidden`; of `predict_all` all patches (B, L, p^d * C) in their places.
+        pred: (B, H, p^d * C), the hidden patches as predicted, in the units of the target (normalised when
+            `norm_pix_loss`) and in the order of `hidden`; of `predict_all` all patches (B, L, p^d * C) in
+            their places.
         hidden: (B, H) indices of the hidden patches.
         mask: (B, L), 1 = hidden.
     """
@@ -49,8 +52,8 @@ class MaskedAutoencoder(nn.Module):
         patch_size: an int, or one an axis.
         in_chans: channels of the image.
         mask_ratio: share of patches that are hidden.
-        norm_pix_loss: compare with each patch normalised by its own mean and biased variance (+ 1e-6), as the released
-            3D code does; facebookresearch/mae takes the unbiased variance.
+        norm_pix_loss: compare with each patch normalised by its own mean and biased variance (+ 1e-6), as the
+            released 3D code does; facebookresearch/mae takes the unbiased variance.
         encoder: further arguments of `ViTEncoder` (class_token, qkv_bias, mlp_ratio, norm_eps).
     """
 
@@ -77,22 +80,33 @@ class MaskedAutoencoder(nn.Module):
         length = self.encoder.pos_embed.shape[1]
         visible_count(length, mask_ratio)
 
-        mlp_ratio, qkv_bias, norm_eps = encoder.get("mlp_ratio", 4.0), encoder.get("qkv_bias", True), encoder.get("norm_eps", 1e-6)
+        mlp_ratio, qkv_bias, norm_eps = (
+            encoder.get("mlp_ratio", 4.0),
+            encoder.get("qkv_bias", True),
+            encoder.get("norm_eps", 1e-6),
+        )
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim).normal_(std=0.02))
-        self.decoder_pos_embed = nn.Parameter(sincos_positions(self.grid, decoder_embed_dim), requires_grad=False)
-        self.decoder_blocks = transformer_blocks(decoder_embed_dim, decoder_depth, decoder_num_heads, mlp_ratio, qkv_bias, norm_eps, of="decoder_")
+        self.decoder_pos_embed = nn.Parameter(
+            sincos_positions(self.grid, decoder_embed_dim), requires_grad=False
+        )
+        self.decoder_blocks = transformer_blocks(
+            decoder_embed_dim, decoder_depth, decoder_num_heads, mlp_ratio, qkv_bias, norm_eps, of="decoder_"
+        )
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=norm_eps)
         self.decoder_pred = nn.Linear(decoder_embed_dim, self.encoder.patch_embed.proj.weight[0].numel())
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             part.apply(init_transformer)
 
-    def forward(self, image: Tensor, noise: Tensor | None = None, mask_ratio: float | None = None) -> MAEOutput:
+    def forward(
+        self, image: Tensor, noise: Tensor | None = None, mask_ratio: float | None = None
+    ) -> MAEOutput:
         """One step of pre-training: hide, encode what is visible, predict what is hidden, compare.
 
         Args:
             image: (B, C, *img_size).
-            noise: (B, L); the `int(L * (1 - mask_ratio))` patches with the smallest stay visible. Drawn when absent.
+            noise: (B, L); the `int(L * (1 - mask_ratio))` patches with the smallest stay visible. Drawn when
+                absent.
             mask_ratio: of this call, when it is not the model's own.
         """
         patches = self.encoder.cut(image)  # (B, L, p^d * C)
@@ -104,7 +118,9 @@ class MaskedAutoencoder(nn.Module):
         return MAEOutput(loss, pred, hidden, mask)
 
     @torch.no_grad()
-    def predict_all(self, image: Tensor, noise: Tensor | None = None, mask_ratio: float | None = None) -> MAEOutput:
+    def predict_all(
+        self, image: Tensor, noise: Tensor | None = None, mask_ratio: float | None = None
+    ) -> MAEOutput:
         """As `forward`, but with every patch predicted, the visible ones too: for pictures."""
         patches = self.encoder.cut(image)
         visible, hidden, mask = self.split(patches, noise, mask_ratio)
@@ -112,7 +128,9 @@ class MaskedAutoencoder(nn.Module):
         loss = self.loss(gather_tokens(pred, hidden), gather_tokens(patches, hidden))
         return MAEOutput(loss, pred, hidden, mask)
 
-    def split(self, patches: Tensor, noise: Tensor | None = None, mask_ratio: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def split(
+        self, patches: Tensor, noise: Tensor | None = None, mask_ratio: float | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Which patches stay visible and which are hidden, see `split_by_noise`."""
         shape = patches.shape[:2]
         if noise is None:
@@ -122,17 +140,22 @@ class MaskedAutoencoder(nn.Module):
         return split_by_noise(noise, mask_ratio or self.mask_ratio)
 
     def encode(self, patches: Tensor, visible: Tensor) -> Tensor:
-        """Patches (B, L, p^d * C) and indices (B, V) -> normed tokens of the visible ones (B, prefix_tokens + V, D)."""
+        """Patches (B, L, p^d * C) and indices (B, V) -> normed tokens of the visible ones (B, prefix_tokens +
+        V, D).
+        """
         tokens = self.encoder.embed(gather_tokens(patches, visible), visible)
         for block in self.encoder.blocks:
             tokens = block(tokens)
         return self.encoder.norm(tokens)
 
     def decode(self, latent: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
-        """Tokens of the visible patches (B, prefix_tokens + V, D) -> decoder tokens of all patches (B, L, D_decoder), in their places."""
+        """Tokens of the visible patches (B, prefix_tokens + V, D) -> decoder tokens of all patches (B, L,
+        D_decoder), in their places.
+        """
         prefix = self.encoder.prefix_tokens
         tokens = self.decoder_embed(latent)
-        # A learned token stands for each hidden patch; then all go back to where they came from and learn where that is.
+        # A learned token stands for each hidden patch; then all go back to where they came from and learn
+        # where that is.
         patches = unshuffle(tokens[:, prefix:], self.mask_token, visible, hidden) + self.decoder_pos_embed
         # The class token goes along, without a position, as in facebookresearch/mae and the authors' code.
         tokens = torch.cat([tokens[:, :prefix], patches], 1)
@@ -145,14 +168,18 @@ class MaskedAutoencoder(nn.Module):
         return self.decoder_pred(self.decoder_norm(tokens))
 
     def target(self, patches: Tensor) -> Tensor:
-        """What the prediction is compared with: patches (B, K, p^d * C) as they are, or each with its own mean and spread taken out."""
+        """What the prediction is compared with: patches (B, K, p^d * C) as they are, or each with its own
+        mean and spread taken out.
+        """
         if not self.norm_pix_loss:
             return patches
         mean, std = patch_statistics(patches)
         return (patches - mean) / std
 
     def loss(self, pred: Tensor, patches: Tensor) -> Tensor:
-        """Mean squared error of hidden patches (B, H, p^d * C), in fp32 whatever the precision of the network."""
+        """Mean squared error of hidden patches (B, H, p^d * C), in fp32 whatever the precision of the
+        network.
+        """
         patches = patches.float()
         error = (pred.float() - self.target(patches)).square().mean(-1)
         if self.air_loss:
@@ -163,8 +190,9 @@ class MaskedAutoencoder(nn.Module):
     def to_image(self, image: Tensor, pred: Tensor) -> Tensor:
         """Predicted patches as an image (B, C, *img_size) in the image's intensities.
 
-        With `norm_pix_loss` the network does not predict a patch's mean and std; the **true** ones are used, also for
-        hidden patches. The picture is then sharper in contrast than the network knows: say so beside it.
+        With `norm_pix_loss` the network does not predict a patch's mean and std; the **true** ones are used,
+        also for hidden patches. The picture is then sharper in contrast than the network knows: say so beside
+        it.
         """
         patches = patchify(image, self.patch_size)
         if self.norm_pix_loss:
@@ -174,13 +202,17 @@ class MaskedAutoencoder(nn.Module):
 
 
 def unshuffle(tokens: Tensor, mask_token: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
-    """Tokens of the visible patches (B, V, D) in their places and the mask token (1, 1, D) in all others: (B, L, D)."""
+    """Tokens of the visible patches (B, V, D) in their places and the mask token (1, 1, D) in all others: (B,
+    L, D).
+    """
     together = torch.cat([tokens, mask_token.expand(*hidden.shape, -1).to(tokens.dtype)], 1)
     places = torch.cat([visible, hidden], 1).argsort(1)
     return gather_tokens(together, places)
 
 
-def paste_visible(image: Tensor, reconstruction: Tensor, mask: Tensor, patch_size: int | Sequence[int]) -> Tensor:
+def paste_visible(
+    image: Tensor, reconstruction: Tensor, mask: Tensor, patch_size: int | Sequence[int]
+) -> Tensor:
     """Visible patches from `image`, hidden ones from `reconstruction`: all (B, C, *spatial), mask (B, L)."""
     hidden = pixel_mask(mask, patch_size, image.shape)
     return torch.where(hidden, reconstruction, image)
@@ -195,12 +227,21 @@ def pixel_mask(mask: Tensor, patch_size: int | Sequence[int], shape: Sequence[in
 
 
 def holds_something(patches: Tensor) -> Tensor:
-    """Patches (B, K, p^d * C) -> (B, K) false where all of a patch is one single value, as air around a body is."""
+    """Patches (B, K, p^d * C) -> (B, K) false where all of a patch is one single value, as air around a body
+    is.
+    """
     return patches.amax(-1) > patches.amin(-1)
 
 
-def sanity_band(image: Tensor, mask: Tensor, patch_size: int | Sequence[int], norm_pix_loss: bool = True, air_loss: bool = True) -> dict[str, float]:
-    """Losses that need no network, on the hidden patches: what a trained one has to beat. Counted as the network's own loss is.
+def sanity_band(
+    image: Tensor,
+    mask: Tensor,
+    patch_size: int | Sequence[int],
+    norm_pix_loss: bool = True,
+    air_loss: bool = True,
+) -> dict[str, float]:
+    """Losses that need no network, on the hidden patches: what a trained one has to beat. Counted as the
+    network's own loss is.
 
     Returns:
         `patch_mean`: predicting each patch's own mean (1 for normalised targets, apart from flat patches);

@@ -1,6 +1,7 @@
 """Patches, masks and positions: the arithmetic of a masked autoencoder, for 2D and 3D alike.
 
-One convention for masks everywhere: **1 = hidden**. Pixels of a patch are ordered spatial axes first, channel last.
+One convention for masks everywhere: **1 = hidden**. Pixels of a patch are ordered spatial axes first, channel
+last.
 """
 
 from __future__ import annotations
@@ -31,12 +32,16 @@ def grid_size(img_size: Sequence[int], patch_size: int | Sequence[int]) -> tuple
     patch = as_tuple(patch_size, len(img_size))
     if any(n % p for n, p in zip(img_size, patch)):
         fits = tuple(max(n // p, 1) * p for n, p in zip(img_size, patch))
-        raise UserError(f"image size {tuple(img_size)} is no multiple of the patch size {patch}: use {fits}, say, or another patch size")
+        raise UserError(
+            f"image size {tuple(img_size)} is no multiple of the patch size {patch}: use {fits}, say, or "
+            "another patch size"
+        )
     return tuple(n // p for n, p in zip(img_size, patch))
 
 
 def patchify(image: Tensor, patch_size: int | Sequence[int]) -> Tensor:
-    """(B, C, *spatial) -> (B, L, p^d * C); patches in row-major order, pixels spatial first and channel last."""
+    """(B, C, *spatial) -> (B, L, p^d * C); patches in row-major order, pixels spatial first and channel
+    last."""
     ndim = image.ndim - 2
     patch = as_tuple(patch_size, ndim)
     grid = grid_size(image.shape[2:], patch)
@@ -52,16 +57,21 @@ def unpatchify(patches: Tensor, patch_size: int | Sequence[int], grid: Sequence[
     patch = as_tuple(patch_size, ndim)
     batch, length, width = patches.shape
     if length != prod(grid) or width % prod(patch):
-        raise UserError(f"expected {prod(grid)} patches of a multiple of {prod(patch)} pixels for grid {tuple(grid)}, got {length} of {width}")
+        raise UserError(
+            f"expected {prod(grid)} patches of a multiple of {prod(patch)} pixels for grid {tuple(grid)}, "
+            f"got {length} of {width}"
+        )
     split = patches.reshape(batch, *grid, *patch, width // prod(patch))
     axes = [0, 1 + 2 * ndim, *(axis for i in range(ndim) for axis in (1 + i, 1 + ndim + i))]
     return split.permute(axes).reshape(batch, -1, *(g * p for g, p in zip(grid, patch)))
 
 
 def patch_statistics(patches: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """Mean and std (biased variance + eps) of each patch over its pixels and channels: (B, L, N) -> two (B, L, 1).
+    """Mean and std (biased variance + eps) of each patch over its pixels and channels: (B, L, N) -> two (B,
+    L, 1).
 
-    Biased as in the released 3D code of Zhou et al. (2203.05573). facebookresearch/mae divides by N - 1, so its
+    Biased as in the released 3D code of Zhou et al. (2203.05573). facebookresearch/mae divides by N - 1, so
+    its
     targets differ from these by the factor sqrt((N - 1) / N): 0.1 % for a patch of 16 x 16 x 3 pixels.
     """
     mean = patches.mean(-1, keepdim=True)
@@ -73,14 +83,17 @@ def visible_count(length: int, mask_ratio: float) -> int:
     keep = int(length * (1 - mask_ratio))
     if not 0 < mask_ratio < 1 or not 0 < keep < length:
         raise UserError(
-            f"mask_ratio {mask_ratio} leaves {keep} of {length} patches visible: expected a ratio strictly between 0 and 1 "
+            f"mask_ratio {mask_ratio} leaves {keep} of {length} patches visible: expected a ratio strictly "
+            "between 0 and 1 "
             "that leaves at least one patch visible and one hidden"
         )
     return keep
 
 
 def mask_noise(seeds: Sequence[int], length: int) -> Tensor:
-    """(B, L) uniform noise, one seed an image, drawn on the CPU: the same mask on every device and in every batch."""
+    """(B, L) uniform noise, one seed an image, drawn on the CPU: the same mask on every device and in every
+    batch.
+    """
     rows = [torch.rand(length, generator=torch.Generator().manual_seed(int(seed) % 2**63)) for seed in seeds]
     return torch.stack(rows)
 
@@ -107,15 +120,19 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 def sincos_positions(grid: Sequence[int], dim: int) -> Tensor:
-    """Fixed sine-cosine positions (1, L, dim), axes in order, each with an equal even share of `dim`; what is left over is zero.
+    """Fixed sine-cosine positions (1, L, dim), axes in order, each with an equal even share of `dim`; what is
+    left over is zero.
 
-    The formula of MAE (He et al. 2111.06377), for any number of axes and any width: frequencies 10000^(-2i / share).
-    The order is our own: axis 0 comes first, where facebookresearch/mae puts the columns of the width (axis 1) first,
-    so of its 2D table the two halves are swapped.
+    The formula of MAE (He et al. 2111.06377), for any number of axes and any width: frequencies 10000^(-2i /
+    share).
+    The order is our own: axis 0 comes first, where facebookresearch/mae puts the columns of the width (axis
+    1) first, so of its 2D table the two halves are swapped.
     """
     half = dim // (2 * len(grid))
     if half == 0:
-        raise UserError(f"embed_dim {dim} is too narrow for positions on {len(grid)} axes: use at least {2 * len(grid)}")
+        raise UserError(
+            f"embed_dim {dim} is too narrow for positions on {len(grid)} axes: use at least {2 * len(grid)}"
+        )
     rate = 1 / 10000 ** (torch.arange(half, dtype=torch.float64) / half)
     axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
     table = torch.zeros(prod(grid), dim)

@@ -14,16 +14,19 @@ from smae_utils.method.vit import ViTEncoder
 
 
 class UNETR(nn.Module):
-    """ViT encoder and a convolutional decoder with skips: (B, in_chans, *img_size) -> logits (B, out_chans, *img_size).
+    """ViT encoder and a convolutional decoder with skips: (B, in_chans, *img_size) -> logits (B, out_chans,
+    *img_size).
 
-    With patch size 2^n the decoder has n stages, each up-sampling by 2; skip k (1 .. n-1) is taken after block index
+    With patch size 2^n the decoder has n stages, each up-sampling by 2; skip k (1 .. n-1) is taken after
+    block index
     k * depth / n (12 blocks, patch 16: 3, 6, 9) and brought to 1 / 2^k of the image. Blocks are MONAI's.
 
     Args:
         feature_size: channels at full resolution; they double at each stage down.
-        use_image: False leaves out the skip from the image itself, so that all the decoder knows went through the encoder.
-        norm_skips: True norms the hidden states of the blocks before the decoder reads them, as the last block's already are: a
-            pre-trained encoder's are several times larger than a random one's.
+        use_image: False leaves out the skip from the image itself, so that all the decoder knows went through
+            the encoder.
+        norm_skips: True norms the hidden states of the blocks before the decoder reads them, as the last
+            block's already are: a pre-trained encoder's are several times larger than a random one's.
         encoder: further arguments of `ViTEncoder` (class_token, qkv_bias, mlp_ratio, norm_eps, drop_path).
     """
 
@@ -47,16 +50,26 @@ class UNETR(nn.Module):
         ndim, patch = len(self.encoder.img_size), self.encoder.patch_size[0]
         stages = int(log2(patch))
         if len(set(self.encoder.patch_size)) > 1 or 2**stages != patch or stages < 2:
-            raise UserError(f"UNETR needs the same power of two (4, 8, 16, ...) as patch size on every axis, got {self.encoder.patch_size}")
+            raise UserError(
+                "UNETR needs the same power of two (4, 8, 16, ...) as patch size on every axis, got "
+                f"{self.encoder.patch_size}"
+            )
         if depth < stages:
-            raise UserError(f"UNETR at patch size {patch} takes {stages - 1} skips and needs at least {stages} blocks, got depth={depth}")
+            raise UserError(
+                f"UNETR at patch size {patch} takes {stages - 1} skips and needs at least {stages} blocks, "
+                f"got depth={depth}"
+            )
         self.skip_blocks = [k * depth // stages for k in range(1, stages)]
 
         def width(level: int) -> int:
             return feature_size * 2**level
 
         self.feature_size, self.norm_skips = feature_size, norm_skips
-        self.image_skip = UnetrBasicBlock(ndim, in_chans, feature_size, 3, stride=1, norm_name="instance", res_block=True) if use_image else None
+        self.image_skip = (
+            UnetrBasicBlock(ndim, in_chans, feature_size, 3, stride=1, norm_name="instance", res_block=True)
+            if use_image
+            else None
+        )
         self.skips = nn.ModuleList(
             UnetrPrUpBlock(
                 spatial_dims=ndim,
@@ -74,7 +87,15 @@ class UNETR(nn.Module):
         )
         widths = [width(level) for level in range(stages)] + [embed_dim]
         self.ups = nn.ModuleList(
-            UnetrUpBlock(ndim, widths[level + 1], widths[level], kernel_size=3, upsample_kernel_size=2, norm_name="instance", res_block=True)
+            UnetrUpBlock(
+                ndim,
+                widths[level + 1],
+                widths[level],
+                kernel_size=3,
+                upsample_kernel_size=2,
+                norm_name="instance",
+                res_block=True,
+            )
             for level in reversed(range(stages))
         )
         self.out = UnetOutBlock(spatial_dims=ndim, in_channels=feature_size, out_channels=out_chans)
@@ -87,7 +108,11 @@ class UNETR(nn.Module):
         tokens, taken = self.encoder(image, take=self.skip_blocks)
         if self.norm_skips:
             taken = [layer_norm(t, t.shape[-1:]) for t in taken]
-        shown = self.image_skip(image) if self.image_skip else image.new_zeros(len(image), self.feature_size, *image.shape[2:])
+        shown = (
+            self.image_skip(image)
+            if self.image_skip
+            else image.new_zeros(len(image), self.feature_size, *image.shape[2:])
+        )
         skips = [shown] + [block(self.to_map(t)) for block, t in zip(self.skips, taken)]
         x = self.to_map(tokens)
         for up, skip in zip(self.ups, reversed(skips)):

@@ -16,15 +16,35 @@ from smae_utils.timm_library import Block, CpuAttention
 
 
 def transformer_blocks(
-    dim: int, depth: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, norm_eps: float, drop_path: float = 0.0, of: str = ""
+    dim: int,
+    depth: int,
+    num_heads: int,
+    mlp_ratio: float,
+    qkv_bias: bool,
+    norm_eps: float,
+    drop_path: float = 0.0,
+    of: str = "",
 ) -> nn.ModuleList:
-    """`depth` pre-norm blocks of timm; stochastic depth grows linearly from 0 to `drop_path`. `of` goes before names in errors."""
+    """`depth` pre-norm blocks of timm; stochastic depth grows linearly from 0 to `drop_path`. `of` goes
+    before names in errors.
+    """
     if dim % num_heads:
         raise UserError(f"{of}embed_dim {dim} does not divide into {of}num_heads {num_heads}")
     rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-    norm: Any = partial(nn.LayerNorm, eps=norm_eps)  # timm's types want a class; it calls whatever makes a norm
+    norm: Any = partial(
+        nn.LayerNorm, eps=norm_eps
+    )  # timm's types want a class; it calls whatever makes a norm
     return nn.ModuleList(
-        Block(dim, num_heads, mlp_ratio, qkv_bias=qkv_bias, drop_path=rate, norm_layer=norm, attn_layer=CpuAttention) for rate in rates
+        Block(
+            dim,
+            num_heads,
+            mlp_ratio,
+            qkv_bias=qkv_bias,
+            drop_path=rate,
+            norm_layer=norm,
+            attn_layer=CpuAttention,
+        )
+        for rate in rates
     )
 
 
@@ -39,13 +59,17 @@ def init_transformer(module: nn.Module) -> None:
 class PatchEmbed(nn.Module):
     """Patches (B, K, p^d * C) -> one token each (B, K, D).
 
-    The weights are those of a convolution whose stride is its kernel, as everywhere; computed as the linear map of patches that it is,
-    which in 3D and bf16 is many times faster than torch's convolution.
+    The weights are those of a convolution whose stride is its kernel, as everywhere; computed as the linear
+    map of patches that it is, which in 3D and bf16 is many times faster than torch's convolution.
     """
 
     def __init__(self, in_chans: int, patch_size: tuple[int, ...], embed_dim: int):
         super().__init__()
-        convs: dict[int, Callable[..., nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+        convs: dict[int, Callable[..., nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
+            1: nn.Conv1d,
+            2: nn.Conv2d,
+            3: nn.Conv3d,
+        }
         self.proj = convs[len(patch_size)](in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
         nn.init.xavier_uniform_(self.proj.weight.view(embed_dim, -1))
 
@@ -60,7 +84,8 @@ class ViTEncoder(nn.Module):
     Args:
         img_size: spatial size, 2 or 3 numbers; its length decides 2D or 3D.
         patch_size: an int or one an axis.
-        learn_positions: False keeps the sine-cosine table fixed (pre-training), True starts from it and learns (fine-tuning).
+        learn_positions: False keeps the sine-cosine table fixed (pre-training), True starts from it and
+            learns (fine-tuning).
         final_norm: False leaves the last norm out (for a head that brings its own).
 
     `pos_embed` (1, L, D) holds the patches' positions only; the class token needs none.
@@ -87,7 +112,9 @@ class ViTEncoder(nn.Module):
         self.patch_size = as_tuple(patch_size, len(self.img_size))
         self.grid = grid_size(self.img_size, self.patch_size)
         self.in_chans, self.embed_dim, self.depth = in_chans, embed_dim, depth
-        self.blocks = transformer_blocks(embed_dim, depth, num_heads, mlp_ratio, qkv_bias, norm_eps, drop_path)
+        self.blocks = transformer_blocks(
+            embed_dim, depth, num_heads, mlp_ratio, qkv_bias, norm_eps, drop_path
+        )
         self.blocks.apply(init_transformer)
         self.patch_embed = PatchEmbed(in_chans, self.patch_size, embed_dim)
         self.pos_embed = nn.Parameter(sincos_positions(self.grid, embed_dim), requires_grad=learn_positions)
@@ -107,7 +134,10 @@ class ViTEncoder(nn.Module):
         """
         expected = (self.in_chans, *self.img_size)
         if tuple(image.shape[1:]) != expected:
-            raise UserError(f"the model expects images of (channels, *size) {expected}, got {tuple(image.shape[1:])}: crop, pad or rebuild the model")
+            raise UserError(
+                f"the model expects images of (channels, *size) {expected}, got {tuple(image.shape[1:])}: "
+                "crop, pad or rebuild the model"
+            )
         return patchify(image, self.patch_size)
 
     def embed(self, patches: Tensor, places: Tensor | None = None) -> Tensor:
@@ -116,14 +146,20 @@ class ViTEncoder(nn.Module):
         Args:
             places: (B, K) which patches these are; None: all of them, in order.
         """
-        positions = self.pos_embed if places is None else gather_tokens(self.pos_embed.expand(len(patches), -1, -1), places)
+        positions = (
+            self.pos_embed
+            if places is None
+            else gather_tokens(self.pos_embed.expand(len(patches), -1, -1), places)
+        )
         tokens = self.patch_embed(patches) + positions
         if self.cls_token is None:
             return tokens
         return torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1)
 
     def forward(self, image: Tensor, take: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
-        """(B, C, *img_size) -> normed tokens (B, prefix_tokens + L, D), and the un-normed ones after each block index in `take`."""
+        """(B, C, *img_size) -> normed tokens (B, prefix_tokens + L, D), and the un-normed ones after each
+        block index in `take`.
+        """
         tokens = self.embed(self.cut(image))
         taken = []
         for i, block in enumerate(self.blocks):
@@ -141,7 +177,18 @@ class ViTClassifier(nn.Module):
             `global_pool="avg"` and MAE's fine-tuning do.
     """
 
-    def __init__(self, img_size, patch_size, in_chans, embed_dim, depth, num_heads, num_classes: int, pool: str = "cls", **encoder):
+    def __init__(
+        self,
+        img_size,
+        patch_size,
+        in_chans,
+        embed_dim,
+        depth,
+        num_heads,
+        num_classes: int,
+        pool: str = "cls",
+        **encoder,
+    ):
         super().__init__()
         if pool not in ("cls", "mean"):
             raise UserError(f"pool must be 'cls' or 'mean', got {pool!r}")
@@ -150,7 +197,9 @@ class ViTClassifier(nn.Module):
         self.pool = pool
         encoder = {"learn_positions": True, **encoder, "final_norm": pool == "cls"}
         self.encoder = ViTEncoder(img_size, patch_size, in_chans, embed_dim, depth, num_heads, **encoder)
-        self.fc_norm = nn.LayerNorm(embed_dim, eps=encoder.get("norm_eps", 1e-6)) if pool == "mean" else nn.Identity()
+        self.fc_norm = (
+            nn.LayerNorm(embed_dim, eps=encoder.get("norm_eps", 1e-6)) if pool == "mean" else nn.Identity()
+        )
         self.head = nn.Linear(embed_dim, num_classes)
         # Small weights start every class near p = .5, so the first steps move the encoder little.
         nn.init.trunc_normal_(self.head.weight, std=0.02)

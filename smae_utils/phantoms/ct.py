@@ -1,11 +1,13 @@
 """Abdominal CT phantoms, a drop-in for the BTCV scans: the same folders, file names, case ids and 13 labels.
 
-Twelve numbers a patient (`LATENTS`) place, size and texture everything, so what is visible predicts what is hidden, while the pose
-varies too much for position alone to be a good atlas. Organs that touch share their HU and texture (liver and spleen; both kidneys;
-the vessels; stomach, pancreas, esophagus and adrenals), so that a threshold does not tell them apart: their place among others does.
+Twelve numbers a patient (`LATENTS`) place, size and texture everything, so what is visible predicts what is
+hidden, while the pose varies too much for position alone to be a good atlas. Organs that touch share their HU
+and texture (liver and spleen; both kidneys; the vessels; stomach, pancreas, esophagus and adrenals), so that
+a threshold does not tell them apart: their place among others does.
 
-At "demo" size the thin organs (vessels, esophagus, pancreas, gallbladder, adrenals) are exaggerated, far beyond life for the adrenals:
-each is then about four voxels of 7 mm thick. "full" size draws them a fifth to two fifths thinner, still generous.
+At "demo" size the thin organs (vessels, esophagus, pancreas, gallbladder, adrenals) are exaggerated, far
+beyond life for the adrenals: each is then about four voxels of 7 mm thick. "full" size draws them a fifth to
+two fifths thinner, still generous.
 """
 
 from __future__ import annotations
@@ -17,7 +19,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smae_utils.phantoms.shapes import case_rng, coverage, ellipsoid, grid_mm, rotation, save_nifti, to_body, tube
+from smae_utils.phantoms.shapes import (
+    case_rng,
+    coverage,
+    ellipsoid,
+    grid_mm,
+    rotation,
+    save_nifti,
+    to_body,
+    tube,
+)
 
 ORGANS = (
     "spleen",
@@ -36,7 +47,11 @@ ORGANS = (
 )  # label = place here + 1
 TRAIN_IDS = (5, 6, 7, 9, 10, 21, 23, 24, 26, 27, 28, 30, 31, 33, 34, 37, 39, 40)
 TEST_IDS = (1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38)
-REMOVABLE = ("gallbladder", "left kidney", "spleen")  # what surgery takes out; one patient in ten lacks one of them
+REMOVABLE = (
+    "gallbladder",
+    "left kidney",
+    "spleen",
+)  # what surgery takes out; one patient in ten lacks one of them
 AXCODES = ("RAS", "LPS", "LAS", "RPS", "LPI", "PSR")
 AIR_HU, FAT_HU = -1000, -105
 
@@ -83,7 +98,13 @@ class Ball(NamedTuple):
     turn: tuple[float, float, float] = (0, 0, 0)
 
     def distance(self, p, grow: float) -> np.ndarray:
-        return ellipsoid(p, self.centre, [r * grow for r in self.radii], rotation(self.turn).T if any(self.turn) else None, self.power)
+        return ellipsoid(
+            p,
+            self.centre,
+            [r * grow for r in self.radii],
+            rotation(self.turn).T if any(self.turn) else None,
+            self.power,
+        )
 
 
 class Tube(NamedTuple):
@@ -100,8 +121,9 @@ class Tube(NamedTuple):
 class Structure:
     """A named union of parts made of one tissue.
 
-    `true_size`: how thick it is at "full" size against the parts drawn here. `keeps_mm`: a small patient does not have it thinner
-    (else a thin organ would vanish from a 7 mm grid). `period_mm`: repeated along z. `rigid`: does not move with breathing.
+    `true_size`: how thick it is at "full" size against the parts drawn here. `keeps_mm`: a small patient does
+    not have it thinner (else a thin organ would vanish from a 7 mm grid). `period_mm`: repeated along z.
+    `rigid`: does not move with breathing.
     """
 
     name: str
@@ -157,7 +179,10 @@ def _mirror(*parts: Ball | Tube) -> tuple[Ball | Tube, ...]:
         return (-point[0], *point[1:])
 
     return parts + tuple(
-        part._replace(centre=flip(part.centre)) if isinstance(part, Ball) else part._replace(points=tuple(map(flip, part.points))) for part in parts
+        part._replace(centre=flip(part.centre))
+        if isinstance(part, Ball)
+        else part._replace(points=tuple(map(flip, part.points)))
+        for part in parts
     )
 
 
@@ -167,10 +192,16 @@ _COLON = (
     ((-102, -8, -30), (-100, -10, -150)),
 )  # going up, across and down
 
-# Painted in this order: a later structure lies over an earlier one, so the thin organs come last and none is swallowed.
+# Painted in this order: a later structure lies over an earlier one, so the thin organs come last and none is
+# swallowed.
 STRUCTURES = (
     Structure("back muscles", "muscle", _mirror(Ball((33, -84, 0), (29, 19, 900), 2.5)), rigid=True),
-    Structure("psoas muscles", "muscle", _mirror(Tube(((24, -48, 30), (36, -46, -60), (62, -22, -220)), (8, 22, 26))), rigid=True),
+    Structure(
+        "psoas muscles",
+        "muscle",
+        _mirror(Tube(((24, -48, 30), (36, -46, -60), (62, -22, -220)), (8, 22, 26))),
+        rigid=True,
+    ),
     Structure("iliac bones", "bone", _mirror(Ball((98, -42, -195), (14, 52, 62), 2.5)), rigid=True),
     Structure("discs", "disc", (Ball((0, -48, 0), (23, 18, 900), 2.5),), rigid=True),
     Structure(
@@ -189,50 +220,112 @@ STRUCTURES = (
     Structure("heart", "blood", (Ball((-22, 54, 152), (60, 40, 54), 2.2, (0.3, 0, 0)),)),
     Structure("colon wall", "bowel", tuple(Tube(points, 21) for points in _COLON)),
     Structure("colon contents", "stool", tuple(Tube(points, 14) for points in _COLON)),
-    Structure("colon gas", "gas", (Tube(((38, 74, -66), (-28, 76, -64)), 8), Ball((98, 14, -80), (9, 8, 22)))),
-    Structure("liver", "parenchyma", (Ball((80, 0, 36), (50, 66, 58), 2.3), Ball((12, 38, 58), (56, 29, 27), 2.2, (0, -0.25, 0)))),
-    Structure("stomach", "soft", (Tube(((-58, 4, 60), (-68, 30, 32), (-48, 56, 2), (-6, 64, -14), (18, 56, -10)), (35, 33, 27, 20, 15)),)),
+    Structure(
+        "colon gas", "gas", (Tube(((38, 74, -66), (-28, 76, -64)), 8), Ball((98, 14, -80), (9, 8, 22)))
+    ),
+    Structure(
+        "liver",
+        "parenchyma",
+        (Ball((80, 0, 36), (50, 66, 58), 2.3), Ball((12, 38, 58), (56, 29, 27), 2.2, (0, -0.25, 0))),
+    ),
+    Structure(
+        "stomach",
+        "soft",
+        (
+            Tube(
+                ((-58, 4, 60), (-68, 30, 32), (-48, 56, 2), (-6, 64, -14), (18, 56, -10)),
+                (35, 33, 27, 20, 15),
+            ),
+        ),
+    ),
     Structure("spleen", "parenchyma", (Ball((-101, -34, 42), (27, 46, 48), 2.3, (0.25, 0, -0.25)),)),
     Structure(
         "pancreas",
         "soft",
-        (Tube(((26, 30, -34), (10, 40, -12), (-28, 36, 2), (-58, 12, 6), (-80, -2, 12)), (18, 16, 16, 15, 14)),),
+        (
+            Tube(
+                ((26, 30, -34), (10, 40, -12), (-28, 36, 2), (-58, 12, 6), (-80, -2, 12)),
+                (18, 16, 16, 15, 14),
+            ),
+        ),
         0.8,
         keeps_mm=True,
     ),
     Structure("right kidney", "kidney", (Ball((64, -50, -36), (29, 28, 49), 2.2),)),
     Structure("left kidney", "kidney", (Ball((-64, -50, -30), (29, 28, 49), 2.2),)),
-    Structure("gallbladder", "bile", (Ball((60, 50, -16), (23, 22, 33), 2.3, (-0.4, 0, 0)),), 0.75, keeps_mm=True),
-    Structure("esophagus", "soft", (Tube(((-3, 8, 240), (-6, 8, 110), (-22, 10, 78), (-48, 8, 58)), 17.5),), 0.6, keeps_mm=True),
-    Structure("right adrenal gland", "soft", (Ball((44, -35, 44), (18, 23, 36), 3, (0, 0, 0.2)),), 0.6, keeps_mm=True),
-    Structure("left adrenal gland", "soft", (Ball((-46, -33, 48), (18, 23, 36), 3, (0, 0, -0.2)),), 0.6, keeps_mm=True),
     Structure(
-        "portal and splenic veins",
-        "blood",
-        (Tube(((-88, -14, 34), (-48, 12, 26), (-8, 22, 14), (18, 22, 12), (40, 20, 34), (64, 16, 48)), 14.5),),
+        "gallbladder", "bile", (Ball((60, 50, -16), (23, 22, 33), 2.3, (-0.4, 0, 0)),), 0.75, keeps_mm=True
+    ),
+    Structure(
+        "esophagus",
+        "soft",
+        (Tube(((-3, 8, 240), (-6, 8, 110), (-22, 10, 78), (-48, 8, 58)), 17.5),),
         0.6,
         keeps_mm=True,
     ),
-    Structure("inferior vena cava", "blood", (Tube(((24, -14, -115), (21, -10, 0), (23, 2, 70), (14, 24, 118)), 15.5),), 0.75, keeps_mm=True),
-    Structure("aorta", "blood", (Tube(((-16, -14, -115), (-16, -13, 20), (-19, -24, 240)), 16.5),), 0.75, keeps_mm=True),
+    Structure(
+        "right adrenal gland",
+        "soft",
+        (Ball((44, -35, 44), (18, 23, 36), 3, (0, 0, 0.2)),),
+        0.6,
+        keeps_mm=True,
+    ),
+    Structure(
+        "left adrenal gland",
+        "soft",
+        (Ball((-46, -33, 48), (18, 23, 36), 3, (0, 0, -0.2)),),
+        0.6,
+        keeps_mm=True,
+    ),
+    Structure(
+        "portal and splenic veins",
+        "blood",
+        (
+            Tube(
+                ((-88, -14, 34), (-48, 12, 26), (-8, 22, 14), (18, 22, 12), (40, 20, 34), (64, 16, 48)), 14.5
+            ),
+        ),
+        0.6,
+        keeps_mm=True,
+    ),
+    Structure(
+        "inferior vena cava",
+        "blood",
+        (Tube(((24, -14, -115), (21, -10, 0), (23, 2, 70), (14, 24, 118)), 15.5),),
+        0.75,
+        keeps_mm=True,
+    ),
+    Structure(
+        "aorta",
+        "blood",
+        (Tube(((-16, -14, -115), (-16, -13, 20), (-19, -24, 240)), 16.5),),
+        0.75,
+        keeps_mm=True,
+    ),
     Structure("iliac vessels", "blood", _mirror(Tube(((14, -14, -124), (58, 4, -220)), 10)), rigid=True),
 )
 
 
 def fold(z, period: float, phase: float):
-    """Distance in -period/2..period/2 from the nearest of a row of planes, moved along by `phase` of half a period."""
+    """Distance in -period/2..period/2 from the nearest of a row of planes, moved along by `phase` of half a
+    period.
+    """
     moved = z / np.float32(period) - np.float32(phase / 2)
     return (moved - np.round(moved)) * np.float32(period)
 
 
 def wave(p, wavelengths: tuple[float, float, float], phase: float) -> np.ndarray:
-    """A grating of body coordinates: the phase grows by a turn every `wavelengths` mm along x, y and z (inf: not at all)."""
+    """A grating of body coordinates: the phase grows by a turn every `wavelengths` mm along x, y and z (inf:
+    not at all).
+    """
     turns = sum(c * np.float32(1 / w) for c, w in zip(p, wavelengths) if np.isfinite(w))
     return np.cos(np.float32(2 * np.pi) * turns + np.float32(np.pi * phase))
 
 
 def texture(kind: str, p, distance: np.ndarray, phase: float) -> np.ndarray | float:
-    """What a tissue adds to its HU, about -1..1; every wavelength is 3 voxels of 7 mm or more, even in the smallest patient."""
+    """What a tissue adds to its HU, about -1..1; every wavelength is 3 voxels of 7 mm or more, even in the
+    smallest patient.
+    """
     if kind == "vessels":  # bright tubes that run front to back and bend: a row across, a row along
         x, y, z = p
         bent = (x + 7 * np.sin(y / 22), y, z + 7 * np.sin(y / 16 + x / 40))
@@ -261,21 +354,29 @@ class Canvas:
         self._frames: dict[Latents, tuple] = {}
 
     def frame(self, latents: Latents):
-        """Body coordinates of every voxel, (x, y, z), and the same with z as breathing moves the upper organs (mm, float32)."""
+        """Body coordinates of every voxel, (x, y, z), and the same with z as breathing moves the upper organs
+        (mm, float32).
+        """
         if latents not in self._frames:
             shift = (26 * latents.shift_x, 20 * latents.shift_y, 12 * latents.shift_z)
-            x, y, z = to_body(self.axes, shift, (0.15 * latents.turn_x, 0, 0.35 * latents.turn_z), latents.scale)
+            x, y, z = to_body(
+                self.axes, shift, (0.15 * latents.turn_x, 0, 0.35 * latents.turn_z), latents.scale
+            )
             stretch = np.float32(1 + 0.07 * latents.aspect)
-            x = x / stretch + np.float32(9 * latents.asymmetry) * np.sin(z / 70)  # the whole trunk bends to one side
+            x = x / stretch + np.float32(9 * latents.asymmetry) * np.sin(
+                z / 70
+            )  # the whole trunk bends to one side
             y = y * stretch
             moved = z - np.float32(11 * latents.breath) / (1 + np.exp(-z / 30))
             self._frames[latents] = (x, y, z), (x, y, moved)
         return self._frames[latents]
 
     def paint(self, p, distance_of, hu, label: int | None = None) -> None:
-        """Cover with `hu`, a number or a function of (p, distance), where `distance_of(p)` < 0, with a soft edge a voxel wide.
+        """Cover with `hu`, a number or a function of (p, distance), where `distance_of(p)` < 0, with a soft
+        edge a voxel wide.
 
-        The distance is first taken on a coarse grid, so that the fine one is only worked out in a box around the structure.
+        The distance is first taken on a coarse grid, so that the fine one is only worked out in a box around
+        the structure.
         """
         step = 8 if self.pitch < 2 else 3
         near = distance_of(tuple(c[::step, ::step] for c in p)) < 2 * step * self.pitch
@@ -295,13 +396,16 @@ class Canvas:
 
 
 def _outline(p, grow_mm: float) -> np.ndarray:
-    """Distance to the skin less the fat (`grow_mm` 0), a cylinder with a waist; `grow_mm` moves it out or in."""
+    """Distance to the skin less the fat (`grow_mm` 0), a cylinder with a waist; `grow_mm` moves it out or
+    in."""
     waist = 1 - 0.06 * np.exp(-(((p[2] + 45) / 50) ** 2))
     return ellipsoid((p[0] / waist, p[1] / waist), (0, 0), (148 + grow_mm, 103 + grow_mm), power=2.4)
 
 
 def _ribs(p, phase: float) -> np.ndarray:
-    """Distance to curved ribs in the body wall, lower in front, that end at the costal margin and beside the sternum."""
+    """Distance to curved ribs in the body wall, lower in front, that end at the costal margin and beside the
+    sternum.
+    """
     wall = _outline(p, -9)
     plane = fold(p[2] + 0.45 * p[1], 34, phase) * 0.91
     margin = 0.6 * (-22 + 0.75 * (p[1] - 20 * np.cos(p[0] / 60)) - p[2])
@@ -310,10 +414,14 @@ def _ribs(p, phase: float) -> np.ndarray:
 
 
 def _lungs(p) -> np.ndarray:
-    """Distance to the lung bases: inside the ribs, above the two domes of the diaphragm, either side of the mediastinum."""
+    """Distance to the lung bases: inside the ribs, above the two domes of the diaphragm, either side of the
+    mediastinum.
+    """
     domes = [ellipsoid(p, (side * 74, 0, low), (66, 88, 82), power=2.2) for side, low in ((1, 18), (-1, 12))]
     middle = ellipsoid(p[:2], (-4, -6), (34, 46))
-    floor = 10 + 0.5 * np.clip(p[1] + 40, 0, None) + 45 * np.exp(-((p[0] / 40) ** 2))  # deepest at the back and the sides
+    floor = (
+        10 + 0.5 * np.clip(p[1] + 40, 0, None) + 45 * np.exp(-((p[0] / 40) ** 2))
+    )  # deepest at the back and the sides
     return np.maximum.reduce([_outline(p, -15), -domes[0], -domes[1], -middle, 0.7 * (floor - p[2])])
 
 
@@ -335,15 +443,21 @@ def _paint_trunk(canvas: Canvas, latents: dict[str, Latents], tissue) -> None:
     canvas.paint(still, lambda p: _outline(p, -14), FAT_HU)
     own = latents["bowel"]
     canvas.paint(canvas.frame(own)[1], lambda p: _small_bowel(p, own.phase), tissue("bowel", own))
-    canvas.paint(canvas.frame(latents["lungs"])[1], _lungs, lambda p, d: -840 + 200 * texture("vessels", p, d, latents["lungs"].phase))
+    canvas.paint(
+        canvas.frame(latents["lungs"])[1],
+        _lungs,
+        lambda p, d: -840 + 200 * texture("vessels", p, d, latents["lungs"].phase),
+    )
     own = latents["ribs"]
     canvas.paint(canvas.frame(own)[0], lambda p: _ribs(p, own.phase), 280)
 
 
 def _draw_latents(rng: np.random.Generator, context: float) -> dict[str, Latents]:
-    """Latents of each structure: each number is the patient's with probability `context`, else the structure's own draw.
+    """Latents of each structure: each number is the patient's with probability `context`, else the
+    structure's own draw.
 
-    Either way it comes from the same range, so `context` changes how much structures say of each other and not what they look like.
+    Either way it comes from the same range, so `context` changes how much structures say of each other and
+    not what they look like.
     """
     patient = rng.uniform(-1, 1, len(Latents._fields))
     drawn = {}
@@ -358,8 +472,12 @@ def patient_latents(seed: int, case: int) -> Latents:
     return _draw_latents(case_rng(seed, case), 1.0)["body"]
 
 
-def _draw_grid(rng: np.random.Generator, size: str) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
-    """Shape in voxels and spacing in mm of a scan: about 280 mm along z at "demo" size, 335 mm at "full" size."""
+def _draw_grid(
+    rng: np.random.Generator, size: str
+) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
+    """Shape in voxels and spacing in mm of a scan: about 280 mm along z at "demo" size, 335 mm at "full"
+    size.
+    """
     in_plane, between = rng.random(2).tolist()
     if size == "demo":
         pixel, slices = round(6.2 + 0.5 * in_plane, 3), round(6.4 + 1.2 * between, 2)
@@ -371,9 +489,11 @@ def _draw_grid(rng: np.random.Generator, size: str) -> tuple[tuple[int, int, int
 
 
 def make_case(seed: int, case: int, size: str = "demo", context: float = 1.0, clean: bool = False) -> Case:
-    """The phantom `case` of `seed`: HU and labels (X, Y, Z) in RAS+ with the spacing in mm; `clean` leaves out the noise.
+    """The phantom `case` of `seed`: HU and labels (X, Y, Z) in RAS+ with the spacing in mm; `clean` leaves
+    out the noise.
 
-    `context` in 0..1 is the share of each structure's place, size and texture phase that follows the patient's latents.
+    `context` in 0..1 is the share of each structure's place, size and texture phase that follows the
+    patient's latents.
     """
     shape, spacing_mm = _draw_grid(case_rng(seed, case, 1), size)
     rng = case_rng(seed, case)
@@ -391,17 +511,26 @@ def make_case(seed: int, case: int, size: str = "demo", context: float = 1.0, cl
     body = latents["body"]
     couch_y = 20 * body.shift_y - (103 + body.fat_mm) * body.scale - 26
     thick = shape[2] if size == "demo" else 8
-    for start in range(0, shape[2], thick):  # in slabs: a full-size scan in float32 coordinates would take many GB
+    for start in range(
+        0, shape[2], thick
+    ):  # in slabs: a full-size scan in float32 coordinates would take many GB
         slab = slice(start, start + thick)
         canvas = Canvas((*axes[:2], axes[2][..., slab]), spacing_mm)
-        canvas.paint(np.broadcast_arrays(*canvas.axes), lambda p: np.abs(p[1] - couch_y - (p[0] / 45) ** 2) - 6, -150)
+        canvas.paint(
+            np.broadcast_arrays(*canvas.axes), lambda p: np.abs(p[1] - couch_y - (p[0] / 45) ** 2) - 6, -150
+        )
         _paint_trunk(canvas, latents, tissue)
         for structure in STRUCTURES:
             if structure.name == missing:
                 continue
             own = latents[structure.name]
             p = canvas.frame(own)[0 if structure.rigid else 1]
-            canvas.paint(p, partial(structure.distance, latents=own, size=size), tissue(structure.tissue, own), structure.label)
+            canvas.paint(
+                p,
+                partial(structure.distance, latents=own, size=size),
+                tissue(structure.tissue, own),
+                structure.label,
+            )
         if not clean:
             canvas.image += noise_hu * noise.standard_normal(canvas.image.shape, np.float32)
         image[..., slab] = np.round(np.clip(canvas.image, -1024, 3071))
@@ -410,24 +539,38 @@ def make_case(seed: int, case: int, size: str = "demo", context: float = 1.0, cl
 
 
 def case_ids(n: int) -> list[int]:
-    """The first `n` BTCV ids, three of the official training set to two of the test set; past all 30, from 41 on."""
+    """The first `n` BTCV ids, three of the official training set to two of the test set; past all 30, from 41
+    on.
+    """
     train, test = iter(TRAIN_IDS), iter(TEST_IDS)
     official = [next(train if turn in (0, 1, 3) else test) for _ in range(6) for turn in range(5)]
     return (official + list(range(41, 41 + max(n - 30, 0))))[:n]
 
 
-def write(out: Path, n: int, seed: int, size: str = "demo", context: float = 1.0, clean: bool = False) -> list[Path]:
-    """Write `n` cases as BTCV does, img/imgNNNN.nii.gz (int16 HU) and label/labelNNNN.nii.gz under out/RawData/Training.
+def write(
+    out: Path, n: int, seed: int, size: str = "demo", context: float = 1.0, clean: bool = False
+) -> list[Path]:
+    """Write `n` cases as BTCV does, img/imgNNNN.nii.gz (int16 HU) and label/labelNNNN.nii.gz under
+    out/RawData/Training.
 
-    Storage orientation, origin and, in one case of three, a tilt of 2 to 5 degrees differ by case. Returns the image paths.
+    Storage orientation, origin and, in one case of three, a tilt of 2 to 5 degrees differ by case. Returns
+    the image paths.
     """
     folder = Path(out) / "RawData" / "Training"
     paths = []
     for case in case_ids(n):
         phantom = make_case(seed, case, size, context, clean)
         rng = case_rng(seed, case, 3)
-        tilt = rotation((np.deg2rad(rng.uniform(2, 5)) * rng.choice((-1, 1)), 0, 0)) if rng.random() < 1 / 3 else None
-        store = {"axcodes": str(rng.choice(AXCODES)), "origin_mm": tuple(np.round(rng.uniform(-300, 0, 3), 1)), "tilt": tilt}
+        tilt = (
+            rotation((np.deg2rad(rng.uniform(2, 5)) * rng.choice((-1, 1)), 0, 0))
+            if rng.random() < 1 / 3
+            else None
+        )
+        store = {
+            "axcodes": str(rng.choice(AXCODES)),
+            "origin_mm": tuple(np.round(rng.uniform(-300, 0, 3), 1)),
+            "tilt": tilt,
+        }
         paths.append(folder / "img" / f"img{case:04d}.nii.gz")
         save_nifti(paths[-1], phantom.image_hu, phantom.spacing_mm, **store)
         save_nifti(folder / "label" / f"label{case:04d}.nii.gz", phantom.label, phantom.spacing_mm, **store)

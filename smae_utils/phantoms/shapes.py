@@ -1,7 +1,7 @@
 """Geometry, texture and file writing shared by the phantoms.
 
-Coordinates are millimetres in patient space, RAS+ as nibabel means it: the first index grows towards the patient's Right,
-the second towards Anterior, the third towards Superior.
+Coordinates are millimetres in patient space, RAS+ as nibabel means it: the first index grows towards the
+patient's Right, the second towards Anterior, the third towards Superior.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from nibabel import orientations
 
 
 def case_rng(seed: int, case: int, stream: int = 0) -> np.random.Generator:
-    """A generator that depends on the seed, the case and a stream number, not on how many cases were drawn before."""
+    """A generator that depends on the seed, the case and a stream number, not on how many cases were drawn
+    before.
+    """
     return np.random.default_rng([seed, case, stream])
 
 
 def grid_mm(shape: tuple[int, ...], spacing_mm: tuple[float, ...]) -> tuple[np.ndarray, ...]:
-    """Open coordinate axes in mm, centred on the field of view: arrays that broadcast to `shape` (float32)."""
+    """Open coordinate axes in mm, centred on the field of view: arrays that broadcast to `shape`
+    (float32)."""
     axes = [(np.arange(n, dtype=np.float32) - (n - 1) / 2) * s for n, s in zip(shape, spacing_mm)]
     return tuple(np.meshgrid(*axes, indexing="ij", sparse=True))
 
@@ -37,14 +40,18 @@ def rotation(angles: tuple[float, float, float]) -> np.ndarray:
 
 
 def to_body(axes, shift_mm, angles, scale):
-    """Coordinates in the patient's own frame: undo the shift, the rotation and the size of this patient (float32)."""
+    """Coordinates in the patient's own frame: undo the shift, the rotation and the size of this patient
+    (float32).
+    """
     moved = [a - s for a, s in zip(axes, shift_mm)]
     inverse = rotation(angles).T / scale
     return tuple(sum(np.float32(inverse[i, j]) * moved[j] for j in range(3)) for i in range(3))
 
 
 def ellipsoid(p, centre, radii, turn: np.ndarray | None = None, power: float = 2.0):
-    """Signed distance in mm, about: negative inside. `turn` (3, 3) rotates the axes, `power` > 2 squares the shape off."""
+    """Signed distance in mm, about: negative inside. `turn` (3, 3) rotates the axes, `power` > 2 squares the
+    shape off.
+    """
     q = [a - c for a, c in zip(p, centre)]
     if turn is not None:
         q = [sum(np.float32(turn[i, j]) * q[j] for j in range(len(q))) for i in range(len(q))]
@@ -71,10 +78,20 @@ def coverage(distance, width_mm: float):
     return 1 / (1 + np.exp(np.clip(distance * (4 / width_mm), -30, 30)))
 
 
-def save_nifti(path: Path, array, spacing_mm, axcodes="RAS", origin_mm=(0, 0, 0), tilt: np.ndarray | None = None, units="mm") -> None:
-    """Write a RAS+ `array` (X, Y, Z[, C]) stored in the orientation `axcodes`, with spacing, origin and an oblique tilt.
+def save_nifti(
+    path: Path,
+    array,
+    spacing_mm,
+    axcodes="RAS",
+    origin_mm=(0, 0, 0),
+    tilt: np.ndarray | None = None,
+    units="mm",
+) -> None:
+    """Write a RAS+ `array` (X, Y, Z[, C]) stored in the orientation `axcodes`, with spacing, origin and an
+    oblique tilt.
 
-    The voxel (0, 0, 0) of the RAS array lies at `origin_mm`; `tilt` (3, 3) turns the scanner's axes against the patient's.
+    The voxel (0, 0, 0) of the RAS array lies at `origin_mm`; `tilt` (3, 3) turns the scanner's axes against
+    the patient's.
     """
     affine = np.eye(4)
     affine[:3, :3] = (np.eye(3) if tilt is None else tilt) @ np.diag(spacing_mm)

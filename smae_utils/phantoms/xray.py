@@ -1,8 +1,10 @@
-"""Frontal (PA) chest radiographs in the layout of NIH ChestX-ray14: the patient's right is on the image's left.
+"""Frontal (PA) chest radiographs in the layout of NIH ChestX-ray14: the patient's right is on the image's
+left.
 
-Coordinates are patient units: x grows to the image's right (the patient's left), y downwards; the field of view spans -1..1 at scale 1,
-the midline is x = 0. A picture is a sum of soft attenuation maps, unit: one chest thickness of soft tissue, put through a film curve.
-Side 0 is the patient's right (sign -1), side 1 the patient's left (sign +1).
+Coordinates are patient units: x grows to the image's right (the patient's left), y downwards; the field of
+view spans -1..1 at scale 1, the midline is x = 0. A picture is a sum of soft attenuation maps, unit: one
+chest thickness of soft tissue, put through a film curve. Side 0 is the patient's right (sign -1), side 1 the
+patient's left (sign +1).
 """
 
 from __future__ import annotations
@@ -39,8 +41,9 @@ HEADER = (
 UPPER, MIDDLE, LOWER = 0, 1, 2
 AIR = 0.68  # what a full-depth lung takes away from the attenuation of the chest
 
-# Finding: log odds in a sick patient, weight of (heart failure, infection, chronic lung disease), zones that it may take.
-# The weights make the realistic pairs (edema with a large heart, fibrosis with thickened pleura) without copying a label.
+# Finding: log odds in a sick patient, weight of (heart failure, infection, chronic lung disease), zones that
+# it may take. The weights make the realistic pairs (edema with a large heart, fibrosis with thickened pleura)
+# without copying a label.
 PROFILE = {
     "Atelectasis": (-1.35, (0.2, 0.3, 0.2), (UPPER, LOWER)),
     "Cardiomegaly": (-1.45, (1.1, 0.0, -0.2), ()),
@@ -83,7 +86,9 @@ class Latents:
 
 @dataclass
 class Side:
-    """One half of the thorax, in patient units; `wall`, `ribs` and `vessels` are the latents that those structures follow."""
+    """One half of the thorax, in patient units; `wall`, `ribs` and `vessels` are the latents that those
+    structures follow.
+    """
 
     sign: int
     wall: Latents
@@ -140,7 +145,9 @@ class Canvas:
 def build_chest(seed: int, patient: int, visit_rng: np.random.Generator, context: float) -> Chest:
     """The patient's anatomy; a structure drawn outside `context` follows the latents of somebody else."""
     own = Latents.draw(case_rng(seed, patient, 0))
-    own.inspiration = float(np.clip(own.inspiration + visit_rng.uniform(-0.3, 0.3), -1, 1))  # no two breaths are alike
+    own.inspiration = float(
+        np.clip(own.inspiration + visit_rng.uniform(-0.3, 0.3), -1, 1)
+    )  # no two breaths are alike
 
     def follow(structure: int) -> Latents:
         rng = case_rng(seed, patient, 1 + structure)
@@ -150,12 +157,27 @@ def build_chest(seed: int, patient: int, visit_rng: np.random.Generator, context
         wall, ribs, vessels = (follow(first + k) for k in range(3))
         width = (0.70 + 0.06 * wall.width) * (1 + 0.05 * sign * wall.yaw)
         top = -0.76 - 0.05 * wall.height
-        dome = 0.36 + 0.03 * sign + 0.08 * wall.inspiration + 0.04 * wall.height  # the liver holds the right dome up
+        dome = (
+            0.36 + 0.03 * sign + 0.08 * wall.inspiration + 0.04 * wall.height
+        )  # the liver holds the right dome up
         air = (1 + 0.07 * sign * wall.yaw) * (1 + 0.06 * wall.inspiration)
-        return Side(sign, wall, ribs, vessels, width, top, dome, 0.62 + 0.1 * wall.tilt, air, 1 + 0.35 * vessels.vascularity)
+        return Side(
+            sign,
+            wall,
+            ribs,
+            vessels,
+            width,
+            top,
+            dome,
+            0.62 + 0.1 * wall.tilt,
+            air,
+            1 + 0.35 * vessels.vascularity,
+        )
 
     middle = follow(6)
-    return Chest((side(-1, 0), side(1, 3)), middle, follow(7), 0.07 * middle.yaw, 0.43 + 0.03 * follow(8).heart)
+    return Chest(
+        (side(-1, 0), side(1, 3)), middle, follow(7), 0.07 * middle.yaw, 0.43 + 0.03 * follow(8).heart
+    )
 
 
 def diaphragm(side: Side, x: np.ndarray) -> np.ndarray:
@@ -164,7 +186,9 @@ def diaphragm(side: Side, x: np.ndarray) -> np.ndarray:
 
 
 def rib_map(canvas: Canvas, side: Side, wall: np.ndarray) -> np.ndarray:
-    """Posterior ribs and the steeper, fainter anterior ribs; their period is tied to the height of the thorax."""
+    """Posterior ribs and the steeper, fainter anterior ribs; their period is tied to the height of the
+    thorax.
+    """
     x, y = canvas.p
     period = (0.62 - side.top) / 9.5
     u = np.clip(x * side.sign / side.width, 0, 1.1)
@@ -175,7 +199,9 @@ def rib_map(canvas: Canvas, side: Side, wall: np.ndarray) -> np.ndarray:
     def bands(course: np.ndarray, half_width: float) -> np.ndarray:
         phase = (y - side.top - course) / period + 0.5 * side.ribs.rib_phase
         off = np.abs(phase - np.floor(phase) - 0.5) * period - half_width * period
-        return canvas.soft(off, 0.02) * (1 + 0.35 * np.exp(-((off / 0.012) ** 2)))  # the cortex is denser than the marrow
+        return canvas.soft(off, 0.02) * (
+            1 + 0.35 * np.exp(-((off / 0.012) ** 2))
+        )  # the cortex is denser than the marrow
 
     inside = canvas.soft(wall - 0.02, 0.04) * canvas.soft(-x * side.sign, 0.03)
     inside = inside * (1 - 0.7 * canvas.soft(diaphragm(side, x) - y, 0.1))  # the abdomen drowns them
@@ -197,7 +223,9 @@ def vessel_map(canvas: Canvas, side: Side) -> np.ndarray:
 
         fork = hub + step(angle, 0.5)
         ends = [fork + step(angle + bend, 0.55) for bend in (0.30 + 0.2 * side.vessels.branching, -0.40)]
-        best = np.minimum(best, tube(canvas.p, [hub, fork, ends[0]], [1.3 * radius, 0.85 * radius, 0.35 * radius]))
+        best = np.minimum(
+            best, tube(canvas.p, [hub, fork, ends[0]], [1.3 * radius, 0.85 * radius, 0.35 * radius])
+        )
         best = np.minimum(best, tube(canvas.p, [fork, ends[1]], [0.7 * radius, 0.3 * radius]))
     blob = np.exp(-((canvas.p[0] - hub[0]) ** 2 + ((canvas.p[1] - hub[1]) / 1.6) ** 2) / 0.055**2)
     return np.float32(0.5 + 0.5 * side.vessel_gain) * (0.7 * canvas.soft(best, 0.015) + 0.5 * blob)
@@ -209,12 +237,21 @@ def open_canvas(chest: Chest, p: tuple[np.ndarray, np.ndarray], pixel: float) ->
     canvas = Canvas(p, 1.6 * pixel, [], [], [], [], np.zeros_like(x))
     for side in chest.sides:
         base = 0.30
-        wall = ellipsoid(p, (side.sign * 0.45 * side.width, base), (0.55 * side.width, base - side.top), power=2.4)
-        # Below its widest level the cage runs straight down: an ellipse alone would pinch the costophrenic angle off.
+        wall = ellipsoid(
+            p, (side.sign * 0.45 * side.width, base), (0.55 * side.width, base - side.top), power=2.4
+        )
+        # Below its widest level the cage runs straight down: an ellipse alone would pinch the costophrenic
+        # angle off.
         straight = np.abs(x - side.sign * 0.45 * side.width) - 0.55 * side.width
         wall = np.where(y > base, straight, wall).astype(np.float32)
-        lung = canvas.soft(wall, 0.025) * canvas.soft(y - diaphragm(side, x), 0.025) * canvas.soft(-side.sign * (x - chest.shift), 0.03)
-        depth = 0.72 + 0.28 * np.clip(-wall / (0.3 * side.width), 0, 1)  # the beam meets less lung near the chest wall
+        lung = (
+            canvas.soft(wall, 0.025)
+            * canvas.soft(y - diaphragm(side, x), 0.025)
+            * canvas.soft(-side.sign * (x - chest.shift), 0.03)
+        )
+        depth = 0.72 + 0.28 * np.clip(
+            -wall / (0.3 * side.width), 0, 1
+        )  # the beam meets less lung near the chest wall
         canvas.wall.append(wall)
         canvas.lung.append(lung)
         canvas.air.append(lung * depth * np.float32(side.air))
@@ -223,13 +260,19 @@ def open_canvas(chest: Chest, p: tuple[np.ndarray, np.ndarray], pixel: float) ->
 
 
 def heart_map(chest: Chest, canvas: Canvas) -> np.ndarray:
-    """Heart (0..1): a third of it right of the midline, two thirds left, its apex down and to the patient's left."""
+    """Heart (0..1): a third of it right of the midline, two thirds left, its apex down and to the patient's
+    left.
+    """
     width = chest.ratio * sum(side.width for side in chest.sides)
     lean, tall = 0.60, 0.18 + 0.16 * chest.ratio
-    across = np.sqrt(max((width / 2) ** 2 - (tall * np.sin(lean)) ** 2, 0.01)) / np.cos(lean)  # keeps the width while it leans
+    across = np.sqrt(max((width / 2) ** 2 - (tall * np.sin(lean)) ** 2, 0.01)) / np.cos(
+        lean
+    )  # keeps the width while it leans
     turn = np.array([[np.cos(lean), np.sin(lean)], [-np.sin(lean), np.cos(lean)]])
     bottom = (chest.sides[0].dome + chest.sides[1].dome) / 2
-    return canvas.soft(ellipsoid(canvas.p, (chest.shift + 0.17 * width, bottom - 0.11), (across, tall), turn, 2.2), 0.035)
+    return canvas.soft(
+        ellipsoid(canvas.p, (chest.shift + 0.17 * width, bottom - 0.11), (across, tall), turn, 2.2), 0.035
+    )
 
 
 def mediastinum_map(chest: Chest, canvas: Canvas) -> np.ndarray:
@@ -248,17 +291,25 @@ def body_map(chest: Chest, canvas: Canvas) -> np.ndarray:
     body = chest.body
     half = max(side.width for side in chest.sides) + 0.12 + 0.06 * body.fat
     top = min(side.top for side in chest.sides)
-    shoulder = top - 0.20 + 0.24 * np.clip(np.abs(x) / half - 0.1, 0, 2) ** 0.7  # the trapezius covers the apices
+    shoulder = (
+        top - 0.20 + 0.24 * np.clip(np.abs(x) / half - 0.1, 0, 2) ** 0.7
+    )  # the trapezius covers the apices
     torso = np.maximum(np.abs(x) - half - 0.25 * np.clip(-y - 0.2, 0, 0.6), shoulder - y)
     neck = np.maximum(np.abs(x) - 0.24 - 0.05 * body.fat, y)
     thick = np.sqrt(np.clip(1.12 - (x / (half + 0.15)) ** 2, 0.2, 1)) * (1.0 + 0.09 * body.fat)
     thick = thick * (0.68 + 0.32 * np.clip((y - shoulder) / 0.45, 0, 1))
     total = np.maximum(canvas.soft(torso, 0.08), 0.9 * canvas.soft(neck, 0.06)) * thick
     for side in chest.sides:
-        arm = tube(canvas.p, [(side.sign * (half + 0.02), top + 0.24), (side.sign * (half + 0.55), 0.75)], [0.2, 0.17 + 0.03 * body.fat])
+        arm = tube(
+            canvas.p,
+            [(side.sign * (half + 0.02), top + 0.24), (side.sign * (half + 0.55), 0.75)],
+            [0.2, 0.17 + 0.03 * body.fat],
+        )
         total = np.maximum(total, 0.55 * canvas.soft(arm, 0.14))
         breast = ellipsoid(canvas.p, (side.sign * 0.58 * side.width, side.dome - 0.22), (0.30, 0.27))
-        total = total + 0.16 * max(body.breast, 0) * canvas.soft(breast, 0.05) * np.clip(0.8 + 1.5 * (y - side.dome + 0.25), 0, 1)
+        total = total + 0.16 * max(body.breast, 0) * canvas.soft(breast, 0.05) * np.clip(
+            0.8 + 1.5 * (y - side.dome + 0.25), 0, 1
+        )
     return total
 
 
@@ -271,7 +322,12 @@ def bone_map(chest: Chest, canvas: Canvas) -> np.ndarray:
     for k, side in enumerate(chest.sides):
         s, w, top, tilt = side.sign, side.width, side.top, 0.05 * side.ribs.tilt
         inner = s * 0.07 + chest.shift  # a turned patient carries the inner ends along with the mediastinum
-        clavicle = [(inner, top + 0.22 + tilt), (s * 0.45 * w, top + 0.15 + tilt), (s * 0.75 * w, top + 0.06), (s * 1.15 * w, top + 0.07)]
+        clavicle = [
+            (inner, top + 0.22 + tilt),
+            (s * 0.45 * w, top + 0.15 + tilt),
+            (s * 0.75 * w, top + 0.06),
+            (s * 1.15 * w, top + 0.07),
+        ]
         blade = [(s * 0.98 * w, top + 0.12), (s * 0.86 * w, top + 0.45), (s * 0.98 * w, top + 0.85)]
         humerus = [(s * (w + 0.17), top + 0.22), (s * (w + 0.29), top + 0.45), (s * (w + 0.67), 0.75)]
         total = total + 0.13 * canvas.soft(tube(canvas.p, clavicle, [0.045, 0.03, 0.03, 0.035]), 0.025)
@@ -281,11 +337,16 @@ def bone_map(chest: Chest, canvas: Canvas) -> np.ndarray:
     return total
 
 
-def ripple(p: tuple[np.ndarray, np.ndarray], rng: np.random.Generator, wavelength: float, waves: int = 10) -> np.ndarray:
+def ripple(
+    p: tuple[np.ndarray, np.ndarray], rng: np.random.Generator, wavelength: float, waves: int = 10
+) -> np.ndarray:
     """Smooth random texture (H, W), about -1..1, the same at every pixel size."""
     angles, phases = rng.uniform(0, np.pi, waves), rng.uniform(0, 2 * np.pi, waves)
     lengths = wavelength * rng.uniform(0.8, 1.4, waves)
-    total = sum(np.cos((p[0] * np.cos(a) + p[1] * np.sin(a)) * np.float32(2 * np.pi / n) + f) for a, f, n in zip(angles, phases, lengths))
+    total = sum(
+        np.cos((p[0] * np.cos(a) + p[1] * np.sin(a)) * np.float32(2 * np.pi / n) + f)
+        for a, f, n in zip(angles, phases, lengths)
+    )
     return total * np.float32(np.sqrt(2 / waves) / 1.5)
 
 
@@ -310,7 +371,9 @@ def reshape_edema(chest: Chest, k: int, zone: int, rng: np.random.Generator) -> 
 
 
 def reshape_emphysema(chest: Chest, k: int, zone: int, rng: np.random.Generator) -> None:
-    """Hyperinflation: low flat domes, dark lungs with few vessels, a narrow heart unless it is enlarged as well."""
+    """Hyperinflation: low flat domes, dark lungs with few vessels, a narrow heart unless it is enlarged as
+    well.
+    """
     chest.ratio -= 0.08 if chest.ratio < 0.5 else 0.0
     for side in chest.sides:
         side.dome += 0.13
@@ -348,14 +411,18 @@ def paint_infiltration(canvas: Canvas, chest: Chest, k: int, zone: int, rng: np.
     canvas.fill(k, canvas.soft(cloud, 0.22) * np.clip(patch, 0, 1), rng.uniform(0.45, 0.6))
 
 
-def paint_ball(canvas: Canvas, chest: Chest, k: int, zone: int, rng: np.random.Generator, low: float, high: float) -> None:
+def paint_ball(
+    canvas: Canvas, chest: Chest, k: int, zone: int, rng: np.random.Generator, low: float, high: float
+) -> None:
     """A round solid lesion, its radius between `low` and `high` of the width of this side."""
     side = chest.sides[k]
     radius = rng.uniform(low, high) * side.width
     centre = np.array(side.place(zone, rng.uniform(0.56, 0.68))) + (0, rng.uniform(-0.06, 0.06))
     turn = rng.uniform(0, np.pi)
     lobed = radius * 0.05 * np.cos(3 * np.arctan2(canvas.p[1] - centre[1], canvas.p[0] - centre[0]) + turn)
-    canvas.fill(k, canvas.soft(ellipsoid(canvas.p, centre, (radius, radius)) + lobed, 0.04), rng.uniform(0.42, 0.62))
+    canvas.fill(
+        k, canvas.soft(ellipsoid(canvas.p, centre, (radius, radius)) + lobed, 0.04), rng.uniform(0.42, 0.62)
+    )
 
 
 def paint_mass(canvas: Canvas, chest: Chest, k: int, zone: int, rng: np.random.Generator) -> None:
@@ -371,12 +438,19 @@ def paint_nodule(canvas: Canvas, chest: Chest, k: int, zone: int, rng: np.random
 def paint_pneumonia(canvas: Canvas, chest: Chest, k: int, zone: int, rng: np.random.Generator) -> None:
     """A hazy lower lobe in which the air-filled bronchi stay dark."""
     side = chest.sides[k]
-    haze = canvas.soft(ellipsoid(canvas.p, side.place(LOWER, 0.6), (0.36, 0.30)) + 0.05 * ripple(canvas.p, rng, 0.3), 0.16)
+    haze = canvas.soft(
+        ellipsoid(canvas.p, side.place(LOWER, 0.6), (0.36, 0.30)) + 0.05 * ripple(canvas.p, rng, 0.3), 0.16
+    )
     hub = np.array(side.hilum)
     aims = rng.uniform(-0.12, 0.12) + np.array([0.4, 0.85, 1.3])
     course = ((0.1, 0.3), (0.3, 0.15), (0.52, -0.1))  # distance from the hilum, turn off the aim
-    paths = [[hub + reach * np.array([side.sign * np.cos(a + turn), np.sin(a + turn)]) for reach, turn in course] for a in aims]
-    bronchi = canvas.soft(np.minimum.reduce([tube(canvas.p, path, [0.028, 0.022, 0.012]) for path in paths]), 0.03)
+    paths = [
+        [hub + reach * np.array([side.sign * np.cos(a + turn), np.sin(a + turn)]) for reach, turn in course]
+        for a in aims
+    ]
+    bronchi = canvas.soft(
+        np.minimum.reduce([tube(canvas.p, path, [0.028, 0.022, 0.012]) for path in paths]), 0.03
+    )
     canvas.fill(k, haze * (1 - 0.7 * bronchi), rng.uniform(0.55, 0.7))
     canvas.vessels[k] = canvas.vessels[k] * (1 - 0.8 * haze)
 
@@ -397,7 +471,11 @@ def paint_consolidation(canvas: Canvas, chest: Chest, k: int, zone: int, rng: np
     """A dense lobe that ends sharply at its fissure."""
     side = chest.sides[k]
     level = side.place(zone)[1] + (0.14 if zone == UPPER else -0.16) + rng.uniform(-0.04, 0.04)
-    fissure = canvas.p[1] - level - side.sign * rng.uniform(0.05, 0.25) * (canvas.p[0] - side.sign * 0.5 * side.width)
+    fissure = (
+        canvas.p[1]
+        - level
+        - side.sign * rng.uniform(0.05, 0.25) * (canvas.p[0] - side.sign * 0.5 * side.width)
+    )
     lobe = canvas.soft(fissure if zone == UPPER else -fissure, 0.025)
     canvas.fill(k, lobe, rng.uniform(0.6, 0.75))
     canvas.vessels[k] = canvas.vessels[k] * (1 - lobe)
@@ -417,7 +495,10 @@ def paint_fibrosis(canvas: Canvas, chest: Chest, k: int, zone: int, rng: np.rand
     x, y = canvas.p
     bend = 0.03 * ripple(canvas.p, rng, 0.3)
     pitch = rng.uniform(0.105, 0.125)
-    net = sum(np.cos(np.pi * (x * np.cos(a) + y * np.sin(a) + bend) / pitch) ** 8 for a in rng.uniform(0, 0.5) + np.array([0, 1.05, 2.1]))
+    net = sum(
+        np.cos(np.pi * (x * np.cos(a) + y * np.sin(a) + bend) / pitch) ** 8
+        for a in rng.uniform(0, 0.5) + np.array([0, 1.05, 2.1])
+    )
     for k, side in enumerate(chest.sides):
         base = canvas.soft(side.dome - 0.30 - y, 0.25)
         rim = canvas.soft(-canvas.wall[k] - 0.14, 0.12)
@@ -429,7 +510,11 @@ def paint_pleura(canvas: Canvas, chest: Chest, k: int, zone: int, rng: np.random
     side = chest.sides[k]
     start, end = side.top + rng.uniform(0, 0.3), side.dome - rng.uniform(0.05, 0.25)
     x, y = canvas.p
-    extent = canvas.soft(start - y, 0.1) * canvas.soft(y - end, 0.1) * canvas.soft(0.3 * side.width - x * side.sign, 0.1)
+    extent = (
+        canvas.soft(start - y, 0.1)
+        * canvas.soft(y - end, 0.1)
+        * canvas.soft(0.3 * side.width - x * side.sign, 0.1)
+    )
     band = canvas.soft(-canvas.wall[k] - rng.uniform(0.075, 0.10) - 0.015 * ripple(canvas.p, rng, 0.25), 0.03)
     canvas.fill(k, band * extent, rng.uniform(0.75, 0.9))
 
@@ -444,8 +529,14 @@ def paint_hernia(canvas: Canvas, chest: Chest, k: int, zone: int, rng: np.random
     canvas.extra += canvas.soft(ball, 0.03) * (0.08 - 0.46 * gas) + 0.10 * np.exp(-((ball / 0.025) ** 2))
 
 
-RESHAPE = {"Atelectasis": reshape_atelectasis, "Cardiomegaly": reshape_cardiomegaly, "Edema": reshape_edema, "Emphysema": reshape_emphysema}
-# Painted in this order: free air clears the haze under it, while solid lesions, fluid and pleura lie over the air.
+RESHAPE = {
+    "Atelectasis": reshape_atelectasis,
+    "Cardiomegaly": reshape_cardiomegaly,
+    "Edema": reshape_edema,
+    "Emphysema": reshape_emphysema,
+}
+# Painted in this order: free air clears the haze under it, while solid lesions, fluid and pleura lie over the
+# air.
 PAINT = {
     "Atelectasis": paint_atelectasis,
     "Infiltration": paint_infiltration,
@@ -463,7 +554,9 @@ PAINT = {
 
 
 def draw_findings(patient_rng: np.random.Generator, rng: np.random.Generator) -> dict[str, tuple[int, int]]:
-    """The findings of one visit, each with its (side, zone). One that finds all its zones taken is dropped: it would not show."""
+    """The findings of one visit, each with its (side, zone). One that finds all its zones taken is dropped:
+    it would not show.
+    """
     disease = patient_rng.standard_normal(3)
     sick, draws = rng.random() < 0.7, rng.random(len(FINDINGS))
     free = [divmod(int(spot), 3) for spot in rng.permutation(6)]
@@ -481,12 +574,20 @@ def draw_findings(patient_rng: np.random.Generator, rng: np.random.Generator) ->
 
 
 def pose_grid(pixels: int, rng: np.random.Generator) -> tuple[tuple[np.ndarray, np.ndarray], float]:
-    """Patient coordinates of the pixels, two (H, W) float32 arrays, and the size of a pixel in patient units."""
-    scale, turn = rng.uniform(0.75, 1.1) * 1.1, rng.uniform(-0.15, 0.15)  # at 0.75..1.1 of its size the thorax fills the film
-    # Up to 12 % of a field that is 2 wide; less for a large thorax, whose costophrenic angles must stay on the film.
+    """Patient coordinates of the pixels, two (H, W) float32 arrays, and the size of a pixel in patient
+    units."""
+    scale, turn = (
+        rng.uniform(0.75, 1.1) * 1.1,
+        rng.uniform(-0.15, 0.15),
+    )  # at 0.75..1.1 of its size the thorax fills the film
+    # Up to 12 % of a field that is 2 wide; less for a large thorax, whose costophrenic angles must stay on
+    # the film.
     shift = rng.uniform(-1, 1, 2) * np.clip(1.05 - 0.80 * scale, 0.08, 0.24) + (0, 0.06)
     axis = (np.arange(pixels, dtype=np.float32) + 0.5) * np.float32(2 / pixels) - 1
-    x, y = (axis[None] - np.float32(shift[0])) / np.float32(scale), (axis[:, None] - np.float32(shift[1])) / np.float32(scale)
+    x, y = (
+        (axis[None] - np.float32(shift[0])) / np.float32(scale),
+        (axis[:, None] - np.float32(shift[1])) / np.float32(scale),
+    )
     cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
     return (cos * x + sin * y, cos * y - sin * x), 2 / pixels / scale
 
@@ -503,8 +604,12 @@ def attenuation(chest: Chest, canvas: Canvas) -> np.ndarray:
     top = chest.sides[0].top
     trachea = [(0.3 * chest.shift, top - 0.25), (chest.shift, top + 0.48)]
     bronchi = [trachea[1], (chest.shift + 0.13, top + 0.62)], [trachea[1], (chest.shift - 0.12, top + 0.60)]
-    airway = np.minimum.reduce([tube(canvas.p, trachea, 0.04), *(tube(canvas.p, b, [0.035, 0.025]) for b in bronchi)])
-    bubble = ellipsoid(canvas.p, (0.5 * left.width, left.dome + 0.17), (0.17, 0.085 + 0.02 * chest.body.fat), power=2.5)
+    airway = np.minimum.reduce(
+        [tube(canvas.p, trachea, 0.04), *(tube(canvas.p, b, [0.035, 0.025]) for b in bronchi)]
+    )
+    bubble = ellipsoid(
+        canvas.p, (0.5 * left.width, left.dome + 0.17), (0.17, 0.085 + 0.02 * chest.body.fat), power=2.5
+    )
     return total - 0.13 * canvas.soft(airway, 0.03) - 0.30 * canvas.soft(bubble, 0.04) * (y > left.dome)
 
 
@@ -539,8 +644,11 @@ def make_case(
     return np.clip(np.rint(grey), 0, 255).astype(np.uint8), tuple(found)
 
 
-def write(out: Path, n: int, seed: int, size: str = "demo", context: float = 1.0, clean: bool = False) -> list[Path]:
-    """Write `n` radiographs, the table and the two lists as NIH ships them; returns the paths of the images."""
+def write(
+    out: Path, n: int, seed: int, size: str = "demo", context: float = 1.0, clean: bool = False
+) -> list[Path]:
+    """Write `n` radiographs, the table and the two lists as NIH ships them; returns the paths of the
+    images."""
     out = Path(out)
     paths, rows, lists = [], [HEADER], {"train_val_list.txt": [], "test_list.txt": []}
     folders, patient = min(n, 4), 0
@@ -552,12 +660,20 @@ def write(out: Path, n: int, seed: int, size: str = "demo", context: float = 1.0
         subset = lists["test_list.txt" if patient % 10 in (3, 6, 9) else "train_val_list.txt"]
         for visit in range(min(visits, n - len(paths))):
             image, found = make_case(seed, patient, visit, size, context, clean)
-            path = out / f"images_{1 + len(paths) * folders // n:03d}" / "images" / f"{patient:08d}_{visit:03d}.png"
+            path = (
+                out
+                / f"images_{1 + len(paths) * folders // n:03d}"
+                / "images"
+                / f"{patient:08d}_{visit:03d}.png"
+            )
             path.parent.mkdir(parents=True, exist_ok=True)
             picture = Image.fromarray(image)
-            # The real set holds some RGBA files: about one image in 40 here, one patient in 20 with two images each.
+            # The real set holds some RGBA files: about one image in 40 here, one patient in 20 with two
+            # images each.
             (picture.convert("RGBA") if visit == 0 and patient % 20 == 7 else picture).save(path)
-            rows.append(f"{path.name},{'|'.join(found) or 'No Finding'},{visit},{patient},{age},{sex},PA,2048,2048,0.168,0.168,")
+            rows.append(
+                f"{path.name},{'|'.join(found) or 'No Finding'},{visit},{patient},{age},{sex},PA,2048,2048,0.168,0.168,"
+            )
             subset.append(path.name)
             paths.append(path)
     (out / "Data_Entry_2017.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")

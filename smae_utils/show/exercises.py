@@ -1,6 +1,8 @@
-"""The checks of the notebooks' exercises: each asks the reader's function about small made-up data and compares with another way to the answer.
+"""The checks of the notebooks' exercises: each asks the reader's function about small made-up data and
+compares with another way to the answer.
 
-A check prints "solved", or "not solved yet: ..." with what was asked for. It never raises for what the reader wrote.
+A check prints "solved", or "not solved yet: ..." with what was asked for. It never raises for what the reader
+wrote.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from sklearn.metrics import f1_score, mean_squared_error, roc_auc_score
 
 from smae_utils.data.tasks.list_files import read_list
 
-Same = Callable[[Any, Any], bool]  # (what the reader's function returned, what is right) -> whether they agree
+Same = Callable[
+    [Any, Any], bool
+]  # (what the reader's function returned, what is right) -> whether they agree
 
 
 def _close(got: Any, right: Any) -> bool:
@@ -32,7 +36,8 @@ def _judge(answer: Any, questions: Iterable[tuple[tuple, Any]], hint: str, same:
     """Print and return whether `answer` is a function that is right for all questions.
 
     Args:
-        questions: (arguments, right result), with more than one result among them, so that no constant passes.
+        questions: (arguments, right result), with more than one result among them, so that no constant
+            passes.
         hint: one sentence that says what is asked for.
     """
     if not callable(answer):
@@ -62,18 +67,26 @@ def check_count_patients(answer: Any) -> bool:
     questions = []
     for patients in (1, 4, 7):
         owners = [*range(patients), *rng.integers(0, patients, 2 * patients)]  # each at least once
-        questions.append((([{"case": f"scan{i}", "patient": f"p{owner}"} for i, owner in enumerate(owners)],), patients))
-    return _judge(answer, questions, "a whole number is asked for; a patient who has several images counts once.")
+        questions.append(
+            (([{"case": f"scan{i}", "patient": f"p{owner}"} for i, owner in enumerate(owners)],), patients)
+        )
+    return _judge(
+        answer, questions, "a whole number is asked for; a patient who has several images counts once."
+    )
 
 
 def check_window(answer: Any) -> bool:
-    """`answer(hu, low, high)` -> the values with `low` .. `high` brought to 0 .. 1, what lies outside cut off."""
+    """`answer(hu, low, high)` -> the values with `low` .. `high` brought to 0 .. 1, what lies outside cut
+    off.
+    """
     rng = np.random.default_rng(0)
     questions = []
     for low, high in ((-175.0, 250.0), (-1000.0, 400.0), (0.0, 80.0)):
         hu = rng.uniform(-1200, 1500, (3, 4))
         questions.append(((hu, low, high), np.interp(hu, [low, high], [0, 1])))
-    return _judge(answer, questions, "an array of the shape of `hu` is asked for, with no value below 0 or above 1.")
+    return _judge(
+        answer, questions, "an array of the shape of `hu` is asked for, with no value below 0 or above 1."
+    )
 
 
 def check_visible_patches(answer: Any) -> bool:
@@ -84,12 +97,18 @@ def check_visible_patches(answer: Any) -> bool:
         noise = rng.random(length)
         below = [i for i in range(length) if (noise < noise[i]).sum() < round(length * (1 - ratio))]
         questions.append(((torch.from_numpy(noise), ratio), below))
-    hint = "the indices of the patches with the smallest noise are asked for, int(L * (1 - mask_ratio)) of them."
-    return _judge(answer, questions, hint, lambda got, right: sorted(np.asarray(got).reshape(-1).tolist()) == right)
+    hint = (
+        "the indices of the patches with the smallest noise are asked for, int(L * (1 - mask_ratio)) of them."
+    )
+    return _judge(
+        answer, questions, hint, lambda got, right: sorted(np.asarray(got).reshape(-1).tolist()) == right
+    )
 
 
 def check_hidden_loss(answer: Any) -> bool:
-    """`answer(predicted, target, mask)` of (B, L, N), (B, L, N), (B, L) -> mean squared error of the patches with mask 1."""
+    """`answer(predicted, target, mask)` of (B, L, N), (B, L, N), (B, L) -> mean squared error of the patches
+    with mask 1.
+    """
     questions = []
     for seed in range(3):
         rng = np.random.default_rng(seed)
@@ -97,7 +116,9 @@ def check_hidden_loss(answer: Any) -> bool:
         mask = np.array([rng.permutation([1, 1, 1, 1, 0, 0]) for _ in range(2)], np.float32)
         right = mean_squared_error(target[mask == 1], predicted[mask == 1])
         questions.append((tuple(map(torch.from_numpy, (predicted, target, mask))), right))
-    return _judge(answer, questions, "one number is asked for, the mean over all pixels of the patches whose mask is 1.")
+    return _judge(
+        answer, questions, "one number is asked for, the mean over all pixels of the patches whose mask is 1."
+    )
 
 
 def check_put_together(answer: Any) -> bool:
@@ -105,13 +126,21 @@ def check_put_together(answer: Any) -> bool:
     questions = []
     for seed, (p, rows, columns) in enumerate(((2, 3, 4), (3, 2, 2), (4, 1, 3))):
         image = np.random.default_rng(seed).normal(size=(rows * p, columns * p)).astype(np.float32)
-        cut = [image[i * p : i * p + p, j * p : j * p + p].ravel() for i in range(rows) for j in range(columns)]
+        cut = [
+            image[i * p : i * p + p, j * p : j * p + p].ravel() for i in range(rows) for j in range(columns)
+        ]
         questions.append(((torch.from_numpy(np.stack(cut)), p, rows, columns), image))
-    return _judge(answer, questions, "an image of shape (rows * p, columns * p) is asked for, in which each patch is back in its place.")
+    return _judge(
+        answer,
+        questions,
+        "an image of shape (rows * p, columns * p) is asked for, in which each patch is back in its place.",
+    )
 
 
 def check_rate(answer: Any) -> bool:
-    """`answer(step, steps, warmup, peak)` -> learning rate of a step, counted from 1: a line up to `peak`, then half a cosine."""
+    """`answer(step, steps, warmup, peak)` -> learning rate of a step, counted from 1: a line up to `peak`,
+    then half a cosine.
+    """
     questions = []
     for steps, warmup, peak in ((20, 5, 1.0), (50, 10, 4.0)):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
@@ -122,7 +151,11 @@ def check_rate(answer: Any) -> bool:
             optimizer.step()
             schedule.step()
         questions += [((step, steps, warmup, peak), rate) for step, rate in enumerate(rates, start=1)]
-    return _judge(answer, questions, "one number is asked for, which is `peak` at step `warmup` and would be 0 at step `steps + 1`.")
+    return _judge(
+        answer,
+        questions,
+        "one number is asked for, which is `peak` at step `warmup` and would be 0 at step `steps + 1`.",
+    )
 
 
 def check_patch_mean_loss(answer: Any) -> bool:
@@ -133,32 +166,59 @@ def check_patch_mean_loss(answer: Any) -> bool:
         rows = patches.reshape(10, 8)
         flat = np.stack([[sum(row) / len(row)] * len(row) for row in rows])
         questions.append(((torch.from_numpy(patches),), mean_squared_error(rows, flat)))
-    return _judge(answer, questions, "one number is asked for, the mean squared distance of pixels from the mean of their own patch.")
+    return _judge(
+        answer,
+        questions,
+        "one number is asked for, the mean squared distance of pixels from the mean of their own patch.",
+    )
 
 
 def check_count_new(answer: Any) -> bool:
-    """`answer(network, pretrained)` of two state dicts -> how many numbers of `network` have no tensor of their name in `pretrained`."""
+    """`answer(network, pretrained)` of two state dicts -> how many numbers of `network` have no tensor of
+    their name in `pretrained`.
+    """
     questions = []
     for seed in range(3):
         rng = np.random.default_rng(seed)
-        shapes = {part: [tuple(map(int, rng.integers(1, 5, size=2))) for _ in range(3)] for part in ("encoder", "ups", "decoder_blocks")}
-        tensors = {f"{part}.{i}.weight": torch.zeros(shape) for part, of in shapes.items() for i, shape in enumerate(of)}
+        shapes = {
+            part: [tuple(map(int, rng.integers(1, 5, size=2))) for _ in range(3)]
+            for part in ("encoder", "ups", "decoder_blocks")
+        }
+        tensors = {
+            f"{part}.{i}.weight": torch.zeros(shape)
+            for part, of in shapes.items()
+            for i, shape in enumerate(of)
+        }
         network = {name: value for name, value in tensors.items() if not name.startswith("decoder_blocks")}
         pretrained = {name: value for name, value in tensors.items() if not name.startswith("ups")}
         questions.append(((network, pretrained), sum(a * b for a, b in shapes["ups"])))
-    return _judge(answer, questions, "a whole number is asked for: numbers are counted, not tensors, and only those of the network.")
+    return _judge(
+        answer,
+        questions,
+        "a whole number is asked for: numbers are counted, not tensors, and only those of the network.",
+    )
 
 
 def check_batch_dice(answer: Any) -> bool:
-    """`answer(p, y)` of (B, X, Y) probabilities and 0/1 -> 1 - (2 sum(p y) + 1) / (sum(p) + sum(y) + 1), summed over the batch."""
+    """`answer(p, y)` of (B, X, Y) probabilities and 0/1 -> 1 - (2 sum(p y) + 1) / (sum(p) + sum(y) + 1),
+    summed over the batch.
+    """
     loss = DiceLoss(batch=True, smooth_nr=1.0, smooth_dr=1.0)
     questions = []
     for seed in range(3):
         rng = np.random.default_rng(seed)
-        p, y = torch.from_numpy(rng.random((3, 4, 5))), torch.from_numpy((rng.random((3, 4, 5)) > 0.6).astype(float))
+        p, y = (
+            torch.from_numpy(rng.random((3, 4, 5))),
+            torch.from_numpy((rng.random((3, 4, 5)) > 0.6).astype(float)),
+        )
         y[0] = 0  # a crop without the structure
         questions.append(((p, y), float(loss(p[:, None], y[:, None]))))
-    return _judge(answer, questions, "one number is asked for; each sum goes over all crops of the batch, and 1 is added above and below the line.")
+    return _judge(
+        answer,
+        questions,
+        "one number is asked for; each sum goes over all crops of the batch, and 1 is added above and below "
+        "the line.",
+    )
 
 
 def check_dice(answer: Any) -> bool:
@@ -168,11 +228,17 @@ def check_dice(answer: Any) -> bool:
     empty = np.zeros((4, 5, 3), bool)
     questions = [((p, label), f1_score(label.ravel(), p.ravel())) for p, label in pairs]
     questions += [((pairs[0][0], empty), 0.0), ((empty, pairs[0][0]), 0.0), ((empty, empty), np.nan)]
-    return _judge(answer, questions, "one number is asked for: 0 when only one of the masks is empty, NaN when both are.")
+    return _judge(
+        answer,
+        questions,
+        "one number is asked for: 0 when only one of the masks is empty, NaN when both are.",
+    )
 
 
 def check_auc(answer: Any) -> bool:
-    """`answer(target, score)` of (n,) ones, zeros, NaN and (n,) scores -> AUC of what is known; NaN when one outcome is absent."""
+    """`answer(target, score)` of (n,) ones, zeros, NaN and (n,) scores -> AUC of what is known; NaN when one
+    outcome is absent.
+    """
     questions = []
     for seed in range(3):
         rng = np.random.default_rng(seed)
@@ -185,12 +251,18 @@ def check_auc(answer: Any) -> bool:
 
 
 def check_list_entry(answer: Any) -> bool:
-    """`answer(image, mask, patient)` -> an entry of a JSON list; of a scan without a mask (None) one without a label."""
+    """`answer(image, mask, patient)` -> an entry of a JSON list; of a scan without a mask (None) one without
+    a label.
+    """
     rng = np.random.default_rng(0)
     questions = []
     for labelled in (True, False, True):
         number = int(rng.integers(1000))
-        right = {"image": f"scans/{number}.nii.gz", "label": f"masks/{number}.nii.gz", "patient": f"p{number}"}
+        right = {
+            "image": f"scans/{number}.nii.gz",
+            "label": f"masks/{number}.nii.gz",
+            "patient": f"p{number}",
+        }
         arguments = (right["image"], right["label"] if labelled else None, right["patient"])
         questions.append((arguments, right if labelled else {k: v for k, v in right.items() if k != "label"}))
     hint = "a dictionary is asked for from which the reader of lists gets image, label and patient; without a mask it gets no label."
@@ -213,10 +285,17 @@ def check_split_by_patient(answer: Any) -> bool:
     for shared in ((), ("train", "val"), ("train", "test"), (), ("val", "test")):
         people = rng.permutation(30)
         owners = {"train": people[:8], "val": people[8:11], "test": people[11:15]}
-        owners = {part: [*of, of[0]] for part, of in owners.items()}  # one has two scans in the same part, which is no fault
+        owners = {
+            part: [*of, of[0]] for part, of in owners.items()
+        }  # one has two scans in the same part, which is no fault
         if shared:
             owners[shared[1]].append(owners[shared[0]][-2])
-        splits = {part: [{"case": f"{part}{i}", "patient": f"p{p}"} for i, p in enumerate(of)] for part, of in owners.items()}
+        splits = {
+            part: [{"case": f"{part}{i}", "patient": f"p{p}"} for i, p in enumerate(of)]
+            for part, of in owners.items()
+        }
         questions.append(((splits,), not shared))
     hint = "True or False is asked for; each two of the three parts have to be compared."
-    return _judge(answer, questions, hint, lambda got, right: isinstance(got, (bool, np.bool_)) and bool(got) == right)
+    return _judge(
+        answer, questions, hint, lambda got, right: isinstance(got, (bool, np.bool_)) and bool(got) == right
+    )

@@ -1,4 +1,5 @@
-"""Look through a masked image in JupyterLab: the one place that knows ipywidgets. Nothing is loaded from outside.
+"""Look through a masked image in JupyterLab: the one place that knows ipywidgets. Nothing is loaded from
+outside.
 
 from smae_utils.show.explorer import explore
 explore("runs/pre")                                  # the run's own held-out images
@@ -21,7 +22,17 @@ from smae_utils.errors import UserError
 from smae_utils.method.mae import MaskedAutoencoder
 from smae_utils.places import need_notebook_packages
 from smae_utils.show.explorer_source import Source, open_source
-from smae_utils.show.masked_scene import PALETTE, Look, Scene, encode, hide_box, hide_random, make_scene, sheet, strip
+from smae_utils.show.masked_scene import (
+    PALETTE,
+    Look,
+    Scene,
+    encode,
+    hide_box,
+    hide_random,
+    make_scene,
+    sheet,
+    strip,
+)
 from smae_utils.show.plots import PLANES
 from smae_utils.work.run_folder import Run
 
@@ -35,15 +46,23 @@ NOTES = {
 
 
 def explore(
-    model_or_run: MaskedAutoencoder | Run | str | Path, cases: Any = None, *, finetuned: Sequence[str | Path] = (), data_dir: str | Path | None = None,
-    spacing_mm: Sequence[float] = (), static: bool = False, seed: int = 0,
-) -> Explorer | Still:  # fmt: skip
+    model_or_run: MaskedAutoencoder | Run | str | Path,
+    cases: Any = None,
+    *,
+    finetuned: Sequence[str | Path] = (),
+    data_dir: str | Path | None = None,
+    spacing_mm: Sequence[float] = (),
+    static: bool = False,
+    seed: int = 0,
+) -> Explorer | Still:
     """Explorer of masked images and what a masked autoencoder makes of them.
 
     Args:
-        model_or_run: a model, or a pre-training run (folder); a fine-tuning run shows its label and prediction without masks.
-        cases: for a model an image (C, *img_size) or a list of them; for a run a path, a case of a split, or a list of them, of which the
-            middle is shown at the model's input size; None takes the run's own held-out cases.
+        model_or_run: a model, or a pre-training run (folder); a fine-tuning run shows its label and
+            prediction without masks.
+        cases: for a model an image (C, *img_size) or a list of them; for a run a path, a case of a split, or
+            a list of them, of which the middle is shown at the model's input size; None takes the run's own
+            held-out cases.
         finetuned: fine-tuning runs whose predictions are outlined beside the label.
         data_dir: where the data lies now, if it was moved since the run.
         spacing_mm: voxel size of arrays, one an axis; a run knows its own.
@@ -67,31 +86,55 @@ class Still:
 
 
 class Explorer(widgets.VBox):
-    """The controls; `scene` and `look` are what is on screen. Slices and window only cut cached arrays; the model runs when mask or case change."""
+    """The controls; `scene` and `look` are what is on screen. Slices and window only cut cached arrays; the
+    model runs when mask or case change.
+    """
 
     def __init__(self, source: Source, seed: int = 0):
         self.source, self.scene, self.look = source, Scene({}, {}, np.zeros(())), Look()
         self.image, self.verdict, self.seconds, self._busy = torch.zeros(0), "", 0.0, True
         names = [source.name(i) for i in range(len(source))]
-        self.case = widgets.Dropdown(options=[(n, i) for i, n in enumerate(names)], value=0, description="case")
-        self.channel = widgets.Dropdown(options=[(n, i) for i, n in enumerate(source.channels)], value=0, description="channel")
+        self.case = widgets.Dropdown(
+            options=[(n, i) for i, n in enumerate(names)], value=0, description="case"
+        )
+        self.channel = widgets.Dropdown(
+            options=[(n, i) for i, n in enumerate(source.channels)], value=0, description="channel"
+        )
         steps = source.checkpoints()
-        self.step = widgets.SelectionSlider(options=steps or [("last", "")], value=(steps or [("last", "")])[-1][1], description="trained for")
+        self.step = widgets.SelectionSlider(
+            options=steps or [("last", "")], value=(steps or [("last", "")])[-1][1], description="trained for"
+        )
         slow = {"continuous_update": False}
-        self.ratio = widgets.FloatSlider(value=source.mask_ratio, min=0.05, max=0.95, step=0.05, description="mask ratio", **slow)
+        self.ratio = widgets.FloatSlider(
+            value=source.mask_ratio, min=0.05, max=0.95, step=0.05, description="mask ratio", **slow
+        )
         self.seed = widgets.BoundedIntText(value=seed, min=0, max=10**6, description="mask seed")
         self.renew = widgets.Button(description="new mask", tooltip="draw another random mask")
-        self.by_hand = widgets.Checkbox(value=False, description="hide a box by hand: what does it think is under here?", indent=False)
-        axes = ("left to right", "back to front", "foot to head") if len(source.grid) == 3 else ("rows", "columns")
+        self.by_hand = widgets.Checkbox(
+            value=False, description="hide a box by hand: what does it think is under here?", indent=False
+        )
+        axes = (
+            ("left to right", "back to front", "foot to head")
+            if len(source.grid) == 3
+            else ("rows", "columns")
+        )
         self.box = [
-            widgets.IntRangeSlider(value=(g // 4, max(g // 4, g // 2)), min=0, max=g - 1, description=name, disabled=True, **slow)
+            widgets.IntRangeSlider(
+                value=(g // 4, max(g // 4, g // 2)), min=0, max=g - 1, description=name, disabled=True, **slow
+            )
             for g, name in zip(source.grid, axes)
         ]
-        self.window = widgets.FloatRangeSlider(value=(0, 1), min=-1, max=2, step=0.01, description="grey window", readout_format=".2f")
-        self.mode = widgets.ToggleButtons(options=[("intensities", False), ("normalised target", True)], value=False)
+        self.window = widgets.FloatRangeSlider(
+            value=(0, 1), min=-1, max=2, step=0.01, description="grey window", readout_format=".2f"
+        )
+        self.mode = widgets.ToggleButtons(
+            options=[("intensities", False), ("normalised target", True)], value=False
+        )
         self.outlines = widgets.SelectMultiple(options=[], description="outlines", rows=2)
         self.views = list(PLANES) if source.ndim == 3 else [""]
-        self.slices = {view: widgets.IntSlider(value=1, min=1, max=1, description=view) for view in self.views}
+        self.slices = {
+            view: widgets.IntSlider(value=1, min=1, max=1, description=view) for view in self.views
+        }
         self.images = {view: widgets.Image(format="jpeg") for view in self.views}
         self.note, self.line, self.legend = widgets.HTML(), widgets.HTML(), widgets.HTML()
         super().__init__(self._arrange())
@@ -99,16 +142,40 @@ class Explorer(widgets.VBox):
         self._open_case()
 
     def _arrange(self) -> list[widgets.Widget]:
-        for control in (self.case, self.channel, self.step, self.ratio, self.window, *self.box, *self.slices.values()):
+        for control in (
+            self.case,
+            self.channel,
+            self.step,
+            self.ratio,
+            self.window,
+            *self.box,
+            *self.slices.values(),
+        ):
             control.style.description_width = "7em"
         self.window.layout.width, self.by_hand.layout.width = "32em", "max-content"
-        rows: list[widgets.Widget] = [widgets.HBox([w for w in (self.case, self.channel, self.step) if len(w.options) > 1 or w is self.case])]
+        rows: list[widgets.Widget] = [
+            widgets.HBox(
+                [w for w in (self.case, self.channel, self.step) if len(w.options) > 1 or w is self.case]
+            )
+        ]
         if self.source.model is not None:
-            rows += [widgets.HBox([self.ratio, self.seed, self.renew]), widgets.HBox([self.by_hand, *self.box]), self.mode]
-        rows += [widgets.HBox([self.window, *([self.outlines] if self.source.finetuned or self.source.classes else [])]), self.note]
+            rows += [
+                widgets.HBox([self.ratio, self.seed, self.renew]),
+                widgets.HBox([self.by_hand, *self.box]),
+                self.mode,
+            ]
+        rows += [
+            widgets.HBox(
+                [self.window, *([self.outlines] if self.source.finetuned or self.source.classes else [])]
+            ),
+            self.note,
+        ]
         for view in self.views:
             if view:
-                back, forward = (widgets.Button(description=d, tooltip=f"{t} {view} slice") for d, t in (("<", "previous"), (">", "next")))
+                back, forward = (
+                    widgets.Button(description=d, tooltip=f"{t} {view} slice")
+                    for d, t in (("<", "previous"), (">", "next"))
+                )
                 for button, by in ((back, -1), (forward, 1)):
                     button.layout.width = "3em"
                     button.on_click(lambda _, view=view, by=by: self._go(view, by))
@@ -167,7 +234,10 @@ class Explorer(widgets.VBox):
                 self.slices[view].max = self.image.shape[1 + axis]
                 self.slices[view].value = self.image.shape[1 + axis] // 2 + 1
         # The label and one prediction: more at a time is a thicket.
-        self.outlines.options, self.outlines.value = list(labels), tuple(dict.fromkeys([*list(labels)[:1], *list(labels)[-1:]]))
+        self.outlines.options, self.outlines.value = (
+            list(labels),
+            tuple(dict.fromkeys([*list(labels)[:1], *list(labels)[-1:]])),
+        )
         self._busy = False
         self._mask()
 
@@ -189,7 +259,9 @@ class Explorer(widgets.VBox):
                 self._show_box()
             else:
                 length = int(np.prod(grid))
-                noise, ratio = hide_random(length, min(max(self.ratio.value, 1 / length), 1 - 1 / length), self.seed.value)
+                noise, ratio = hide_random(
+                    length, min(max(self.ratio.value, 1 / length), 1 - 1 / length), self.seed.value
+                )
         self.scene = make_scene(self.source.model, self.image, noise, ratio)
         self.scene.labels = self.labels
         self.seconds = time.perf_counter() - started
@@ -213,9 +285,14 @@ class Explorer(widgets.VBox):
         if self._busy:
             return
         self.look = Look(
-            self.channel.value, tuple(self.window.value), self.mode.value, tuple(self.outlines.value), len(self.source.classes),
-            220 if self.source.ndim == 3 else 260, self.source.spacing_mm,
-        )  # fmt: skip
+            self.channel.value,
+            tuple(self.window.value),
+            self.mode.value,
+            tuple(self.outlines.value),
+            len(self.source.classes),
+            220 if self.source.ndim == 3 else 260,
+            self.source.spacing_mm,
+        )
         self.note.value = f"<i>{NOTES[self.mode.value]}</i>" if self.scene.normalised else ""
         for view in self.views:
             self._draw(view)
@@ -231,31 +308,49 @@ class Explorer(widgets.VBox):
     def _legend(self) -> str:
         if not self.look.outlines:
             return ""
-        present = sorted({int(v) for name in self.look.outlines for v in np.unique(self.scene.labels[name]) if v})
+        present = sorted(
+            {int(v) for name in self.look.outlines for v in np.unique(self.scene.labels[name]) if v}
+        )
         chips = " &nbsp; ".join(
-            f'<span style="color:{PALETTE[(v - 1) % len(PALETTE)]}">&#9632;</span> {html.escape(self.source.classes[v - 1])}' for v in present
+            f'<span style="color:{PALETTE[(v - 1) % len(PALETTE)]}">&#9632;</span> {html.escape(self.source.classes[v - 1])}'
+            for v in present
         )
         dotted = f" &nbsp; (solid: {html.escape(self.look.outlines[0])}" + (
-            f"; dotted: {html.escape(', '.join(self.look.outlines[1:]))})" if len(self.look.outlines) > 1 else ")"
+            f"; dotted: {html.escape(', '.join(self.look.outlines[1:]))})"
+            if len(self.look.outlines) > 1
+            else ")"
         )
         return chips + dotted
 
     def text(self) -> str:
         """One line that says what is on screen."""
         parts = [f"{self.source.name(self.case.value)}, {self.source.channels[self.channel.value]}"]
-        spacing, unit = self.source.spacing_mm or (1.0,) * self.source.ndim, "mm" if self.source.spacing_mm else "voxels"
+        spacing, unit = (
+            self.source.spacing_mm or (1.0,) * self.source.ndim,
+            "mm" if self.source.spacing_mm else "voxels",
+        )
         for view in self.views:
             if view:
                 slider = self.slices[view]
-                parts.append(f"{view} slice {slider.value} of {slider.max} ({(slider.value - 1) * spacing[PLANES[view]]:.0f} {unit})")
+                parts.append(
+                    f"{view} slice {slider.value} of {slider.max} "
+                    f"({(slider.value - 1) * spacing[PLANES[view]]:.0f} {unit})"
+                )
         if self.source.model is not None:
             parts.append(f"{self.scene.hidden.mean():.0%} hidden")
-            parts.append(f"loss on hidden patches {self.scene.loss:.3f}, predicting each patch's mean {self.scene.baseline:.3f}")
+            parts.append(
+                f"loss on hidden patches {self.scene.loss:.3f}, predicting each patch's mean "
+                f"{self.scene.baseline:.3f}"
+            )
         return " · ".join(parts + ([self.verdict] if self.verdict else []))
 
     def still(self) -> Still:
         """The static twin: a contact sheet and a text."""
-        at = [self.slices[view].value - 1 for view in ("sagittal", "coronal", "axial")] if self.source.ndim == 3 else [0, 0]
+        at = (
+            [self.slices[view].value - 1 for view in ("sagittal", "coronal", "axial")]
+            if self.source.ndim == 3
+            else [0, 0]
+        )
         columns = ", ".join(self.scene.rows)
         text = f"Contact sheet, columns {columns}; lines {', '.join(v for v in self.views if v) or 'one image'}. {self.text()}"
         return Still(encode(sheet(self.scene, at, self.look), "PNG"), text)

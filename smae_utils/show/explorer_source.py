@@ -34,7 +34,14 @@ class Source:
         finetuned: name -> (network, task, settings).
     """
 
-    def __init__(self, model: MaskedAutoencoder | None, items: list, task: Task | None, settings: Settings | None, spacing_mm: Sequence[float] = ()):
+    def __init__(
+        self,
+        model: MaskedAutoencoder | None,
+        items: list,
+        task: Task | None,
+        settings: Settings | None,
+        spacing_mm: Sequence[float] = (),
+    ):
         self.model, self.items, self.task, self.settings = model, items, task, settings
         self.run: Run | None = None
         self.finetuned: dict[str, tuple] = {}
@@ -70,7 +77,9 @@ class Source:
             self.used = file
 
     def load(self, index: int) -> tuple[Tensor, dict[str, np.ndarray], str]:
-        """(C, *img_size), integer label images by name ("label" and each fine-tuned run), and a sentence for classifiers."""
+        """(C, *img_size), integer label images by name ("label" and each fine-tuned run), and a sentence for
+        classifiers.
+        """
         item = self.items[index]
         if not isinstance(item, dict):
             return self._checked(torch.as_tensor(np.asarray(item), dtype=torch.float32)), {}, ""
@@ -82,7 +91,9 @@ class Source:
                 logits = net(image[None])[0].float()
             if task.kind == "classification":
                 order = logits.sigmoid().argsort(descending=True)[:3]
-                verdict.append(f"{name}: " + ", ".join(f"{task.classes[i]} {logits[i].sigmoid():.2f}" for i in order))
+                verdict.append(
+                    f"{name}: " + ", ".join(f"{task.classes[i]} {logits[i].sigmoid():.2f}" for i in order)
+                )
             else:
                 labels[name] = region_index(label_map(activate(logits, task), task), task)
         if self.task.kind == "classification" and "label" in item:
@@ -93,7 +104,9 @@ class Source:
     def _read(self, case: dict) -> tuple[Tensor, np.ndarray | None]:
         """The middle of a prepared scan at the model's input size, with its label where there is one."""
         labelled = isinstance(case.get("label"), str) and bool(self.classes)
-        image, label = read_middle(build_transform(self.task, self.settings, with_label=labelled), case, self.size, self.task.whole)
+        image, label = read_middle(
+            build_transform(self.task, self.settings, with_label=labelled), case, self.size, self.task.whole
+        )
         return image, None if label is None else region_index(label[0].numpy().astype(np.uint8), self.task)
 
     def _checked(self, image: Tensor) -> Tensor:
@@ -101,14 +114,18 @@ class Source:
         if image.ndim == self.ndim:
             image = image[None]
         if tuple(image.shape) != expected:
-            raise UserError(f"the model takes images of shape {expected} (channels first), got {tuple(image.shape)}: crop, pad or resample it first")
+            raise UserError(
+                f"the model takes images of shape {expected} (channels first), got {tuple(image.shape)}: "
+                "crop, pad or resample it first"
+            )
         if not torch.isfinite(image).all():
             raise UserError("the image holds NaN or infinite values: repair it first")
         return image
 
 
 def region_index(values: np.ndarray, task: Task) -> np.ndarray:
-    """Label numbers -> number of the class that is drawn (1 ..): the innermost region that holds the voxel."""
+    """Label numbers -> number of the class that is drawn (1 ..): the innermost region that holds the
+    voxel."""
     if not task.regions:
         return np.where(values == IGNORE, 0, values).astype(np.uint8)
     out = np.zeros(values.shape, np.uint8)
@@ -131,11 +148,17 @@ def open_source(
     """
     if isinstance(model_or_run, MaskedAutoencoder):
         if cases is None:
-            raise UserError("explore(model, image): a model has no images of its own; give an array (C, *img_size), or a run instead of the model")
+            raise UserError(
+                "explore(model, image): a model has no images of its own; give an array (C, *img_size), or a "
+                "run instead of the model"
+            )
         items = list(cases) if isinstance(cases, (list, tuple)) else [cases]
         ndim = len(model_or_run.encoder.img_size)
         if not items or any(isinstance(item, (str, Path, dict)) for item in items):
-            raise UserError("explore(model, image) takes arrays (C, *img_size); files and cases need a run, which knows how they are prepared")
+            raise UserError(
+                "explore(model, image) takes arrays (C, *img_size); files and cases need a run, which knows "
+                "how they are prepared"
+            )
         if spacing_mm and (len(spacing_mm) != ndim or min(spacing_mm) <= 0):
             raise UserError(f"spacing_mm must be {ndim} positive numbers, got {tuple(spacing_mm)}")
         return Source(model_or_run, items, None, None, spacing_mm)
@@ -148,13 +171,20 @@ def open_source(
         model, finetuned = None, [run.path, *finetuned]  # whose network is loaded below, with the others
     else:
         model, task, settings = load_pretrained(run)
-    source = Source(model, _cases(cases, *_data_of(run, task, data_dir), settings, stage), task, settings, spacing_mm)
+    source = Source(
+        model, _cases(cases, *_data_of(run, task, data_dir), settings, stage), task, settings, spacing_mm
+    )
     source.run = run
     for path in finetuned:
         net, other, its = load_finetuned(Run.open(path, "finetune"))
-        if other.name != task.name or tuple(its.crop_size) != source.size or tuple(its.spacing_mm) != tuple(settings.spacing_mm):
+        if (
+            other.name != task.name
+            or tuple(its.crop_size) != source.size
+            or tuple(its.spacing_mm) != tuple(settings.spacing_mm)
+        ):
             raise UserError(
-                f"{path} is a run of {other.name} on {tuple(its.crop_size)} of spacing {tuple(its.spacing_mm)}, expected {task.name} on {source.size} "
+                f"{path} is a run of {other.name} on {tuple(its.crop_size)} of spacing "
+                f"{tuple(its.spacing_mm)}, expected {task.name} on {source.size} "
                 f"of {tuple(settings.spacing_mm)}: use the same preset"
             )
         source.finetuned[Path(path).name] = (net, other, its)
@@ -181,7 +211,9 @@ def _cases(cases: Any, task: Task, data_dir: str | Path, settings: Settings, sta
     for item in cases if isinstance(cases, (list, tuple)) else [cases]:
         if isinstance(item, (str, Path)):
             if not split_series(item)[0].exists():
-                raise UserError(f"{item} does not exist: expected an image file, a case of a split or an array")
+                raise UserError(
+                    f"{item} does not exist: expected an image file, a case of a split or an array"
+                )
             item = case_of([item])
         out.append(item)
     return out

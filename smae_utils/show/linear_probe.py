@@ -1,4 +1,6 @@
-"""The cheapest test of an encoder: what a linear model reads off its tokens (Alain and Bengio, arXiv 1610.01644)."""
+"""The cheapest test of an encoder: what a linear model reads off its tokens (Alain and Bengio, arXiv
+1610.01644).
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ Tokens = tuple[np.ndarray, np.ndarray]  # (N, D) tokens, (N, classes) labels: 1,
 def read_tokens(task: Task, settings: Settings, encoder: nn.Module, cases: list[Case]) -> Tokens:
     """Tokens of an encoder and the labels that belong to them.
 
-    Masks: is more than `SHARE` of a patch this class, for each token; windows lie at both ends of each axis, so that one place in a window is
+    Masks: is more than `SHARE` of a patch this class, for each token; windows lie at both ends of each axis,
+    so that one place in a window is
     several in the scan. Classes of whole images: the mean of an image's tokens.
     """
     with torch.inference_mode():
@@ -40,7 +43,8 @@ def read_tokens(task: Task, settings: Settings, encoder: nn.Module, cases: list[
 
 
 def linear_probe(fitted: Tokens, scored: Tokens) -> float:
-    """Mean AUC over classes of a logistic regression, fitted on some tokens and scored on others; unknown labels are left out.
+    """Mean AUC over classes of a logistic regression, fitted on some tokens and scored on others; unknown
+    labels are left out.
 
     Returns:
         NaN where no class has both outcomes in both parts.
@@ -50,13 +54,17 @@ def linear_probe(fitted: Tokens, scored: Tokens) -> float:
     for truth, new_truth in zip(y.T, new_y.T):
         known, new_known = np.isfinite(truth), np.isfinite(new_truth)
         if len(np.unique(truth[known])) == 2 == len(np.unique(new_truth[new_known])):
-            model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300, C=0.1)).fit(x[known], truth[known])
+            model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300, C=0.1)).fit(
+                x[known], truth[known]
+            )
             scores.append(roc_auc_score(new_truth[new_known], model.decision_function(new_x[new_known])))
     return float(np.mean(scores)) if scores else float("nan")
 
 
 def effective_rank(tokens: np.ndarray) -> float:
-    """In how many directions tokens (N, D) differ: exp of the entropy of the shares of variance (Roy and Vetterli, EUSIPCO 2007)."""
+    """In how many directions tokens (N, D) differ: exp of the entropy of the shares of variance (Roy and
+    Vetterli, EUSIPCO 2007).
+    """
     variances = np.linalg.svd(tokens - tokens.mean(0), compute_uv=False) ** 2
     shares = variances / variances.sum()
     return float(np.exp(-(shares * np.log(shares.clip(1e-12))).sum()))
@@ -77,7 +85,9 @@ def _windows(task: Task, settings: Settings, case: Case) -> Iterator[tuple[Tenso
         yield image[box], label[box] if masked else None
 
 
-def _rows(task: Task, settings: Settings, encoder: nn.Module, case: Case) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _rows(
+    task: Task, settings: Settings, encoder: nn.Module, case: Case
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Tokens (N, D) and labels (N, classes; NaN: unknown) of each window."""
     for image, label in _windows(task, settings, case):
         tokens = encoder(image[None])[0][0, encoder.prefix_tokens :].numpy()

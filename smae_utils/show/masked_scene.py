@@ -1,6 +1,8 @@
-"""What can be looked at in one masked image: arrays, computed once a mask, and pictures cut from them, cheap enough to drag through.
+"""What can be looked at in one masked image: arrays, computed once a mask, and pictures cut from them, cheap
+enough to drag through.
 
-Arrays are channel first, 3D ones RAS+. Pictures are RGB arrays as radiologists look at them: patient right on the left, front or head up.
+Arrays are channel first, 3D ones RAS+. Pictures are RGB arrays as radiologists look at them: patient right on
+the left, front or head up.
 """
 
 from __future__ import annotations
@@ -20,7 +22,12 @@ from smae_utils.method.patches import mask_noise, unpatchify
 from smae_utils.show.plots import PALETTE, PLANES, plane
 
 ROWS = ("original", "visible", "reconstruction", "visible + predicted", "error")
-SIDES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI", "": "RL"}  # left, right, top, bottom of the picture
+SIDES = {
+    "axial": "RLAP",
+    "coronal": "RLSI",
+    "sagittal": "APSI",
+    "": "RL",
+}  # left, right, top, bottom of the picture
 HIDDEN_COLOUR = (59, 95, 127)
 ERROR_COLOURS = (np.asarray(matplotlib.colormaps["magma"](np.arange(256)))[:, :3] * 255).astype(np.uint8)
 
@@ -31,7 +38,8 @@ def hide_random(length: int, mask_ratio: float, seed: int) -> tuple[torch.Tensor
 
 
 def hide_box(grid: Sequence[int], box: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, float]:
-    """Noise (1, L) and ratio that hide exactly the patches of a box: (first, last) along each axis, both inside.
+    """Noise (1, L) and ratio that hide exactly the patches of a box: (first, last) along each axis, both
+    inside.
 
     Raises:
         UserError: if the box holds no patch, or all of them.
@@ -40,7 +48,9 @@ def hide_box(grid: Sequence[int], box: Sequence[tuple[int, int]]) -> tuple[torch
     inside[tuple(slice(low, high + 1) for low, high in box)] = True
     count = int(inside.sum())
     if not 0 < count < inside.size:
-        raise UserError(f"the box hides {count} of {inside.size} patches: at least one has to be hidden and one visible")
+        raise UserError(
+            f"the box hides {count} of {inside.size} patches: at least one has to be hidden and one visible"
+        )
     return torch.from_numpy(inside.reshape(1, -1)).float(), (count - 0.5) / inside.size
 
 
@@ -49,7 +59,8 @@ class Scene:
     """One image under one mask.
 
     Attributes:
-        rows: name -> (C, *spatial) in the image's intensities; `normalised` the same as the loss sees it (empty without `norm_pix_loss`).
+        rows: name -> (C, *spatial) in the image's intensities; `normalised` the same as the loss sees it
+            (empty without `norm_pix_loss`).
         hidden: (*spatial) boolean.
         labels: name -> integer (*spatial), for outlines.
     """
@@ -67,8 +78,15 @@ class Scene:
 
 
 @torch.inference_mode()
-def make_scene(model: MaskedAutoencoder | None, image: torch.Tensor, noise: torch.Tensor | None = None, ratio: float = 0.75) -> Scene:
-    """Run the model once: (C, *img_size) and noise (1, L) -> everything that is shown. Without a model, the image alone."""
+def make_scene(
+    model: MaskedAutoencoder | None,
+    image: torch.Tensor,
+    noise: torch.Tensor | None = None,
+    ratio: float = 0.75,
+) -> Scene:
+    """Run the model once: (C, *img_size) and noise (1, L) -> everything that is shown. Without a model, the
+    image alone.
+    """
     if model is None:
         return Scene({"original": image.float().numpy()}, {}, np.zeros(image.shape[1:], bool))
     model = model.eval()
@@ -80,7 +98,10 @@ def make_scene(model: MaskedAutoencoder | None, image: torch.Tensor, noise: torc
     shown = model.to_image(batch, pred)
     pairs = {"rows": (batch, shown)}
     if model.norm_pix_loss:
-        pairs["normalised"] = tuple(unpatchify(p, model.patch_size, model.grid) for p in (model.target(model.encoder.cut(batch)), pred))
+        pairs["normalised"] = tuple(
+            unpatchify(p, model.patch_size, model.grid)
+            for p in (model.target(model.encoder.cut(batch)), pred)
+        )
     made: dict[str, dict[str, np.ndarray]] = {"rows": {}, "normalised": {}}
     for name, (original, predicted) in pairs.items():
         pasted = paste_visible(original, predicted, mask, model.patch_size)
@@ -92,7 +113,9 @@ def make_scene(model: MaskedAutoencoder | None, image: torch.Tensor, noise: torc
 
 @dataclass
 class Look:
-    """How a scene is drawn: channel, grey window, which arrays, which outlines, and the size of a picture in pixels."""
+    """How a scene is drawn: channel, grey window, which arrays, which outlines, and the size of a picture in
+    pixels.
+    """
 
     channel: int = 0
     window: tuple[float, float] = (0.0, 1.0)
@@ -138,7 +161,9 @@ def pixel_mm(shape: Sequence[int], view: str, look: Look) -> tuple[float, float]
     return spacing[up], spacing[across]
 
 
-def _size(pixels: tuple[int, int], mm: tuple[float, float], shape: Sequence[int], look: Look) -> tuple[int, int]:
+def _size(
+    pixels: tuple[int, int], mm: tuple[float, float], shape: Sequence[int], look: Look
+) -> tuple[int, int]:
     """(width, height) of a panel: the same pixels a mm in every view, the longest axis `look.size` long."""
     spacing = look.spacing_mm or (1.0,) * len(shape)
     scale = look.size / max(n * s for n, s in zip(shape, spacing))
@@ -151,7 +176,11 @@ def _outline(panel: Image.Image, scene: Scene, view: str, index: int, look: Look
         return panel
     rgb = np.array(panel)
     for number, name in enumerate(look.outlines):
-        values = np.array(Image.fromarray(cut(scene.labels[name], view, index).astype(np.uint8)).resize(panel.size, Image.Resampling.NEAREST))
+        values = np.array(
+            Image.fromarray(cut(scene.labels[name], view, index).astype(np.uint8)).resize(
+                panel.size, Image.Resampling.NEAREST
+            )
+        )
         border = np.zeros(values.shape, bool)
         for axis in (0, 1):
             differs = np.diff(values, axis=axis) != 0
@@ -171,7 +200,9 @@ def colour(value: int) -> tuple[int, ...]:
     return tuple(int(text[i : i + 2], 16) for i in (1, 3, 5))
 
 
-def _annotate(panel: Image.Image, row: str, view: str, mm: tuple[float, float], pixels: tuple[int, int], look: Look) -> None:
+def _annotate(
+    panel: Image.Image, row: str, view: str, mm: tuple[float, float], pixels: tuple[int, int], look: Look
+) -> None:
     """What the panel shows, letters of the patient's sides, and a scale bar of 10, 20, 50 or 100 mm."""
     draw = ImageDraw.Draw(panel)
     width, height = panel.size
@@ -181,7 +212,12 @@ def _annotate(panel: Image.Image, row: str, view: str, mm: tuple[float, float], 
 
     write(3, 1, row)
     sides = SIDES[view]
-    places = ((2, height // 2 - 6), (width - 9, height // 2 - 6), (width // 2 + 20, 12), (width // 2 + 20, height - 13))
+    places = (
+        (2, height // 2 - 6),
+        (width - 9, height // 2 - 6),
+        (width // 2 + 20, 12),
+        (width // 2 + 20, height - 13),
+    )
     for letter, (x, y) in zip(sides, places):
         write(x, y, letter)
     per_mm = width / (pixels[1] * mm[1])
@@ -195,7 +231,9 @@ def strip(scene: Scene, view: str, index: int, look: Look) -> Image.Image:
     """All rows of one view side by side, with a thin gap."""
     panels = [picture(scene, row, view, index, look) for row in scene.rows]
     gap = 4
-    out = Image.new("RGB", (sum(p.width for p in panels) + gap * (len(panels) - 1), panels[0].height), (127, 127, 127))
+    out = Image.new(
+        "RGB", (sum(p.width for p in panels) + gap * (len(panels) - 1), panels[0].height), (127, 127, 127)
+    )
     x = 0
     for panel in panels:
         out.paste(panel, (x, 0))
@@ -207,7 +245,9 @@ def sheet(scene: Scene, at: Sequence[int], look: Look) -> Image.Image:
     """Contact sheet: a column each row of the scene, a line a view."""
     views = [("", 0)] if len(scene.shape) == 2 else [(name, at[axis]) for name, axis in PLANES.items()]
     strips = [strip(scene, view, index, look) for view, index in views]
-    out = Image.new("RGB", (max(s.width for s in strips), sum(s.height + 4 for s in strips) - 4), (127, 127, 127))
+    out = Image.new(
+        "RGB", (max(s.width for s in strips), sum(s.height + 4 for s in strips) - 4), (127, 127, 127)
+    )
     y = 0
     for image in strips:
         out.paste(image, (0, y))

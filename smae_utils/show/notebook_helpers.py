@@ -25,7 +25,9 @@ from smae_utils.work.settings import Settings
 
 
 def data_folder(task: str, data_dir: str = "", seed: int = 0) -> Path:
-    """`data_dir`, or, when it is empty, scans that come with a package or a folder of demo phantoms below `data/`, written at the first call."""
+    """`data_dir`, or, when it is empty, scans that come with a package or a folder of demo phantoms below
+    `data/`, written at the first call.
+    """
     if data_dir:
         return Path(data_dir)
     if is_list(task):
@@ -40,7 +42,9 @@ def data_folder(task: str, data_dir: str = "", seed: int = 0) -> Path:
 
 
 def own_list(task: str, data_dir: str, folder: Path) -> Path:
-    """A list file: the one that is given, or one written into `folder` of the MNI152 template or of a few scans of a known task."""
+    """A list file: the one that is given, or one written into `folder` of the MNI152 template or of a few
+    scans of a known task.
+    """
     if is_list(task):
         return Path(task)
     path = folder / "list.json"
@@ -55,7 +59,13 @@ def own_list(task: str, data_dir: str, folder: Path) -> Path:
         "test": splits["test"][: 30 if record.spatial_dims == 2 else 2],
     }
     plain = {
-        part: [{k: v if isinstance(v, str) else [None if np.isnan(x) else int(x) for x in v] for k, v in c.items()} for c in cases]
+        part: [
+            {
+                k: v if isinstance(v, str) else [None if np.isnan(x) else int(x) for x in v]
+                for k, v in c.items()
+            }
+            for c in cases
+        ]
         for part, cases in few.items()
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +81,9 @@ def fresh(folder: Path) -> Path:
 
 
 def evidence_table(task: str) -> pd.DataFrame:
-    """What the committed study on real scans found for a task: difference of each arm to scratch with its 95 % interval over seeds; may be empty."""
+    """What the committed study on real scans found for a task: difference of each arm to scratch with its 95
+    % interval over seeds; may be empty.
+    """
     folder = work_root() / "results" / "evidence" / "real"
     files = sorted(folder.glob(f"{Path(task).stem}*/intervals.csv"))  # a study's name starts with its task's
     return pd.read_csv(files[0], comment="#").round(3) if files else pd.DataFrame()
@@ -79,11 +91,18 @@ def evidence_table(task: str) -> pd.DataFrame:
 
 def run_folder(task: str, run_dir: str = "", preset: str = "demo", seed: int = 0) -> Path:
     """`run_dir`, or `runs/TASK-PRESET-seedN` below the project."""
-    return Path(run_dir) if run_dir else work_root() / "runs" / f"{Path(task).stem}-{Path(preset).stem}-seed{seed}"
+    return (
+        Path(run_dir)
+        if run_dir
+        else work_root() / "runs" / f"{Path(task).stem}-{Path(preset).stem}-seed{seed}"
+    )
 
 
-def probe(task: Task, settings: Settings, encoder: torch.nn.Module, cases: list[Case], most: int = 60) -> float:
-    """Mean AUC of a linear probe (see `linear_probe`) on the last third of the patients of at most so many cases, fitted on the others.
+def probe(
+    task: Task, settings: Settings, encoder: torch.nn.Module, cases: list[Case], most: int = 60
+) -> float:
+    """Mean AUC of a linear probe (see `linear_probe`) on the last third of the patients of at most so many
+    cases, fitted on the others.
 
     Returns:
         NaN where there are too few patients, or no class with both outcomes in both parts.
@@ -97,9 +116,15 @@ def probe(task: Task, settings: Settings, encoder: torch.nn.Module, cases: list[
 
 def versions() -> str:
     """One line of the versions that matter."""
-    return "  ".join(f"{name} {version(name)}" for name in ("torch", "monai", "timm", "accelerate", "papermill"))
+    return "  ".join(
+        f"{name} {version(name)}" for name in ("torch", "monai", "timm", "accelerate", "papermill")
+    )
 
 
 def load_crop(task: Task, settings: Settings, case: dict) -> torch.Tensor:
-    """A prepared scan cut to the model's input around its middle: (C, *crop_size); what the network sees whole is resized."""
-    return read_middle(build_transform(task, settings, with_label=False), case, settings.crop_size, task.whole)[0]
+    """A prepared scan cut to the model's input around its middle: (C, *crop_size); what the network sees
+    whole is resized.
+    """
+    return read_middle(
+        build_transform(task, settings, with_label=False), case, settings.crop_size, task.whole
+    )[0]

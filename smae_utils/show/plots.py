@@ -1,4 +1,6 @@
-"""Figures of the notebooks. Arrays are channel first; 3D ones RAS+, shown as radiologists do: patient right on the left, anterior or head up."""
+"""Figures of the notebooks. Arrays are channel first; 3D ones RAS+, shown as radiologists do: patient right
+on the left, anterior or head up.
+"""
 
 from __future__ import annotations
 
@@ -32,15 +34,20 @@ PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}
 
 
 def plane(volume: np.ndarray, name: str, index: int | None = None) -> np.ndarray:
-    """One slice of (X, Y, Z) in RAS+, turned for `imshow`: rows from the top, patient right (or anterior) on the left."""
+    """One slice of (X, Y, Z) in RAS+, turned for `imshow`: rows from the top, patient right (or anterior) on
+    the left.
+    """
     axis = PLANES[name]
     index = volume.shape[axis] // 2 if index is None else index
     picture = np.take(volume, index, axis)
-    # Right, anterior and head are the high ends of their axes; anterior stands on the left of a sagittal view.
+    # Right, anterior and head are the high ends of their axes; anterior stands on the left of a sagittal
+    # view.
     return picture.T[::-1, ::-1]
 
 
-def pictures(image: np.ndarray, planes: Sequence[str] = tuple(PLANES), at: Sequence[int] | None = None) -> dict[str, np.ndarray]:
+def pictures(
+    image: np.ndarray, planes: Sequence[str] = tuple(PLANES), at: Sequence[int] | None = None
+) -> dict[str, np.ndarray]:
     """(H, W) as it is, or three planes of (X, Y, Z): name -> picture."""
     if image.ndim == 2:
         return {"": image}
@@ -49,7 +56,9 @@ def pictures(image: np.ndarray, planes: Sequence[str] = tuple(PLANES), at: Seque
 
 
 def _grid(rows: int, columns: int, size: float = 2.2) -> tuple[Figure, np.ndarray]:
-    figure, axes = plt.subplots(rows, columns, figsize=(size * columns, size * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(size * columns, size * rows), squeeze=False, layout="constrained"
+    )
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         for side in axis.spines.values():
@@ -58,7 +67,10 @@ def _grid(rows: int, columns: int, size: float = 2.2) -> tuple[Figure, np.ndarra
 
 
 def show_cases(
-    images: Sequence[np.ndarray], titles: Sequence[str], labels: Sequence[np.ndarray] | None = None, classes: Sequence[str] = ()
+    images: Sequence[np.ndarray],
+    titles: Sequence[str],
+    labels: Sequence[np.ndarray] | None = None,
+    classes: Sequence[str] = (),
 ) -> Figure:
     """A row a case (2D: a column), the planes side by side, label outlines on top.
 
@@ -90,14 +102,23 @@ def show_cases(
 def centre_of(label: np.ndarray) -> list[int]:
     """The slice along each axis that holds most labelled voxels."""
     inside = (label > 0) & (label != IGNORE)
-    return [int(inside.sum(tuple(a for a in range(label.ndim) if a != axis)).argmax()) for axis in range(label.ndim)]
+    return [
+        int(inside.sum(tuple(a for a in range(label.ndim) if a != axis)).argmax())
+        for axis in range(label.ndim)
+    ]
 
 
 def draw_outlines(axis, label: np.ndarray, n_classes: int, style: str = "solid") -> None:
     """Outline each value of an integer label picture in its colour."""
     for value in range(1, n_classes + 1):
         if (label == value).any():
-            axis.contour(label == value, levels=[0.5], colors=[PALETTE[(value - 1) % len(PALETTE)]], linewidths=1.0, linestyles=style)
+            axis.contour(
+                label == value,
+                levels=[0.5],
+                colors=[PALETTE[(value - 1) % len(PALETTE)]],
+                linewidths=1.0,
+                linestyles=style,
+            )
 
 
 def draw_mask(image: torch.Tensor, mask: torch.Tensor, patch_size: Sequence[int]) -> np.ndarray:
@@ -106,7 +127,9 @@ def draw_mask(image: torch.Tensor, mask: torch.Tensor, patch_size: Sequence[int]
     return np.where(hidden, np.nan, image[0, 0].numpy())
 
 
-def show_masks(image: torch.Tensor, patch_size: Sequence[int], mask_ratios: Sequence[float], seed: int = 0) -> Figure:
+def show_masks(
+    image: torch.Tensor, patch_size: Sequence[int], mask_ratios: Sequence[float], seed: int = 0
+) -> Figure:
     """One image (C, *spatial) under several mask ratios; hidden patches are blank."""
     length = patchify(image[None], patch_size).shape[1]
     noise = mask_noise([seed], length)
@@ -122,7 +145,9 @@ def _scale(image: np.ndarray) -> tuple[float, float]:
 
 
 def _show_columns(shown: dict[str, np.ndarray], scale: tuple[float, float]) -> Figure:
-    """Columns of pictures on one grey scale, a row a plane; those whose name starts with 'error' get their own."""
+    """Columns of pictures on one grey scale, a row a plane; those whose name starts with 'error' get their
+    own.
+    """
     flat = next(iter(shown.values())).ndim == 2
     figure, axes = _grid(1 if flat else 3, len(shown))
     for column, (name, image) in enumerate(shown.items()):
@@ -141,10 +166,13 @@ def _show_columns(shown: dict[str, np.ndarray], scale: tuple[float, float]) -> F
 
 
 @torch.inference_mode()
-def show_reconstruction(model: MaskedAutoencoder, image: torch.Tensor, seed: int = 0, channel: int = 0) -> Figure:
+def show_reconstruction(
+    model: MaskedAutoencoder, image: torch.Tensor, seed: int = 0, channel: int = 0
+) -> Figure:
     """original | visible | reconstruction | pasted | error of one image (C, *spatial), on one grey scale.
 
-    The model predicts normalised patches; the picture uses the **true** mean and std of each patch, also of hidden ones.
+    The model predicts normalised patches; the picture uses the **true** mean and std of each patch, also of
+    hidden ones.
     """
     model = model.eval()
     batch = image[None].to(next(model.parameters()).device)
@@ -168,8 +196,12 @@ def show_reconstruction(model: MaskedAutoencoder, image: torch.Tensor, seed: int
 
 
 def show_target(model: MaskedAutoencoder, image: torch.Tensor) -> Figure:
-    """The image (C, *spatial) beside what the loss compares with: each patch with its own mean and contrast taken out."""
-    target = unpatchify(model.target(model.encoder.cut(image[None])), model.patch_size, model.grid)[0, 0].numpy()
+    """The image (C, *spatial) beside what the loss compares with: each patch with its own mean and contrast
+    taken out.
+    """
+    target = unpatchify(model.target(model.encoder.cut(image[None])), model.patch_size, model.grid)[
+        0, 0
+    ].numpy()
     original = image[0].numpy()
     low, high = _scale(original)
     # Both on one scale: the target's -2 .. 2 is stretched over the image's range.
@@ -178,7 +210,8 @@ def show_target(model: MaskedAutoencoder, image: torch.Tensor) -> Figure:
 
 
 def show_positions(model: MaskedAutoencoder, patch: int | None = None) -> Figure:
-    """Cosine similarity of one patch's position vector with all others, over the grid (3D: its middle slice)."""
+    """Cosine similarity of one patch's position vector with all others, over the grid (3D: its middle
+    slice)."""
     table = model.encoder.pos_embed[0].detach()
     table = table / table.norm(dim=1, keepdim=True)
     grid = model.grid
@@ -193,7 +226,10 @@ def show_positions(model: MaskedAutoencoder, patch: int | None = None) -> Figure
 
 
 def show_curves(
-    runs: dict[str, Run], keys: Sequence[str] = ("loss", "val_loss"), band: dict[str, float] | None = None, ylabel: str = "loss"
+    runs: dict[str, Run],
+    keys: Sequence[str] = ("loss", "val_loss"),
+    band: dict[str, float] | None = None,
+    ylabel: str = "loss",
 ) -> Figure:
     """Curves of log.jsonl against steps; `band` draws horizontal lines that need no network."""
     figure, axis = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
@@ -204,7 +240,15 @@ def show_curves(
                 axis.plot(*zip(*points), style, label=f"{name} {key}".strip(), color=ARM_COLOURS.get(name))
     for name, value in (band or {}).items():
         axis.axhline(value, color="#D55E00", linewidth=1, linestyle=":")
-        axis.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="#D55E00")
+        axis.annotate(
+            name,
+            (1, value),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            fontsize=8,
+            color="#D55E00",
+        )
     axis.set(xlabel="step", ylabel=ylabel)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, frameon=False)
@@ -213,7 +257,9 @@ def show_curves(
 
 def _legend(figure: Figure, classes: Sequence[str], labels: Iterable[np.ndarray]) -> None:
     """Names of the classes that are drawn; of more than `MOST_NAMES`, the largest."""
-    counts = sum(np.bincount(values.ravel(), minlength=len(classes) + 1)[: len(classes) + 1] for values in labels)
+    counts = sum(
+        np.bincount(values.ravel(), minlength=len(classes) + 1)[: len(classes) + 1] for values in labels
+    )
     found = [i for i in np.argsort(-counts[1:], kind="stable") if counts[i + 1]]
     handles = [Patch(color=PALETTE[i % len(PALETTE)], label=classes[i]) for i in sorted(found[:MOST_NAMES])]
     if len(found) > MOST_NAMES:
@@ -226,15 +272,21 @@ def show_overlay(
     image: np.ndarray, label: np.ndarray, predictions: dict[str, np.ndarray], classes: Sequence[str], title: str = "",
     spacing_mm: Sequence[float] = (1.0, 1.0, 1.0), first: str = "label",
 ) -> Figure:  # fmt: skip
-    """One scan (X, Y, Z): the label, then each arm's prediction, outlined in the planes with most labelled voxels, in true proportions."""
+    """One scan (X, Y, Z): the label, then each arm's prediction, outlined in the planes with most labelled
+    voxels, in true proportions.
+    """
     shown = {first: label, **predictions}
     figure, axes = _grid(len(shown), 3)
     at = centre_of(label) if label.any() else None
     low, high = _scale(image)
     for row, (name, values) in zip(axes, shown.items()):
-        for axis, (view, picture), outline in zip(row, pictures(image, at=at).items(), pictures(values, at=at).values()):
+        for axis, (view, picture), outline in zip(
+            row, pictures(image, at=at).items(), pictures(values, at=at).values()
+        ):
             across, up = (spacing_mm[a] for a in range(3) if a != PLANES[view])
-            axis.imshow(picture, cmap="gray", vmin=low, vmax=high, interpolation="nearest", aspect=up / across)
+            axis.imshow(
+                picture, cmap="gray", vmin=low, vmax=high, interpolation="nearest", aspect=up / across
+            )
             draw_outlines(axis, outline, len(classes))
             axis.set_title(f"{name}, {view}", fontsize=8)
     figure.suptitle(title, fontsize=10)
@@ -250,7 +302,10 @@ def show_comparison(table, metric: str) -> Figure:
     for offset, arm in ((0.2, "scratch"), (-0.2, "self")):
         axis.barh(place + offset, rows[arm], height=0.38, label=arm, color=ARM_COLOURS[arm])
     # No bar is no figure, not 0: the class cannot be scored.
-    names = [f"{r['class']} (n/a)" if np.isnan(r["scratch"]) or np.isnan(r["self"]) else r["class"] for _, r in rows.iterrows()]
+    names = [
+        f"{r['class']} (n/a)" if np.isnan(r["scratch"]) or np.isnan(r["self"]) else r["class"]
+        for _, r in rows.iterrows()
+    ]
     axis.set_yticks(place, names)
     axis.invert_yaxis()
     axis.set(xlabel=metric, xlim=(0, 1))
@@ -260,7 +315,12 @@ def show_comparison(table, metric: str) -> Figure:
 
 
 def show_flat_overlay(
-    image: np.ndarray, label: np.ndarray, predictions: dict[str, np.ndarray], classes: Sequence[str], title: str = "", first: str = "label"
+    image: np.ndarray,
+    label: np.ndarray,
+    predictions: dict[str, np.ndarray],
+    classes: Sequence[str],
+    title: str = "",
+    first: str = "label",
 ) -> Figure:
     """One 2D image (H, W): the label, then each arm's prediction, outlined."""
     shown = {first: label, **predictions}
@@ -275,7 +335,9 @@ def show_flat_overlay(
 
 
 def show_test_case(task: Task, case: dict, runs: dict[str, Path], tables: dict, title: str) -> Figure:
-    """One test case: the scan with label and each arm's prediction, or the whole image beside targets and scores."""
+    """One test case: the scan with label and each arm's prediction, or the whole image beside targets and
+    scores.
+    """
     if task.kind == "classification":
         return _show_scores(task, case, tables, title)
     label, scan = read_label(case, task)
@@ -284,7 +346,9 @@ def show_test_case(task: Task, case: dict, runs: dict[str, Path], tables: dict, 
     files = {arm: run / "predictions" / f"{case['case']}{ending}" for arm, run in runs.items()}
     if scan is None:
         predicted = {arm: encode_labels(read_flat_mask(file), task, str(file)) for arm, file in files.items()}
-        return show_flat_overlay(np.asarray(read_image(case["image"]).convert("L")), label, predicted, names, title)
+        return show_flat_overlay(
+            np.asarray(read_image(case["image"]).convert("L")), label, predicted, names, title
+        )
     picture = scan.values[0].astype(np.float32)
     if task.window:
         picture = picture.clip(*task.window)
@@ -295,7 +359,14 @@ def show_test_case(task: Task, case: dict, runs: dict[str, Path], tables: dict, 
 
     drawn = canonical(picture)
     arms = {arm: np.asarray(canonical(values).dataobj) for arm, values in predicted.items()}
-    return show_overlay(np.asarray(drawn.dataobj), np.asarray(canonical(label).dataobj), arms, names, title, voxel_sizes(drawn.affine))
+    return show_overlay(
+        np.asarray(drawn.dataobj),
+        np.asarray(canonical(label).dataobj),
+        arms,
+        names,
+        title,
+        voxel_sizes(drawn.affine),
+    )
 
 
 def _middle_picture(task: Task, case: dict) -> np.ndarray:
@@ -303,12 +374,16 @@ def _middle_picture(task: Task, case: dict) -> np.ndarray:
     if task.spatial_dims == 2:
         return np.asarray(read_image(case["image"]).convert("L"))
     scan = read_channels(case["image"])
-    values = np.asarray(nib.as_closest_canonical(nib.Nifti1Image(scan.values[0].astype(np.float32), scan.affine)).dataobj)
+    values = np.asarray(
+        nib.as_closest_canonical(nib.Nifti1Image(scan.values[0].astype(np.float32), scan.affine)).dataobj
+    )
     return plane(values.clip(*task.window) if task.window else values, "axial")
 
 
 def _show_scores(task: Task, case: dict, tables: dict, title: str) -> Figure:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.5, 3.4), layout="constrained", width_ratios=(1, 1.1))
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(7.5, 3.4), layout="constrained", width_ratios=(1, 1.1)
+    )
     left.imshow(_middle_picture(task, case), cmap="gray")
     left.set(xticks=[], yticks=[], title=title)
     place = np.arange(len(task.classes))
@@ -316,7 +391,9 @@ def _show_scores(task: Task, case: dict, tables: dict, title: str) -> Figure:
         rows = table[table.case == case["case"]].set_index("class").loc[list(task.classes)]
         right.barh(place + offset, rows.score, height=0.38, label=arm, color=ARM_COLOURS[arm])
     targets = rows.target.astype(float)
-    right.set_yticks(place, [f"{'> ' if t == 1 else ''}{name}" for name, t in zip(task.classes, targets)], fontsize=7)
+    right.set_yticks(
+        place, [f"{'> ' if t == 1 else ''}{name}" for name, t in zip(task.classes, targets)], fontsize=7
+    )
     right.invert_yaxis()
     right.set(xlabel="predicted probability (> marks findings that are there)", xlim=(0, 1))
     right.legend(fontsize=7, frameon=False)

@@ -1,4 +1,6 @@
-"""Settings and task -> cases, transforms, model, loss, optimiser: the one place where settings become arguments."""
+"""Settings and task -> cases, transforms, model, loss, optimiser: the one place where settings become
+arguments.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,10 @@ def _encoder_args(task: Task, settings: Settings) -> dict:
     if settings.positions not in ("sincos", "learned"):
         raise UserError(f"positions must be sincos or learned, got {settings.positions!r}")
     if len(settings.crop_size) != task.spatial_dims:
-        raise UserError(f"crop_size {settings.crop_size} has {len(settings.crop_size)} axes, task {task.name} is {task.spatial_dims}D")
+        raise UserError(
+            f"crop_size {settings.crop_size} has {len(settings.crop_size)} axes, task {task.name} is "
+            f"{task.spatial_dims}D"
+        )
     return {
         "img_size": settings.crop_size,
         "patch_size": settings.patch_size,
@@ -78,13 +83,18 @@ def build_mae(task: Task, settings: PretrainSettings) -> MaskedAutoencoder:
 
 
 def build_model(task: Task, settings: FinetuneSettings) -> nn.Module:
-    """The network that is fine-tuned: a ViT classifier or a UNETR; with `network=cnn` a small DenseNet or U-Net of MONAI."""
+    """The network that is fine-tuned: a ViT classifier or a UNETR; with `network=cnn` a small DenseNet or
+    U-Net of MONAI.
+    """
     if not task.classes:
         raise UserError(f"task {task.name} has images and no labels: it can be pre-trained, not fine-tuned")
     if settings.network == "cnn":
         return build_cnn(task)
     if settings.network != "vit" or settings.encoder not in ("trained", "frozen"):
-        raise UserError(f"expected network vit or cnn and encoder trained or frozen, got {settings.network!r} and {settings.encoder!r}")
+        raise UserError(
+            f"expected network vit or cnn and encoder trained or frozen, got {settings.network!r} and "
+            f"{settings.encoder!r}"
+        )
     model = _build_vit(task, settings)
     if settings.encoder == "frozen":
         model.encoder.requires_grad_(False)
@@ -92,11 +102,15 @@ def build_model(task: Task, settings: FinetuneSettings) -> nn.Module:
 
 
 def build_cnn(task: Task) -> nn.Module:
-    """The plain convolutional network that a transformer has to be compared with, about as large as the demo's transformers."""
+    """The plain convolutional network that a transformer has to be compared with, about as large as the
+    demo's transformers.
+    """
     dims, given, wanted = task.spatial_dims, task.in_chans, task.out_chans
     if task.kind == "classification":
         return DenseNet(dims, given, wanted, init_features=32, growth_rate=16, block_config=(4, 6, 8))
-    return UNet(dims, given, wanted, channels=(16, 32, 64, 128), strides=(2, 2, 2), num_res_units=2, norm="instance")
+    return UNet(
+        dims, given, wanted, channels=(16, 32, 64, 128), strides=(2, 2, 2), num_res_units=2, norm="instance"
+    )
 
 
 def _build_vit(task: Task, settings: FinetuneSettings) -> ViTClassifier | UNETR:
@@ -113,7 +127,9 @@ def _build_vit(task: Task, settings: FinetuneSettings) -> ViTClassifier | UNETR:
 
 
 def region_targets(label: Tensor, task: Task) -> Tensor:
-    """Integer label (B, 1, *spatial) -> one channel a class (B, classes, *spatial), overlapping where regions do."""
+    """Integer label (B, 1, *spatial) -> one channel a class (B, classes, *spatial), overlapping where regions
+    do.
+    """
     values = label.new_tensor
     return torch.cat([torch.isin(label, values(region)) for region in task.class_values], 1).float()
 
@@ -121,8 +137,8 @@ def region_targets(label: Tensor, task: Task) -> Tensor:
 def build_loss(task: Task, class_weights: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
     """(logits, label) -> scalar: BCE (findings), Dice + CE (organs), Dice on sigmoids (regions), in fp32.
 
-    Dice is summed over the batch and smoothed by one voxel on both sides: per sample and unsmoothed, a class that is absent
-    from most crops pays most for being predicted at all and collapses to empty.
+    Dice is summed over the batch and smoothed by one voxel on both sides: per sample and unsmoothed, a class
+    that is absent from most crops pays most for being predicted at all and collapses to empty.
 
     Args:
         class_weights: (out_chans,) weights of the cross-entropy, see `class_weights`; None weighs all alike.
@@ -131,8 +147,12 @@ def build_loss(task: Task, class_weights: Tensor | None = None) -> Callable[[Ten
         return known_bce
     if not task.exclusive:
         overlapping = DiceLoss(sigmoid=True, batch=True, smooth_nr=1.0, smooth_dr=1.0)
-        return lambda logits, label: overlapping(as_background(logits.float(), label, False), region_targets(label, task))
-    dice = DiceLoss(include_background=False, to_onehot_y=True, softmax=True, batch=True, smooth_nr=1.0, smooth_dr=1.0)
+        return lambda logits, label: overlapping(
+            as_background(logits.float(), label, False), region_targets(label, task)
+        )
+    dice = DiceLoss(
+        include_background=False, to_onehot_y=True, softmax=True, batch=True, smooth_nr=1.0, smooth_dr=1.0
+    )
     ce = nn.CrossEntropyLoss(weight=class_weights, ignore_index=IGNORE)
 
     def dice_ce(logits: Tensor, label: Tensor) -> Tensor:
@@ -148,12 +168,16 @@ def build_loss(task: Task, class_weights: Tensor | None = None) -> Callable[[Ten
 def known_bce(logits: Tensor, target: Tensor) -> Tensor:
     """Binary cross-entropy (B, classes) over what is known; NaN in the target is unknown."""
     known = torch.isfinite(target)
-    losses = nn.functional.binary_cross_entropy_with_logits(logits.float(), target.nan_to_num(), reduction="none")
+    losses = nn.functional.binary_cross_entropy_with_logits(
+        logits.float(), target.nan_to_num(), reduction="none"
+    )
     return (losses * known).sum() / known.sum().clamp(min=1)
 
 
 def as_background(logits: Tensor, label: Tensor, exclusive: bool) -> Tensor:
-    """Logits (B, K, *spatial) that say "nothing here" where the label (B, 1, *spatial) is `IGNORE`: no overlap counts there, and no gradient comes."""
+    """Logits (B, K, *spatial) that say "nothing here" where the label (B, 1, *spatial) is `IGNORE`: no
+    overlap counts there, and no gradient comes.
+    """
     ignored = label == IGNORE
     if not bool(ignored.any()):
         return logits
@@ -164,18 +188,24 @@ def as_background(logits: Tensor, label: Tensor, exclusive: bool) -> Tensor:
 
 
 def class_weights(labels: Iterable[Tensor], n_values: int, power: float) -> Tensor:
-    """(n_values,) weights proportional to frequency ** -power over the training labels, with a voxel-weighted mean of 1.
+    """(n_values,) weights proportional to frequency ** -power over the training labels, with a voxel-weighted
+    mean of 1.
 
-    Power 0.5 kept every organ of the CT phantom alive where unweighted cross-entropy lost nine of thirteen within the same steps.
+    Power 0.5 kept every organ of the CT phantom alive where unweighted cross-entropy lost nine of thirteen
+    within the same steps.
     """
-    counted = torch.stack([torch.bincount(label.flatten().long(), minlength=256)[:n_values] for label in labels])
+    counted = torch.stack(
+        [torch.bincount(label.flatten().long(), minlength=256)[:n_values] for label in labels]
+    )
     counts = counted.sum(0).double().clamp(min=1)
     weights = (counts.sum() / counts) ** power
     return (weights * counts.sum() / (weights * counts).sum()).float()
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Layer of a parameter for layer decay: 0 embeddings, 1 .. depth blocks, depth + 1 all else (as in BEiT and MAE)."""
+    """Layer of a parameter for layer decay: 0 embeddings, 1 .. depth blocks, depth + 1 all else (as in BEiT
+    and MAE).
+    """
     if name.startswith(("encoder.patch_embed", "encoder.pos_embed", "encoder.cls_token")):
         return 0
     if name.startswith("encoder.blocks."):
@@ -184,7 +214,8 @@ def layer_of(name: str, depth: int) -> int:
 
 
 def build_optimizer(model: nn.Module, settings: Settings, layer_decay: float = 1.0) -> torch.optim.AdamW:
-    """AdamW; biases, norms, tokens and positions are not decayed. Groups carry `lr_scale`, which timm's scheduler multiplies in.
+    """AdamW; biases, norms, tokens and positions are not decayed. Groups carry `lr_scale`, which timm's
+    scheduler multiplies in.
 
     The encoder's share of the rate is `encoder_lr` of fine-tuning, on top of layer decay.
     """
@@ -197,7 +228,10 @@ def build_optimizer(model: nn.Module, settings: Settings, layer_decay: float = 1
         layer = layer_of(name, depth) if layer_decay != 1 else depth + 1
         slow = encoder_lr != 1 and name.startswith("encoder.")
         scale = layer_decay ** (depth + 1 - layer) * (encoder_lr if slow else 1)
-        group = groups.setdefault((layer, plain, slow), {"params": [], "weight_decay": 0.0 if plain else settings.weight_decay, "lr_scale": scale})
+        group = groups.setdefault(
+            (layer, plain, slow),
+            {"params": [], "weight_decay": 0.0 if plain else settings.weight_decay, "lr_scale": scale},
+        )
         group["params"].append(parameter)
     betas = (settings.betas[0], settings.betas[1])
     return torch.optim.AdamW(list(groups.values()), lr=learning_rate(settings), betas=betas, fused=True)

@@ -22,7 +22,8 @@ class CropCost(NamedTuple):
     Attributes:
         flops: counted FLOPs of its forward and backward pass.
         activations: bytes in fp32 that the forward pass keeps for the backward pass.
-        weights: bytes of the parameters in fp32; with gradients and the two moments of AdamW four times as much is held.
+        weights: bytes of the parameters in fp32; with gradients and the two moments of AdamW four times as
+            much is held.
     """
 
     flops: float
@@ -35,12 +36,18 @@ def crop_cost(task: Task, settings: StageSettings) -> CropCost:
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor  # views share a storage, and holding one keeps its address from another
+        kept[tensor.untyped_storage()._cdata] = (
+            tensor  # views share a storage, and holding one keeps its address from another
+        )
         return tensor
 
     # The meta device does the shapes and none of the arithmetic.
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = build_mae(task, settings) if isinstance(settings, PretrainSettings) else build_model(task, settings)
+        model = (
+            build_mae(task, settings)
+            if isinstance(settings, PretrainSettings)
+            else build_model(task, settings)
+        )
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         image = torch.zeros(1, task.in_chans, *settings.crop_size)
         with saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -65,7 +72,9 @@ def measured_flops_per_second(device: torch.device, precision: str = "fp32", sec
     (a @ a).sum().item()
     count, begin = 0, time.monotonic()
     while time.monotonic() - begin < seconds:
-        for _ in range(together):  # a GPU works while Python goes on: wait for it once in a while, not each time
+        for _ in range(
+            together
+        ):  # a GPU works while Python goes on: wait for it once in a while, not each time
             b = a @ a
         b[0, 0].item()
         count += together

@@ -19,7 +19,9 @@ from smae_utils.work.run_folder import Run
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bf16 in hardware; without it bf16 is hundreds of times slower than fp32."""
+    """Whether this processor multiplies bf16 in hardware; without it bf16 is hundreds of times slower than
+    fp32.
+    """
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -48,17 +50,21 @@ def pick_precision(wanted: str, device: torch.device) -> str:
 
 
 def usable_precision(recorded: str, device: torch.device) -> tuple[str, str]:
-    """The precision to go on in with a run made in `recorded`, and a line to tell the user, "" when nothing changes.
+    """The precision to go on in with a run made in `recorded`, and a line to tell the user, "" when nothing
+    changes.
 
-    It is the recorded one where `device` computes it in hardware, else fp32. "auto", as in runs that do not say what
-    they were made in, is decided for this device.
+    It is the recorded one where `device` computes it in hardware, else fp32. "auto", as in runs that do not
+    say what they were made in, is decided for this device.
 
     Raises:
         UserError: for another word than auto, fp32, bf16.
     """
     precision = pick_precision(recorded, device)
     if precision == "bf16" and not computes_bf16(device):
-        return "fp32", f"the run was made in bf16, which {device_name(device)} does not compute in hardware: fp32 here"
+        return (
+            "fp32",
+            f"the run was made in bf16, which {device_name(device)} does not compute in hardware: fp32 here",
+        )
     return precision, ""
 
 
@@ -71,13 +77,16 @@ def inference_context(device: torch.device, precision: str) -> Iterator[None]:
 
 def best_device() -> torch.device:
     """The GPU that torch sees, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    return torch.device(
+        "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    )
 
 
 def make_accelerator(precision: str) -> tuple[Accelerator, str]:
     """An accelerator for training in this process, and the precision it computes in ("fp32" or "bf16")."""
     chosen = pick_precision(precision, best_device())
-    # accelerate keeps its first precision for the whole process; a notebook may want another one in the next cell.
+    # accelerate keeps its first precision for the whole process; a notebook may want another one in the next
+    # cell.
     AcceleratorState._reset_state()
     return Accelerator(mixed_precision="bf16" if chosen == "bf16" else "no"), chosen
 

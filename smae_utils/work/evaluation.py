@@ -34,16 +34,23 @@ from smae_utils.work.settings import FinetuneSettings
 
 
 def evaluate(
-    run_dir: str | Path, data_dir: str | Path | None = None, split: str = "test", save_masks: bool = True, report: Say = say
+    run_dir: str | Path,
+    data_dir: str | Path | None = None,
+    split: str = "test",
+    save_masks: bool = True,
+    report: Say = say,
 ) -> pd.DataFrame:
-    """Score a fine-tuned run; metrics.csv, metrics.json and, with masks, `predictions/` go into its folder (of another split with `_SPLIT` in their names).
+    """Score a fine-tuned run; metrics.csv, metrics.json and, with masks, `predictions/` go into its folder
+    (of another split with `_SPLIT` in their names).
 
     Args:
-        data_dir: where the data lies now (of a list: the list, its folder, or the folder its paths start from); the run remembers where it was.
+        data_dir: where the data lies now (of a list: the list, its folder, or the folder its paths start
+            from); the run remembers where it was.
         split: "test", or "val" for choosing.
 
     Returns:
-        One row a case and class: dsc, hd95_mm (or hd95_px), and whether label and prediction are there; for classification target and score.
+        One row a case and class: dsc, hd95_mm (or hd95_px), and whether label and prediction are there; for
+            classification target and score.
     """
     run = Run.open(run_dir, stage="finetune")
     if split not in ("test", "val"):
@@ -53,12 +60,18 @@ def evaluate(
     if is_list(predictor.task.name):
         predictor = replace(predictor, task=task_of(run.config, where))
     task = predictor.task
-    cases = _labelled(build_splits(task, folder, settings_of(run, FinetuneSettings)).get(split), split, folder or where, report)
+    cases = _labelled(
+        build_splits(task, folder, settings_of(run, FinetuneSettings)).get(split),
+        split,
+        folder or where,
+        report,
+    )
     recorded = run.config["cases"]
     trained = set(recorded["train"]) | (set(recorded["val"]) if split == "test" else set())
     if seen := sorted(trained & {c["case"] for c in cases}):
         raise UserError(
-            f"{len(seen)} of the {split} cases were used in training this run, {seen[0]} for one: evaluate on the data it was trained with"
+            f"{len(seen)} of the {split} cases were used in training this run, {seen[0]} for one: evaluate "
+            "on the data it was trained with"
         )
     started = time.monotonic()
     if task.kind == "classification":
@@ -75,7 +88,8 @@ def evaluate(
 
 
 def score_cases(predictor: Predictor, cases: list[Case]) -> float:
-    """One number for choosing on validation cases: the mean that is reported (mAUC, or the mean over classes of their mean DSC).
+    """One number for choosing on validation cases: the mean that is reported (mAUC, or the mean over classes
+    of their mean DSC).
 
     DSC is that of the prepared grid; the final evaluation uses the scan's own.
     """
@@ -115,12 +129,16 @@ def _labelled(cases: list[Case] | None, split: str, where: str | Path, report: S
     """
     if not cases:
         raise UserError(
-            f"no cases in split {split!r} of {where}: expected test cases in the list, or --set test_share=0.2 when training to hold some out; "
+            f"no cases in split {split!r} of {where}: expected test cases in the list, or --set "
+            "test_share=0.2 when training to hold some out; "
             "or --split val, when train_on_val is off"
         )
     labelled = [c for c in cases if "label" in c]
     if not labelled:
-        raise UserError(f"none of the {len(cases)} {split} cases has a label, {cases[0]['case']} for one: they cannot be scored, only predicted")
+        raise UserError(
+            f"none of the {len(cases)} {split} cases has a label, {cases[0]['case']} for one: they cannot be "
+            "scored, only predicted"
+        )
     if len(labelled) < len(cases):
         report(f"{len(cases) - len(labelled)} of {len(cases)} {split} cases have no label and are not scored")
     return labelled
@@ -132,11 +150,20 @@ def _classification_rows(predictor: Predictor, cases: list[Case]) -> pd.DataFram
     for n, case in enumerate(cases):
         for i, name in enumerate(task.classes):
             target = case["label"][i]
-            rows.append({"case": case["case"], "class": name, "target": None if np.isnan(target) else int(target), "score": float(scores[n, i])})
+            rows.append(
+                {
+                    "case": case["case"],
+                    "class": name,
+                    "target": None if np.isnan(target) else int(target),
+                    "score": float(scores[n, i]),
+                }
+            )
     return pd.DataFrame(rows).astype({"target": "Int64"})
 
 
-def _segmentation_rows(predictor: Predictor, cases: list[Case], folder: Path | None, report: Say) -> pd.DataFrame:
+def _segmentation_rows(
+    predictor: Predictor, cases: list[Case], folder: Path | None, report: Say
+) -> pd.DataFrame:
     task = predictor.task
     for case in cases:  # what cannot be scored shows before minutes of prediction
         read_label(case, task)
@@ -154,24 +181,41 @@ def _segmentation_rows(predictor: Predictor, cases: list[Case], folder: Path | N
     return pd.DataFrame(rows)
 
 
-def score_masks(predicted: np.ndarray, label: np.ndarray, task: Task, spacing: Sequence[float], case: str) -> list[dict[str, Any]]:
-    """A row a class from two images of label numbers on one grid; what the label ignores is left out of both."""
+def score_masks(
+    predicted: np.ndarray, label: np.ndarray, task: Task, spacing: Sequence[float], case: str
+) -> list[dict[str, Any]]:
+    """A row a class from two images of label numbers on one grid; what the label ignores is left out of
+    both."""
     if predicted.shape != label.shape:
-        raise UserError(f"the prediction of {case} has shape {predicted.shape}, its label {label.shape}: they must lie on one grid")
+        raise UserError(
+            f"the prediction of {case} has shape {predicted.shape}, its label {label.shape}: they must lie "
+            "on one grid"
+        )
     rows = []
-    for name, pred, true in zip(task.classes, task.class_masks(ignoring(predicted, label)), task.class_masks(label)):
-        row = {"case": case, "class": name, "dsc": dsc(pred, true), task.distance: hd95_mm(pred, true, spacing)}
+    for name, pred, true in zip(
+        task.classes, task.class_masks(ignoring(predicted, label)), task.class_masks(label)
+    ):
+        row = {
+            "case": case,
+            "class": name,
+            "dsc": dsc(pred, true),
+            task.distance: hd95_mm(pred, true, spacing),
+        }
         rows.append({**row, "labelled": bool(true.any()), "predicted": bool(pred.any())})
     return rows
 
 
 def write_mask(stem: Path, labels: np.ndarray, task: Task, image: Volume | None) -> Path:
-    """Label numbers -> a file with the values that the task's own masks have: NIfTI on the image's grid, or PNG for 2D."""
+    """Label numbers -> a file with the values that the task's own masks have: NIfTI on the image's grid, or
+    PNG for 2D.
+    """
     stored = task.written_labels[labels]
     if image is None:
         path = stem.with_name(stem.name + ".png")
         part = path.with_name(f".part_{path.name}")
-        Image.fromarray(stored if stored.dtype == np.uint8 else stored.astype(np.uint16)).save(part, format="PNG")
+        Image.fromarray(stored if stored.dtype == np.uint8 else stored.astype(np.uint16)).save(
+            part, format="PNG"
+        )
         part.replace(path)
         return path
     path = stem.with_name(stem.name + ".nii.gz")
@@ -190,14 +234,23 @@ def save_nifti(path: Path, values: np.ndarray, affine: np.ndarray, units: tuple[
 
 
 def summarise(table: pd.DataFrame, task: Task) -> dict[str, Any]:
-    """Per class and mean figures of a per-case table. Means are over the classes' means; what is NaN is left out."""
+    """Per class and mean figures of a per-case table. Means are over the classes' means; what is NaN is left
+    out.
+    """
     if task.kind == "classification":
         wide = {
-            k: table.pivot(index="case", columns="class", values=k)[list(task.classes)].to_numpy(float, na_value=np.nan) for k in ("target", "score")
+            k: table.pivot(index="case", columns="class", values=k)[list(task.classes)].to_numpy(
+                float, na_value=np.nan
+            )
+            for k in ("target", "score")
         }
         mauc, per_class = mean_auc(wide["target"], wide["score"])
         classes = {
-            name: {"auc": float(auc), "n_positive": int(np.nansum(target)), "n": int(np.isfinite(target).sum())}
+            name: {
+                "auc": float(auc),
+                "n_positive": int(np.nansum(target)),
+                "n": int(np.isfinite(target).sum()),
+            }
             for name, auc, target in zip(task.classes, per_class, wide["target"].T)
         }
         return {"mean": {"mauc": mauc}, "classes": classes}
@@ -215,7 +268,10 @@ def summarise(table: pd.DataFrame, task: Task) -> dict[str, Any]:
     keys = ("dsc", distance, f"{distance}_detected", "miss_rate")
     mean = {key: _mean(c[key] for c in classes.values()) for key in keys}
     if task.subset:
-        mean |= {f"{key}_{len(task.subset)}_classes": _mean(classes[name][key] for name in task.subset) for key in keys[:2]}
+        mean |= {
+            f"{key}_{len(task.subset)}_classes": _mean(classes[name][key] for name in task.subset)
+            for key in keys[:2]
+        }
     return {"mean": mean, "classes": classes}
 
 
@@ -248,27 +304,46 @@ def compare(scratch: str | Path, self_pretrained: str | Path) -> pd.DataFrame:
     """The table scratch | self pre-trained | difference, a row a mean figure and class.
 
     Raises:
-        UserError: if the runs differ in task, test cases or settings other than what the arms may have of their own.
+        UserError: if the runs differ in task, test cases or settings other than what the arms may have of
+            their own.
     """
     runs = [Run.open(p, "finetune").config for p in (scratch, self_pretrained)]
     free = ("lr", "base_lr", "layer_decay", "encoder_lr")
     for what in ("task", "cases"):
-        one, other = ((said_of_list(config) or config["task"]) if what == "task" else config[what] for config in runs)
+        one, other = (
+            (said_of_list(config) or config["task"]) if what == "task" else config[what] for config in runs
+        )
         if one != other:  # of a list what it says counts, not where it lay
-            raise UserError(f"{scratch} and {self_pretrained} differ in {what}: only runs on the same cases can be compared")
+            raise UserError(
+                f"{scratch} and {self_pretrained} differ in {what}: only runs on the same cases can be "
+                "compared"
+            )
     free_too = (*free, *FREE_SETTINGS)
-    different = [k for k, v in runs[0]["settings"].items() if v != runs[1]["settings"].get(k) and k not in free_too]
+    different = [
+        k for k, v in runs[0]["settings"].items() if v != runs[1]["settings"].get(k) and k not in free_too
+    ]
     if different or _precisions(runs[0]) != _precisions(runs[1]):
         names = ", ".join(different or ["precision"])
-        raise UserError(f"{scratch} and {self_pretrained} differ in {names}: only {', '.join(free)} may differ between arms")
+        raise UserError(
+            f"{scratch} and {self_pretrained} differ in {names}: only {', '.join(free)} may differ between "
+            "arms"
+        )
     a, b = (read_metrics(p) for p in (scratch, self_pretrained))
     if a["split"] != b["split"]:
-        raise UserError(f"{scratch} was scored on {a['split']} cases, {self_pretrained} on {b['split']}: evaluate both on the same")
+        raise UserError(
+            f"{scratch} was scored on {a['split']} cases, {self_pretrained} on {b['split']}: evaluate both "
+            "on the same"
+        )
     inits = [config["init"] == "scratch" for config in runs]
     if inits == [False, True]:
-        raise UserError(f"{scratch} is the self pre-trained run, {self_pretrained} the one from scratch: give scratch first")
+        raise UserError(
+            f"{scratch} is the self pre-trained run, {self_pretrained} the one from scratch: give scratch "
+            "first"
+        )
     key = "auc" if "mauc" in a["mean"] else "dsc"
     rows = [("mean", metric, a["mean"][metric], b["mean"][metric]) for metric in a["mean"]]
     rows += [(name, key, a["classes"][name][key], b["classes"][name][key]) for name in a["classes"]]
-    table = pd.DataFrame(rows, columns=["class", "metric", "scratch", "self"]).astype({"scratch": float, "self": float})
+    table = pd.DataFrame(rows, columns=["class", "metric", "scratch", "self"]).astype(
+        {"scratch": float, "self": float}
+    )
     return table.assign(difference=table["self"] - table["scratch"])

@@ -1,4 +1,6 @@
-"""A run's weights for other libraries: same outputs there, or a refusal that says which settings would have fitted."""
+"""A run's weights for other libraries: same outputs there, or a refusal that says which settings would have
+fitted.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ def export(run_dir: str | Path, to: str, out: str | Path) -> Path:
     """Write `model.safetensors` and `arguments.json` (what to construct there) into a new folder.
 
     Args:
-        to: "timm" (VisionTransformer), "monai-vit" or "monai-unetr". Of a pre-training run the encoder goes out, without a head.
+        to: "timm" (VisionTransformer), "monai-vit" or "monai-unetr". Of a pre-training run the encoder goes
+            out, without a head.
 
     Raises:
         UserError: where the target cannot hold the model, with the settings that it could.
@@ -44,7 +47,11 @@ def export(run_dir: str | Path, to: str, out: str | Path) -> Path:
     converted, arguments = make(tensors, task, settings)
     converted = _complete(converted, arguments)
     with new_folder(out) as part:
-        save_file({k: v.contiguous() for k, v in converted.items()}, part / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            {k: v.contiguous() for k, v in converted.items()},
+            part / "model.safetensors",
+            metadata={"format": "pt"},
+        )
         write_text(part / "arguments.json", json.dumps(arguments, indent=1))
     return out
 
@@ -59,7 +66,9 @@ def construct(arguments: dict[str, Any]) -> torch.nn.Module:
 
 
 def _complete(converted: dict[str, Tensor], arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """Exactly the tensors that the installed target has; MONAI's blocks carry norms of a cross-attention that is not used."""
+    """Exactly the tensors that the installed target has; MONAI's blocks carry norms of a cross-attention that
+    is not used.
+    """
     model = construct(arguments)
     unused = {name: value for name, value in model.state_dict().items() if "cross_attn" in name}
     model.load_state_dict({**unused, **converted})
@@ -83,22 +92,32 @@ def _shape(task: Task, settings: Settings) -> dict[str, Any]:
     return {"img_size": list(settings.crop_size), "patch_size": settings.patch_size}
 
 
-def _timm(tensors: dict[str, Tensor], task: Task, settings: StageSettings) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _timm(
+    tensors: dict[str, Tensor], task: Task, settings: StageSettings
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if task.spatial_dims != 2:
         raise UserError("timm's VisionTransformer is 2D, this run is 3D: use --to monai-vit or monai-unetr")
     tuned = isinstance(settings, FinetuneSettings)
     _need("timm", settings, {"norm_eps": 1e-6, **({"network": "vit"} if tuned else {})})
     out = _encoder(tensors)
-    if settings.class_token:  # there the class token has a row of the position table; ours is part of the token
+    if (
+        settings.class_token
+    ):  # there the class token has a row of the position table; ours is part of the token
         out["pos_embed"] = torch.cat([torch.zeros_like(out["pos_embed"][:, :1]), out["pos_embed"]], 1)
     mean = isinstance(settings, FinetuneSettings) and settings.pool == "mean"
     out |= {k: v for k, v in tensors.items() if k.startswith(("head.", "fc_norm."))}
     arguments = {
-        "constructor": "timm.models.vision_transformer.VisionTransformer", **_shape(task, settings), "in_chans": task.in_chans,
-        "num_classes": len(task.classes) if tuned else 0, "embed_dim": settings.embed_dim, "depth": settings.depth,
-        "num_heads": settings.num_heads, "class_token": settings.class_token,
-        "global_pool": "avg" if mean else "token" if settings.class_token else "", "fc_norm": mean,
-    }  # fmt: skip
+        "constructor": "timm.models.vision_transformer.VisionTransformer",
+        **_shape(task, settings),
+        "in_chans": task.in_chans,
+        "num_classes": len(task.classes) if tuned else 0,
+        "embed_dim": settings.embed_dim,
+        "depth": settings.depth,
+        "num_heads": settings.num_heads,
+        "class_token": settings.class_token,
+        "global_pool": "avg" if mean else "token" if settings.class_token else "",
+        "fc_norm": mean,
+    }
     return out, arguments
 
 
@@ -107,19 +126,29 @@ def _monai_encoder(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, value in _encoder(tensors).items():
         for theirs, ours in MONAI_BLOCK.items():
             name = name.replace(ours, theirs)
-        name = name.replace("patch_embed.proj.", "patch_embedding.patch_embeddings.").replace("pos_embed", "patch_embedding.position_embeddings")
+        name = name.replace("patch_embed.proj.", "patch_embedding.patch_embeddings.").replace(
+            "pos_embed", "patch_embedding.position_embeddings"
+        )
         out[name] = value
     return out
 
 
 def _monai_arguments(task: Task, settings: Settings) -> dict[str, Any]:
     return {
-        "in_channels": task.in_chans, "img_size": list(settings.crop_size), "hidden_size": settings.embed_dim, "mlp_dim": 4 * settings.embed_dim,
-        "num_heads": settings.num_heads, "proj_type": "conv", "spatial_dims": task.spatial_dims, "qkv_bias": True,
-    }  # fmt: skip
+        "in_channels": task.in_chans,
+        "img_size": list(settings.crop_size),
+        "hidden_size": settings.embed_dim,
+        "mlp_dim": 4 * settings.embed_dim,
+        "num_heads": settings.num_heads,
+        "proj_type": "conv",
+        "spatial_dims": task.spatial_dims,
+        "qkv_bias": True,
+    }
 
 
-def _monai_vit(tensors: dict[str, Tensor], task: Task, settings: StageSettings) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _monai_vit(
+    tensors: dict[str, Tensor], task: Task, settings: StageSettings
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tuned = isinstance(settings, FinetuneSettings)
     classifier = tuned and task.kind == "classification"
     if tuned and not classifier:
@@ -128,18 +157,40 @@ def _monai_vit(tensors: dict[str, Tensor], task: Task, settings: StageSettings) 
     _need("monai-vit", settings, {**wanted, "pool": "cls", "network": "vit"} if classifier else wanted)
     out = _monai_encoder(tensors)
     if classifier:
-        out |= {f"classification_head.{k.removeprefix('head.')}": v for k, v in tensors.items() if k.startswith("head.")}
+        out |= {
+            f"classification_head.{k.removeprefix('head.')}": v
+            for k, v in tensors.items()
+            if k.startswith("head.")
+        }
     arguments = {
-        "constructor": "monai.networks.nets.ViT", **_monai_arguments(task, settings), "patch_size": settings.patch_size, "num_layers": settings.depth,
-        "classification": classifier, "post_activation": None, "num_classes": len(task.classes) if classifier else 2,
-    }  # fmt: skip
+        "constructor": "monai.networks.nets.ViT",
+        **_monai_arguments(task, settings),
+        "patch_size": settings.patch_size,
+        "num_layers": settings.depth,
+        "classification": classifier,
+        "post_activation": None,
+        "num_classes": len(task.classes) if classifier else 2,
+    }
     return out, arguments
 
 
-def _monai_unetr(tensors: dict[str, Tensor], task: Task, settings: StageSettings) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _monai_unetr(
+    tensors: dict[str, Tensor], task: Task, settings: StageSettings
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(settings, FinetuneSettings) or task.kind != "segmentation":
-        raise UserError("monai-unetr holds a fine-tuned UNETR: give the run of a segmentation task, or use --to monai-vit for the encoder")
-    wanted = {"patch_size": 16, "depth": 12, "class_token": False, "norm_eps": 1e-5, "network": "vit", "image_skip": True, "norm_skips": False}
+        raise UserError(
+            "monai-unetr holds a fine-tuned UNETR: give the run of a segmentation task, or use --to "
+            "monai-vit for the encoder"
+        )
+    wanted = {
+        "patch_size": 16,
+        "depth": 12,
+        "class_token": False,
+        "norm_eps": 1e-5,
+        "network": "vit",
+        "image_skip": True,
+        "norm_skips": False,
+    }
     _need("monai-unetr", settings, wanted)
     out = {f"vit.{k}": v for k, v in _monai_encoder(tensors).items()}
     for name, value in tensors.items():
@@ -154,7 +205,12 @@ def _monai_unetr(tensors: dict[str, Tensor], task: Task, settings: StageSettings
         elif name.startswith("out."):
             out[name] = value
     arguments = {
-        "constructor": "monai.networks.nets.UNETR", **_monai_arguments(task, settings), "out_channels": task.out_chans,
-        "feature_size": settings.feature_size, "norm_name": "instance", "res_block": True, "conv_block": True,
-    }  # fmt: skip
+        "constructor": "monai.networks.nets.UNETR",
+        **_monai_arguments(task, settings),
+        "out_channels": task.out_chans,
+        "feature_size": settings.feature_size,
+        "norm_name": "instance",
+        "res_block": True,
+        "conv_block": True,
+    }
     return out, arguments

@@ -16,7 +16,14 @@ from smae_utils.errors import UserError
 from smae_utils.method.checkpoints.load import (
     load_weights,
 )
-from smae_utils.work.build import build_augmentation, build_loss, build_model, build_splits, build_transform, class_weights
+from smae_utils.work.build import (
+    build_augmentation,
+    build_loss,
+    build_model,
+    build_splits,
+    build_transform,
+    class_weights,
+)
 from smae_utils.work.evaluation import score_cases
 from smae_utils.work.loop import Loop, kept_generators
 from smae_utils.work.predictor import Predictor
@@ -42,20 +49,22 @@ def finetune(
 
     Args:
         task: which data set, or the path of a list file.
-        data_dir: where its download lies; of a list what its paths are relative to, "" for the list's own folder.
+        data_dir: where its download lies; of a list what its paths are relative to, "" for the list's own
+            folder.
         out: run folder to make.
-        init: "scratch", or a pre-training run folder, a checkpoint file, or "timm:NAME". The two arms differ in the
-            encoder's weights and in what the preset gives them as `scratch` and `self` (their learning rates); seed,
-            data order and augmentation are the same.
+        init: "scratch", or a pre-training run folder, a checkpoint file, or "timm:NAME". The two arms differ
+            in the encoder's weights and in what the preset gives them as `scratch` and `self` (their learning
+            rates); seed, data order and augmentation are the same.
         preset: name or YAML file of the settings, see `settings.resolve`.
         overrides: settings that count more than the preset's.
         resume: go on from the run folder's last state; the loss sequence equals an uninterrupted run's.
         report: receives each line of progress.
-        adapt: let weights of other channels or of 2D images be fitted, see `method.checkpoints.load.load_weights`.
+        adapt: let weights of other channels or of 2D images be fitted, see
+            `method.checkpoints.load.load_weights`.
 
     Raises:
-        UserError: if the weights do not exist, do not fill the encoder or have seen test cases, or if the data, the
-            settings or the run folder cannot be used.
+        UserError: if the weights do not exist, do not fill the encoder or have seen test cases, or if the
+            data, the settings or the run folder cannot be used.
     """
     record = get_task(task)
     scratch = is_scratch(init)
@@ -67,21 +76,33 @@ def finetune(
     for part in splits:
         labelled = [c for c in splits[part] if "label" in c]
         if len(labelled) < len(splits[part]):
-            report(f"{len(splits[part]) - len(labelled)} of {len(splits[part])} {part} cases have no label and are left out of fine-tuning")
+            report(
+                f"{len(splits[part]) - len(labelled)} of {len(splits[part])} {part} cases have no label and "
+                "are left out of fine-tuning"
+            )
         splits[part] = labelled
     if not splits["train"]:
-        raise UserError(f"no training case of {task} has a label: fine-tuning needs labels, pre-training does not")
+        raise UserError(
+            f"no training case of {task} has a label: fine-tuning needs labels, pre-training does not"
+        )
     if settings.labelled > len(splits["train"]):
-        raise UserError(f"labelled={settings.labelled} is more than the {len(splits['train'])} labelled training cases: use --set labelled=0 for all")
+        raise UserError(
+            f"labelled={settings.labelled} is more than the {len(splits['train'])} labelled training cases: "
+            "use --set labelled=0 for all"
+        )
     if settings.labelled:
         splits["train"] = few_labelled(splits["train"], settings.labelled, settings.seed)
     if settings.select not in ("last", "best"):
         raise UserError(f"select must be last or best, got {settings.select!r}")
     if settings.select == "best" and not splits["val"]:
-        raise UserError("select=best needs labelled validation cases, there are none: use --set train_on_val=false, list some, or --set select=last")
+        raise UserError(
+            "select=best needs labelled validation cases, there are none: use --set train_on_val=false, list "
+            "some, or --set select=last"
+        )
     if settings.select == "best" and not settings.val_every:
         raise UserError(
-            "select=best needs validation while training, and val_every=0 is never: use --set val_every=100, for example, or --set select=last"
+            "select=best needs validation while training, and val_every=0 is never: use --set val_every=100, "
+            "for example, or --set select=last"
         )
     torch.manual_seed(derive_seed(settings.seed, 20))
     model = build_model(record, settings)
@@ -89,11 +110,17 @@ def finetune(
     if not scratch:
         report(str(load_weights(model, init, adapt=adapt, expect=facts)))
     # A window of the whole scan is read again at test time; training needs labels on the same grid.
-    scans = Scans(splits["train"], build_transform(record, settings, with_label=record.kind == "segmentation"), settings.cache_rate)
+    scans = Scans(
+        splits["train"],
+        build_transform(record, settings, with_label=record.kind == "segmentation"),
+        settings.cache_rate,
+    )
 
     weights = None
     if record.exclusive and settings.ce_weight_power:
-        weights = class_weights((scans[i]["label"] for i in range(len(scans))), record.out_chans, settings.ce_weight_power)
+        weights = class_weights(
+            (scans[i]["label"] for i in range(len(scans))), record.out_chans, settings.ce_weight_power
+        )
     criterion = build_loss(record, weights)
 
     def loss_of(net: nn.Module, batch: dict) -> Tensor:
@@ -109,6 +136,7 @@ def finetune(
 
 
 def few_labelled(cases: list[Case], count: int, seed: int) -> list[Case]:
-    """`count` of the cases, drawn by `seed`, in their old order; with the same seed fewer are a part of more."""
+    """`count` of the cases, drawn by `seed`, in their old order; with the same seed fewer are a part of
+    more."""
     order = np.random.default_rng([derive_seed(seed, 40)]).permutation(len(cases))[:count]
     return [cases[i] for i in sorted(order)]

@@ -20,7 +20,8 @@ from smae_utils.work.metrics import dsc
 def slabs(size: int, window: int, overlap: float, planes: int) -> Iterator[tuple[int, int, int, int]]:
     """Cut an axis so that windows run slab by slab give what they give over the whole axis.
 
-    Windows start each `window * (1 - overlap)`, as MONAI places them; a plane is finished only when all windows that hold it are.
+    Windows start each `window * (1 - overlap)`, as MONAI places them; a plane is finished only when all
+    windows that hold it are.
 
     Args:
         size: planes of the scan, at least `window`.
@@ -39,11 +40,16 @@ def slabs(size: int, window: int, overlap: float, planes: int) -> Iterator[tuple
         # The next window would start here; the last of all is moved back so that it ends with the scan.
         last = size if stop == size else min(start + (rows + 1) * step, size - window)
         yield start, stop, done, last
-        row, done = max(0, (last - window + step) // step), last  # from where every window that holds the next plane is there
+        row, done = (
+            max(0, (last - window + step) // step),
+            last,
+        )  # from where every window that holds the next plane is there
 
 
 def activate(logits: Tensor, task: Task) -> Tensor:
-    """Logits (out_chans, *spatial) -> probabilities: over classes that exclude each other, or of each region by itself."""
+    """Logits (out_chans, *spatial) -> probabilities: over classes that exclude each other, or of each region
+    by itself.
+    """
     return logits.softmax(0) if task.exclusive else logits.sigmoid()
 
 
@@ -53,26 +59,35 @@ def windows(size: Sequence[int], window: Sequence[int], overlap: float) -> int:
 
 
 def to_scan_grid(channels: Tensor, source: np.ndarray, shape: Sequence[int], target: np.ndarray) -> Tensor:
-    """Volumes (K, *spatial) with affine `source` (4, 4) -> (K, *shape) float32 on the grid with affine `target`, linearly interpolated.
+    """Volumes (K, *spatial) with affine `source` (4, 4) -> (K, *shape) float32 on the grid with affine
+    `target`, linearly interpolated.
 
-    Only the box of the source that the target touches is read. The source's edge holds for half a voxel more, no less certain than
-    what lies inside; further out everything is 0.
+    Only the box of the source that the target touches is read. The source's edge holds for half a voxel more,
+    no less certain than what lies inside; further out everything is 0.
     """
-    found = out_of_core.source_box(out_of_core.whole(shape), np.linalg.inv(source) @ target, channels.shape[1:])
+    found = out_of_core.source_box(
+        out_of_core.whole(shape), np.linalg.inv(source) @ target, channels.shape[1:]
+    )
     if found is None:
         return torch.zeros(len(channels), *shape)
     box, moved = channels[(slice(None), *found)].float(), source @ out_of_core.start_of(found)
     covered = torch.cat([box, torch.ones_like(box[:1])])
     resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=np.float32)
     with torch.autocast("cpu", enabled=False):  # bf16 is too coarse for where a voxel lies
-        resampled = resample(MetaTensor(covered, affine=torch.from_numpy(moved)), dst_affine=torch.from_numpy(target), spatial_size=tuple(shape))
+        resampled = resample(
+            MetaTensor(covered, affine=torch.from_numpy(moved)),
+            dst_affine=torch.from_numpy(target),
+            spatial_size=tuple(shape),
+        )
     out = resampled.as_subclass(Tensor)
     coverage = out[-1:]
     return out[:-1] / coverage.clamp(min=0.5) * (coverage >= 0.5 - 1e-4)
 
 
 def label_map(values: Tensor, task: Task) -> np.ndarray:
-    """Probabilities (out_chans, *spatial) -> the task's label numbers (*spatial), uint8: the likeliest class, or nested regions above one half."""
+    """Probabilities (out_chans, *spatial) -> the task's label numbers (*spatial), uint8: the likeliest class,
+    or nested regions above one half.
+    """
     if task.exclusive:
         return values.argmax(0).numpy().astype(np.uint8)
     return region_labels(list((values > 0.5).numpy()), task)
@@ -81,8 +96,9 @@ def label_map(values: Tensor, task: Task) -> np.ndarray:
 def region_labels(masks: list[np.ndarray], task: Task) -> np.ndarray:
     """Region masks, from the widest to the narrowest -> one image of the task's label numbers.
 
-    A voxel gets the label of the innermost region that holds it, as far as the wider ones hold it too: enhancing tumour outside
-    the tumour is none. The label of a region is the one that it has and the next narrower one has not.
+    A voxel gets the label of the innermost region that holds it, as far as the wider ones hold it too:
+    enhancing tumour outside the tumour is none. The label of a region is the one that it has and the next
+    narrower one has not.
     """
     regions = task.class_values
     out, inside = np.zeros(masks[0].shape, np.uint8), np.ones(masks[0].shape, bool)

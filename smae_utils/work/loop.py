@@ -34,7 +34,9 @@ BEST = "best.safetensors"
 
 @contextmanager
 def kept_generators() -> Iterator[None]:
-    """Leaves the global generators of torch, numpy and Python as they were: training seeds them anew each step."""
+    """Leaves the global generators of torch, numpy and Python as they were: training seeds them anew each
+    step.
+    """
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try:
@@ -51,7 +53,8 @@ def kept_generators() -> Iterator[None]:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Within it Ctrl-C and SIGTERM only set what the yielded function returns: stop between two steps, never inside an update.
+    """Within it Ctrl-C and SIGTERM only set what the yielded function returns: stop between two steps, never
+    inside an update.
 
     A second one interrupts at once. Outside the main thread, which gets no signals, this does nothing.
     """
@@ -96,16 +99,20 @@ class Loop:
         self.steps, self.warmup = total_steps(settings, len(scans))
 
     def run(self, resume: bool, validate: Validate | None, best: bool = False) -> Run:
-        """Train to the last step and write the weights; `best` keeps those with the highest `val_score` instead of the last.
+        """Train to the last step and write the weights; `best` keeps those with the highest `val_score`
+        instead of the last.
 
         Raises:
-            UserError: if the run folder cannot be used or is being trained by another process, or if the loss is not finite.
+            UserError: if the run folder cannot be used or is being trained by another process, or if the loss
+                is not finite.
         """
         defaults = as_dict(type(self.settings)())
         run = Run.check(self.out, self.config, resume, defaults)
         precision, line = self.settings.precision, ""
         if run.exists:  # the precision that a run was started in is a part of it
-            precision, line = devices.usable_precision(run.config.get("precision", precision), devices.best_device())
+            precision, line = devices.usable_precision(
+                run.config.get("precision", precision), devices.best_device()
+            )
         accelerator, precision = devices.make_accelerator(precision)
         report = self.report if accelerator.is_main_process else (lambda line: None)
         # Its checks, before a folder is made.
@@ -123,7 +130,9 @@ class Loop:
             self._train(run, accelerator, precision, report, validate, best)
         return run
 
-    def _train(self, run: Run, accelerator, precision: str, report: Say, validate: Validate | None, best: bool) -> None:
+    def _train(
+        self, run: Run, accelerator, precision: str, report: Say, validate: Validate | None, best: bool
+    ) -> None:
         """From the run's last state, or from the start, to the last step."""
         optimizer = build_optimizer(self.model, self.settings, self.layer_decay)
         form = devices.memory_format(len(self.settings.crop_size))
@@ -148,7 +157,10 @@ class Loop:
                 stop = devices.any_process(accelerator, interrupted())
                 self._save(run, accelerator, state, stop)
                 if stop and step < self.steps:
-                    report(f"interrupted after step {step}: the run is saved, go on with --resume (in Python: resume=True)")
+                    report(
+                        f"interrupted after step {step}: the run is saved, go on with --resume (in Python: "
+                        "resume=True)"
+                    )
                     raise KeyboardInterrupt
         if accelerator.is_main_process:
             if best and (run.path / BEST).is_file():
@@ -162,8 +174,13 @@ class Loop:
         """One update; returns the loss averaged over processes."""
         # Seeded anew each step, so that drop path after a resume draws what it would have drawn.
         torch.manual_seed(derive_seed(self.settings.seed, 30, step, accelerator.process_index))
-        batch = {k: v.to(accelerator.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-        batch["image"] = batch["image"].contiguous(memory_format=devices.memory_format(batch["image"].ndim - 2))
+        batch = {
+            k: v.to(accelerator.device, non_blocking=True) if torch.is_tensor(v) else v
+            for k, v in batch.items()
+        }
+        batch["image"] = batch["image"].contiguous(
+            memory_format=devices.memory_format(batch["image"].ndim - 2)
+        )
         with accelerator.autocast():
             loss = self.loss_of(model, batch)
         value = accelerator.gather(loss.detach().reshape(1)).mean().item()
@@ -178,21 +195,31 @@ class Loop:
         return value
 
     def _diverged(self, what: str, value: float, step: int, batch: dict) -> str:
-        kept = "The run folder holds an earlier state" if Run(self.out).state() else "Nothing was saved before that"
+        kept = (
+            "The run folder holds an earlier state"
+            if Run(self.out).state()
+            else "Nothing was saved before that"
+        )
         return (
-            f"the {what} is {value} at step {step} with cases {', '.join(sorted(set(batch['case'])))}: look at these scans, "
+            f"the {what} is {value} at step {step} with cases {', '.join(sorted(set(batch['case'])))}: look "
+            "at these scans, "
             f"or lower lr (now {learning_rate(self.settings):g}). {kept}"
         )
 
     def _loader(self, start: int, stop: int, accelerator) -> Iterable[dict]:
         """Batches of this process for steps `start` .. `stop` - 1."""
         ours = (self.settings.num_workers, accelerator.process_index, accelerator.num_processes)
-        return training_loader(self.scans, self.augment, self.settings.seed, self.settings.batch_size, start, stop, *ours)
+        return training_loader(
+            self.scans, self.augment, self.settings.seed, self.settings.batch_size, start, stop, *ours
+        )
 
     def _schedule(self, optimizer) -> CosineLRScheduler:
-        # Steps count from 1: one more than there are after the warm-up, or the last would be taken with a rate of 0.
+        # Steps count from 1: one more than there are after the warm-up, or the last would be taken with a
+        # rate of 0.
         after = self.steps - self.warmup + 1
-        return CosineLRScheduler(optimizer, t_initial=after, warmup_t=self.warmup, warmup_prefix=True, t_in_epochs=False)
+        return CosineLRScheduler(
+            optimizer, t_initial=after, warmup_t=self.warmup, warmup_prefix=True, t_in_epochs=False
+        )
 
     def _begin(self, run: Run, accelerator, precision: str, report: Say) -> dict[str, Any]:
         """The state to go on from; notes down in the run who goes on, with what."""
@@ -204,17 +231,28 @@ class Loop:
         if accelerator.is_main_process:
             run.cut_log(state["step"])
             sitting = {"device": device, "precision": precision, "processes": accelerator.num_processes}
-            run.add_segment({"step": state["step"], "date": now(), **sitting, "commit": commit(), "num_workers": self.settings.num_workers})
+            run.add_segment(
+                {
+                    "step": state["step"],
+                    "date": now(),
+                    **sitting,
+                    "commit": commit(),
+                    "num_workers": self.settings.num_workers,
+                }
+            )
             # `precision` stays that of the first sitting; what each computed in is in `segments`.
             run.note(**{**sitting, "precision": run.config.get("precision", precision)}, steps=self.steps)
         crops = f"{self.settings.batch_size} scans x {self.settings.crops_per_scan} crops"
         report(
-            f"{self.config['stage']} {self.config['task']}: {len(self.scans)} training scans, {self.steps} steps of {crops}, "
+            f"{self.config['stage']} {self.config['task']}: {len(self.scans)} training scans, {self.steps} "
+            f"steps of {crops}, "
             f"{parameter_count(self.model) / 1e6:.2f} M parameters, {device}, {precision}"
         )
         return state
 
-    def _scores(self, accelerator, model: nn.Module, validate: Validate | None, step: int) -> dict[str, float]:
+    def _scores(
+        self, accelerator, model: nn.Module, validate: Validate | None, step: int
+    ) -> dict[str, float]:
         """Figures of the validation cases where the step is due for them, else none."""
         every = self.settings.val_every
         if not validate or not every or (step < self.steps and step % every):
@@ -228,14 +266,24 @@ class Loop:
     def _keep_best(self, run: Run, accelerator, state: dict[str, Any], score: float) -> None:
         if math.isnan(score):
             raise UserError(
-                "no validation case can be scored (no class with both outcomes, or masks that are all empty): "
+                "no validation case can be scored (no class with both outcomes, or masks that are all "
+                "empty): "
                 "use --set select=last, or more validation cases"
             )
         if accelerator.is_main_process and (state["best"] is None or score > state["best"]):
             state["best"] = score
             save_weights(self.model, run.path / BEST, self.facts)
 
-    def _log(self, run: Run, accelerator, report: Say, state: dict[str, Any], scores: dict[str, float], lr: float, left: float) -> None:
+    def _log(
+        self,
+        run: Run,
+        accelerator,
+        report: Say,
+        state: dict[str, Any],
+        scores: dict[str, float],
+        lr: float,
+        left: float,
+    ) -> None:
         """A line of progress where one is due: the mean loss since the last one, and `left` seconds to go."""
         step = state["step"]
         if not scores and step < self.steps and step % self.settings.log_every:

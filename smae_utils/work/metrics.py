@@ -1,7 +1,8 @@
 """Metrics, as pure functions on arrays.
 
-Conventions, the same everywhere: a structure that is missed, or predicted though absent, has DSC 0 and the scan's diagonal
-as HD95; absent in both is NaN and left out of means; a class that cannot be scored is NaN, never 0.
+Conventions, the same everywhere: a structure that is missed, or predicted though absent, has DSC 0 and the
+scan's diagonal as HD95; absent in both is NaN and left out of means; a class that cannot be scored is NaN,
+never 0.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ def _pair(pred: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     pred, label = np.asarray(pred), np.asarray(label)
     if pred.shape != label.shape or pred.dtype != bool or label.dtype != bool:
         raise UserError(
-            f"expected two boolean arrays of one shape, got {pred.dtype} {pred.shape} and {label.dtype} {label.shape}: compare one class at a time"
+            f"expected two boolean arrays of one shape, got {pred.dtype} {pred.shape} and {label.dtype} "
+            f"{label.shape}: compare one class at a time"
         )
     return pred, label
 
 
 def dsc(pred: np.ndarray, label: np.ndarray) -> float:
-    """Dice similarity coefficient, 2 |P n L| / (|P| + |L|), of two boolean arrays; NaN when both are empty."""
+    """Dice similarity coefficient, 2 |P n L| / (|P| + |L|), of two boolean arrays; NaN when both are
+    empty."""
     pred, label = _pair(pred, label)
     total = int(pred.sum()) + int(label.sum())
     return 2 * int((pred & label).sum()) / total if total else float("nan")
@@ -55,7 +58,9 @@ def hd95_mm(pred: np.ndarray, label: np.ndarray, spacing_mm: Sequence[float]) ->
     with warnings.catch_warnings():
         # MONAI warns of an argument that it passes to itself.
         warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
-        distance = compute_hausdorff_distance(one, other, include_background=True, percentile=95, spacing=[float(s) for s in spacing_mm])
+        distance = compute_hausdorff_distance(
+            one, other, include_background=True, percentile=95, spacing=[float(s) for s in spacing_mm]
+        )
     return float(distance.item())
 
 
@@ -71,7 +76,9 @@ def mean_auc(targets: np.ndarray, scores: np.ndarray) -> tuple[float, np.ndarray
     """
     targets, scores = np.asarray(targets), np.asarray(scores)
     if targets.shape != scores.shape or targets.ndim != 2:
-        raise UserError(f"expected targets and scores of one shape (n, classes), got {targets.shape} and {scores.shape}")
+        raise UserError(
+            f"expected targets and scores of one shape (n, classes), got {targets.shape} and {scores.shape}"
+        )
     if not np.isfinite(scores).all():
         raise UserError("scores hold NaN or infinity: the model diverged, or an image did")
     per_class = np.full(targets.shape[1], np.nan)

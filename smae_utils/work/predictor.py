@@ -73,8 +73,11 @@ class Predictor:
         return cls(model, task, settings.crop_size, settings.spacing_mm, settings.overlap, precision)
 
     @classmethod
-    def from_run(cls, run: str | Path | Run, device: torch.device | None = None, report: Say = say) -> Predictor:
-        """The network of a fine-tuning run, on `device` or the best there is, in the run's precision where that computes it.
+    def from_run(
+        cls, run: str | Path | Run, device: torch.device | None = None, report: Say = say
+    ) -> Predictor:
+        """The network of a fine-tuning run, on `device` or the best there is, in the run's precision where
+        that computes it.
 
         `report` is told when it does not.
 
@@ -93,7 +96,8 @@ class Predictor:
         return cls.of(model, task, settings, precision)
 
     def __call__(self, scan: str | Path | Sequence[str | Path]) -> Segmented | dict[str, float]:
-        """A scan by its file, its DICOM folder, or the files of its channels -> labels on its own grid; of a classifier class -> probability.
+        """A scan by its file, its DICOM folder, or the files of its channels -> labels on its own grid; of a
+        classifier class -> probability.
 
         Raises:
             UserError: for a scan that cannot be read or is not what the network was trained with.
@@ -109,7 +113,11 @@ class Predictor:
         return next(self.model.parameters()).device
 
     def _computing(self) -> AbstractContextManager[None]:
-        return devices.inference_context(self.device, self.precision) if self.precision else torch.inference_mode()
+        return (
+            devices.inference_context(self.device, self.precision)
+            if self.precision
+            else torch.inference_mode()
+        )
 
     def prepared(self, with_label: bool = False) -> Compose:
         """What is done with a scan before the network sees it, see `data.transforms.prepare`."""
@@ -126,13 +134,16 @@ class Predictor:
             return
         read = Compose([ReadScan(["image"]), CheckCase(self.task, with_label=False)])
         look = out_of_core.look_through
-        read_case(lambda scan: look(scan, self.task) if out_of_core.is_large(scan) else read(scan), _image_of(case))
+        read_case(
+            lambda scan: look(scan, self.task) if out_of_core.is_large(scan) else read(scan), _image_of(case)
+        )
 
     def segment(self, case: Case, keep: bool = False, progress: Progress | None = None) -> Segmented:
         """Predict a scan on its own grid; with `keep` also the probabilities there.
 
-        Probabilities, not labels, are carried back, so that edges stay smooth; block by block, so that memory stays at a few volumes of
-        `out_of_core.CHANNEL_VOXELS`. Outside the resampled body everything is background.
+        Probabilities, not labels, are carried back, so that edges stay smooth; block by block, so that memory
+        stays at a few volumes of `out_of_core.CHANNEL_VOXELS`. Outside the resampled body everything is
+        background.
         """
         if self.task.spatial_dims == 2:
             return self._segment_flat(case, keep)
@@ -149,10 +160,11 @@ class Predictor:
         return Segmented(labels, scan.scan_affine, kept)
 
     def probabilities(self, image: Tensor, progress: Progress | None = None) -> Tensor:
-        """Prepared scan (C, *spatial) of any size -> class probabilities (out_chans, *spatial) on the CPU, by Gaussian-weighted windows.
+        """Prepared scan (C, *spatial) of any size -> class probabilities (out_chans, *spatial) on the CPU, by
+        Gaussian-weighted windows.
 
-        A scan too large for `out_of_core.CHANNEL_VOXELS` is run in slabs along the last axis, so that its class volumes need not be in
-        memory at once; the values are those of one run, kept in half precision.
+        A scan too large for `out_of_core.CHANNEL_VOXELS` is run in slabs along the last axis, so that its
+        class volumes need not be in memory at once; the values are those of one run, kept in half precision.
         """
         sizes, window = tuple(image.shape[1:]), self.crop_size
         planes = out_of_core.CHANNEL_VOXELS // (math.prod(sizes[:2]) * self.task.out_chans)
@@ -172,7 +184,9 @@ class Predictor:
         for start, stop, first, last in pieces:
             part = image[None, ..., start:stop].to(self.device)
             with self._computing():
-                logits = sliding_window_inference(part, window, 4, counted, overlap=self.overlap, mode="gaussian", device="cpu")[0]
+                logits = sliding_window_inference(
+                    part, window, 4, counted, overlap=self.overlap, mode="gaussian", device="cpu"
+                )[0]
                 probs = activate(logits.float(), self.task)
             if len(pieces) == 1:
                 return probs
@@ -187,21 +201,35 @@ class Predictor:
         batch_size = batch_size if self.task.spatial_dims == 2 else 4
         rows = []
         for start in range(0, len(cases), batch_size):
-            images = torch.stack([torch.as_tensor(read_case(read, case)["image"]) for case in cases[start : start + batch_size]])
+            images = torch.stack(
+                [
+                    torch.as_tensor(read_case(read, case)["image"])
+                    for case in cases[start : start + batch_size]
+                ]
+            )
             with self._computing():
                 rows.append(self.model(images.to(self.device)).float().sigmoid().cpu())
         return torch.cat(rows).numpy()
 
     def occlusion_map(self, case: Case, patch: int, finding: int) -> np.ndarray:
-        """(grid) fall of the probability of a finding when one patch is replaced by the image's mean (Zeiler and Fergus, arXiv 1311.2901)."""
+        """(grid) fall of the probability of a finding when one patch is replaced by the image's mean (Zeiler
+        and Fergus, arXiv 1311.2901).
+        """
         image = ResizeRadiograph(self.crop_size)(read_case(self.prepared(), case))["image"]
         grid = tuple(n // patch for n in self.crop_size)
         covered = image.repeat(math.prod(grid), 1, 1, 1)
         for i, (row, column) in enumerate(np.ndindex(*grid)):
-            covered[i, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] = 0  # 0 is the mean: images are standardised
+            covered[i, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] = (
+                0  # 0 is the mean: images are standardised
+            )
         batch = torch.cat([image[None], covered])
         with self._computing():
-            scores = torch.cat([self.model(part.to(self.device)).float().sigmoid()[:, finding].cpu() for part in batch.split(64)])
+            scores = torch.cat(
+                [
+                    self.model(part.to(self.device)).float().sigmoid()[:, finding].cpu()
+                    for part in batch.split(64)
+                ]
+            )
         return (scores[0] - scores[1:]).reshape(grid).numpy()
 
     def _read_scan(self, case: Mapping[str, Any]) -> out_of_core.Prepared:
@@ -209,17 +237,30 @@ class Predictor:
             return out_of_core.prepare_large(case, self.task, self.spacing_mm, self.crop_size)
         image = self.prepared()(case)["image"]
         shape = tuple(int(n) for n in image.meta["spatial_shape"])[:3]
-        return out_of_core.Prepared(image.as_tensor(), np.asarray(image.affine, float), shape, np.asarray(image.meta["original_affine"], float))
+        return out_of_core.Prepared(
+            image.as_tensor(),
+            np.asarray(image.affine, float),
+            shape,
+            np.asarray(image.meta["original_affine"], float),
+        )
 
     def _segment_flat(self, case: Case, keep: bool) -> Segmented:
-        """A 2D image is seen whole at the network's input size; its probabilities are brought back to its own pixels linearly."""
+        """A 2D image is seen whole at the network's input size; its probabilities are brought back to its own
+        pixels linearly.
+        """
         data = read_case(self.prepared(), _image_of(case))
         width, height = data["image"].size
         with self._computing():
-            logits = self.model(ResizeRadiograph(self.crop_size)(data)["image"][None].to(self.device))[0].float().cpu()
+            logits = (
+                self.model(ResizeRadiograph(self.crop_size)(data)["image"][None].to(self.device))[0]
+                .float()
+                .cpu()
+            )
         probs = activate(logits, self.task)
         with torch.autocast("cpu", enabled=False):
-            probs = nn.functional.interpolate(probs[None], size=(height, width), mode="bilinear", align_corners=False)[0]
+            probs = nn.functional.interpolate(
+                probs[None], size=(height, width), mode="bilinear", align_corners=False
+            )[0]
         return Segmented(label_map(probs, self.task), None, probs.numpy() if keep else None)
 
 

@@ -1,4 +1,5 @@
-"""Preset files, and the settings of a stage that come of one: preset, then the arm, then what the user sets."""
+"""Preset files, and the settings of a stage that come of one: preset, then the arm, then what the user
+sets."""
 
 from __future__ import annotations
 
@@ -11,7 +12,15 @@ import yaml
 from smae_utils.data.tasks import Task, get_task
 from smae_utils.errors import UserError
 from smae_utils.places import shipped
-from smae_utils.work.settings import ARMS, STAGE_SETTINGS, STAGES, FinetuneSettings, PretrainSettings, StageSettings, make_settings
+from smae_utils.work.settings import (
+    ARMS,
+    STAGE_SETTINGS,
+    STAGES,
+    FinetuneSettings,
+    PretrainSettings,
+    StageSettings,
+    make_settings,
+)
 from smae_utils.yaml_text import read_yaml
 
 # Two ways to say one thing: whichever is said last counts.
@@ -28,7 +37,9 @@ def load_preset(name: str) -> dict[str, Any]:
     path = Path(name) if name.endswith((".yaml", ".yml")) else shipped("presets") / f"{name}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in shipped("presets").glob("*.yaml"))
-        raise UserError(f"unknown preset {name!r}: expected one of {', '.join(known)}, or the path of a YAML file")
+        raise UserError(
+            f"unknown preset {name!r}: expected one of {', '.join(known)}, or the path of a YAML file"
+        )
     try:
         content = read_yaml(path.read_text(encoding="utf-8-sig")) or {}
     except UnicodeDecodeError as error:
@@ -42,13 +53,19 @@ def load_preset(name: str) -> dict[str, Any]:
             _known_task(name, path)
         for where, part in (
             (name, section),
-            *((f"{name}: {stage}", (section or {}).get(stage)) for stage in STAGES if isinstance(section, dict)),
+            *(
+                (f"{name}: {stage}", (section or {}).get(stage))
+                for stage in STAGES
+                if isinstance(section, dict)
+            ),
         ):
             if part is not None and not isinstance(part, dict):
                 raise UserError(f"section {where} of {path} must be a mapping of settings, got {part!r}")
             for arm in ARMS:
                 if isinstance(said := (part or {}).get(arm), (str, int, float, list)):
-                    raise UserError(f"section {where}: {arm} of {path} must be a mapping of settings, got {said!r}")
+                    raise UserError(
+                        f"section {where}: {arm} of {path} must be a mapping of settings, got {said!r}"
+                    )
     return content
 
 
@@ -61,22 +78,35 @@ def _known_task(name: str, path: Path) -> None:
 
 @overload
 def resolve(
-    task: Task, stage: Literal["pretrain"], preset: str, arm: str = "scratch", overrides: Mapping[str, Any] | None = None
+    task: Task,
+    stage: Literal["pretrain"],
+    preset: str,
+    arm: str = "scratch",
+    overrides: Mapping[str, Any] | None = None,
 ) -> PretrainSettings: ...
 
 
 @overload
 def resolve(
-    task: Task, stage: Literal["finetune"], preset: str, arm: str = "scratch", overrides: Mapping[str, Any] | None = None
+    task: Task,
+    stage: Literal["finetune"],
+    preset: str,
+    arm: str = "scratch",
+    overrides: Mapping[str, Any] | None = None,
 ) -> FinetuneSettings: ...
 
 
 @overload
-def resolve(task: Task, stage: str, preset: str, arm: str = "scratch", overrides: Mapping[str, Any] | None = None) -> StageSettings: ...
+def resolve(
+    task: Task, stage: str, preset: str, arm: str = "scratch", overrides: Mapping[str, Any] | None = None
+) -> StageSettings: ...
 
 
-def resolve(task: Task, stage: str, preset: str, arm: str = "scratch", overrides: Mapping[str, Any] | None = None) -> StageSettings:
-    """Defaults <- preset (all, then the task; general, then the stage, then the arm) <- a list file's own settings <- overrides.
+def resolve(
+    task: Task, stage: str, preset: str, arm: str = "scratch", overrides: Mapping[str, Any] | None = None
+) -> StageSettings:
+    """Defaults <- preset (all, then the task; general, then the stage, then the arm) <- a list file's own
+    settings <- overrides.
 
     Raises:
         UserError: for an unknown key or a value of the wrong type, naming the right ones.
@@ -86,7 +116,10 @@ def resolve(task: Task, stage: str, preset: str, arm: str = "scratch", overrides
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
     layers: list[tuple[str, Mapping[str, Any]]] = []
-    sections = [*((f"preset {preset!r}", content.get(name) or {}) for name in ("all", task.like, task.name)), (f"list {task.name}", task.settings)]
+    sections = [
+        *((f"preset {preset!r}", content.get(name) or {}) for name in ("all", task.like, task.name)),
+        (f"list {task.name}", task.settings),
+    ]
     for where, section in sections:
         layers += [(where, section), (where, section.get(stage) or {})]
         if stage == "finetune":
@@ -95,8 +128,12 @@ def resolve(task: Task, stage: str, preset: str, arm: str = "scratch", overrides
     for where, layer in layers:
         found = {k: v for k, v in layer.items() if k not in (*STAGES, *ARMS) or where == "--set"}
         for name, other in EITHER:
-            means_other = name in ("steps", "epochs", "base_lr") and not found.get(name)  # 0 there means: take the other
-            if name in found and other not in found and not means_other:  # what is said last counts, also over an earlier section
+            means_other = name in ("steps", "epochs", "base_lr") and not found.get(
+                name
+            )  # 0 there means: take the other
+            if (
+                name in found and other not in found and not means_other
+            ):  # what is said last counts, also over an earlier section
                 values[other], origin[other] = 0, where
         values.update(found)
         origin.update(dict.fromkeys(found, where))

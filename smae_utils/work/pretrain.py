@@ -40,19 +40,22 @@ def pretrain(
     init: str | Path = "scratch",
     adapt: bool = False,
 ) -> Run:
-    """Self pre-training: a masked autoencoder on the images of the task's own training cases. Labels are never read.
+    """Self pre-training: a masked autoencoder on the images of the task's own training cases. Labels are
+    never read.
 
     Args:
         task: which data set, or the path of a list file.
-        data_dir: where its download lies; of a list what its paths are relative to, "" for the list's own folder.
+        data_dir: where its download lies; of a list what its paths are relative to, "" for the list's own
+            folder.
         out: run folder to make.
         preset: name or YAML file of the settings, see `settings.resolve`.
         overrides: settings that count more than the preset's.
         resume: go on from the run folder's last state; the loss sequence equals an uninterrupted run's.
         report: receives each line of progress.
-        init: "scratch", or weights to go on from: a run folder, a checkpoint file, or "timm:NAME". The whole encoder is
-            taken from there, and of the decoder what fits.
-        adapt: let weights of other channels or of 2D images be fitted, see `method.checkpoints.load.load_weights`.
+        init: "scratch", or weights to go on from: a run folder, a checkpoint file, or "timm:NAME". The whole
+            encoder is taken from there, and of the decoder what fits.
+        adapt: let weights of other channels or of 2D images be fitted, see
+            `method.checkpoints.load.load_weights`.
 
     Raises:
         UserError: if the data, the settings, the weights or the run folder cannot be used.
@@ -61,7 +64,10 @@ def pretrain(
     settings = resolve(record, "pretrain", preset, overrides=overrides)
     scratch = is_scratch(init)
     splits = build_splits(record, data_dir, settings)
-    images: Splits = {part: [{"case": c["case"], "patient": c["patient"], "image": c["image"]} for c in cases] for part, cases in splits.items()}
+    images: Splits = {
+        part: [{"case": c["case"], "patient": c["patient"], "image": c["image"]} for c in cases]
+        for part, cases in splits.items()
+    }
     tell_notes(record, report)
     torch.manual_seed(derive_seed(settings.seed, 10))
     model = build_mae(record, settings)
@@ -80,24 +86,47 @@ def pretrain(
 
     def loss_of(net: nn.Module, batch: dict) -> Tensor:
         noise = mask_noise(batch["noise_seed"], length).to(batch["image"].device)
-        return net(batch["image"], noise, drawn_ratio(settings, batch["noise_seed"][0]) if net.training else None).loss
+        return net(
+            batch["image"], noise, drawn_ratio(settings, batch["noise_seed"][0]) if net.training else None
+        ).loss
 
     def validate(net: nn.Module) -> dict[str, float]:
         # The same crops and the same masks every time, so that the curve shows the model and not the draw.
         if not fixed:
-            crops = Crops(Scans(images["val"], transform), build_augmentation(record, settings), seed=derive_seed(settings.split_seed, 11))
-            wanted = min(len(images["val"]) * max(1, 4 // settings.crops_per_scan), max(1, VALIDATION_CROPS // settings.crops_per_scan))
+            crops = Crops(
+                Scans(images["val"], transform),
+                build_augmentation(record, settings),
+                seed=derive_seed(settings.split_seed, 11),
+            )
+            wanted = min(
+                len(images["val"]) * max(1, 4 // settings.crops_per_scan),
+                max(1, VALIDATION_CROPS // settings.crops_per_scan),
+            )
             fixed.extend(join([crops[i]]) for i in range(wanted))
-        losses = [loss_of(net, {**b, "image": b["image"].to(next(net.parameters()).device)}).item() for b in fixed]
+        losses = [
+            loss_of(net, {**b, "image": b["image"].to(next(net.parameters()).device)}).item() for b in fixed
+        ]
         return {"val_loss": sum(losses) / len(losses)}
 
     config = config_of("pretrain", task, record, data_dir, out, preset, settings, images, init, adapt)
-    loop = Loop(config, out, model, scans, build_augmentation(record, settings), settings, loss_of, report, facts=facts)
+    loop = Loop(
+        config,
+        out,
+        model,
+        scans,
+        build_augmentation(record, settings),
+        settings,
+        loss_of,
+        report,
+        facts=facts,
+    )
     return loop.run(resume, validate if images["val"] else None)
 
 
 def drawn_ratio(settings: PretrainSettings, seed: int) -> float | None:
-    """The mask ratio of a step, uniform in `mask_ratio_range` and drawn from the step's own seed; None: the model's own ratio."""
+    """The mask ratio of a step, uniform in `mask_ratio_range` and drawn from the step's own seed; None: the
+    model's own ratio.
+    """
     if not settings.mask_ratio_range:
         return None
     low, high = settings.mask_ratio_range

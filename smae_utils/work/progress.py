@@ -33,7 +33,9 @@ _moving = _MovingLine()
 
 
 def say(line: str) -> None:
-    """Print at once, so that a pipe shows progress while it happens; in a notebook, steps share one line that moves on."""
+    """Print at once, so that a pipe shows progress while it happens; in a notebook, steps share one line that
+    moves on.
+    """
     kernel = _kernel()
     if kernel is not None and line.startswith(("step ", "  ")):
         _moving.show(line, kernel.execution_count)

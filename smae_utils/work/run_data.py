@@ -15,24 +15,32 @@ def find_data(run: Run, data_dir: str | Path | None = None) -> tuple[str, str]:
     """Where the data of a run lie now: (the task's name, or the path of its list file; the data folder).
 
     Args:
-        data_dir: where they were moved to. Of a list: the list file itself; or a folder that holds a list of the same
-            name, whose paths are then relative to it; or the folder that the paths of the recorded list are relative to.
-            Without it: the recorded place, else the same place seen from the run folder, for both moved together.
+        data_dir: where they were moved to. Of a list: the list file itself; or a folder that holds a list of
+            the same name, whose paths are then relative to it; or the folder that the paths of the recorded
+            list are relative to.
+            Without it: the recorded place, else the same place seen from the run folder, for both moved
+                together.
 
     Raises:
         UserError: naming the places where nothing is.
     """
     config = run.config
     if not is_list(config["task"]):
-        return config["task"], absolute(data_dir) if data_dir else _place(run, config, "data", "the data folder")
+        return config["task"], absolute(data_dir) if data_dir else _place(
+            run, config, "data", "the data folder"
+        )
     name = Path(config["task"]).name
     recorded = config.get("data") or ""
-    own = not recorded or recorded == os.path.dirname(config["task"])  # paths are relative to the list's own folder
+    own = not recorded or recorded == os.path.dirname(
+        config["task"]
+    )  # paths are relative to the list's own folder
     if data_dir:
         folder = absolute(data_dir)
         if os.path.isfile(folder):
             return folder, os.path.dirname(folder)
-        as_before = not own and os.path.exists(config["task"]) and os.path.isdir(recorded) and _same(recorded, folder)
+        as_before = (
+            not own and os.path.exists(config["task"]) and os.path.isdir(recorded) and _same(recorded, folder)
+        )
         if os.path.isfile(os.path.join(folder, name)) and not as_before:
             return os.path.join(folder, name), folder
         return _place(run, config, "task", "the list file"), folder
@@ -52,4 +60,7 @@ def _place(run: Run, config: dict[str, Any], key: str, what: str) -> str:
     for place in tried:
         if os.path.exists(place):
             return place
-    raise UserError(f"{what} of {run.path} is neither at {' nor at '.join(dict.fromkeys(tried))}: say where it lies now with --data NEW")
+    raise UserError(
+        f"{what} of {run.path} is neither at {' nor at '.join(dict.fromkeys(tried))}: say where it lies now "
+        "with --data NEW"
+    )

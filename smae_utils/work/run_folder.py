@@ -1,11 +1,10 @@
 """The run folder: the contract between notebooks, command line and batch runner.
 
-config.yaml         everything needed to repeat the run, versions and git commit included; `segments` has a line a sitting
-log.jsonl           one line a logged step, with at least `step` and `loss`
-last/               resumable state; always whole, see `whole.swap_folder`
-model.safetensors   the weights, once the run is finished
-metrics.csv, .json  written by evaluation
-.lock               there while a process trains this run, see `only_process`
+config.yaml         everything needed to repeat the run, versions and git commit included; `segments` has a
+line a sitting log.jsonl           one line a logged step, with at least `step` and `loss` last/
+resumable state; always whole, see `whole.swap_folder` model.safetensors   the weights, once the run is
+finished metrics.csv, .json  written by evaluation .lock               there while a process trains this run,
+see `only_process`
 """
 
 from __future__ import annotations
@@ -32,20 +31,29 @@ from smae_utils.yaml_text import read_yaml, write_yaml
 # Of config.yaml. 2: places are absolute, and relative to the run beside that; `segments`.
 SCHEMA = 2
 LOCK = ".lock"
-# Settings of how a run is carried out, which change nothing of what it computes: another sitting may have others.
+# Settings of how a run is carried out, which change nothing of what it computes: another sitting may have
+# others.
 FREE_SETTINGS = ("num_workers", "log_every", "save_every", "cache_rate", "keep_every")
 
 
 def absolute(path: str | Path) -> str:
-    """An absolute path with its links as they are: a link into a store of data keeps the name and ending it has here."""
+    """An absolute path with its links as they are: a link into a store of data keeps the name and ending it
+    has here.
+    """
     whole = os.path.join(os.getcwd(), path)
     plain = os.path.normpath(whole)
     # "link/.." is the parent of what the link points to: such a path is left as it was typed.
-    return plain if not os.path.exists(whole) or (os.path.exists(plain) and os.path.samefile(plain, whole)) else whole
+    return (
+        plain
+        if not os.path.exists(whole) or (os.path.exists(plain) and os.path.samefile(plain, whole))
+        else whole
+    )
 
 
 def places(run: str | Path, **paths: str | Path) -> dict[str, str]:
-    """Each path as `NAME`, absolute, and as `NAME_from_run`, relative to the run folder: it survives moving both together."""
+    """Each path as `NAME`, absolute, and as `NAME_from_run`, relative to the run folder: it survives moving
+    both together.
+    """
     out = {}
     for name, path in paths.items():
         out[name] = absolute(path)
@@ -56,7 +64,8 @@ def places(run: str | Path, **paths: str | Path) -> dict[str, str]:
 
 @contextmanager
 def only_process(path: str | Path) -> Iterator[None]:
-    """Within it this process alone trains the run of folder `path`, which is made. The system frees the lock of a killed one.
+    """Within it this process alone trains the run of folder `path`, which is made. The system frees the lock
+    of a killed one.
 
     Raises:
         UserError: while another process is within it.
@@ -68,7 +77,10 @@ def only_process(path: str | Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(f"{folder} is being trained by another process: wait until it has ended or end it, or choose another --out") from None
+        raise UserError(
+            f"{folder} is being trained by another process: wait until it has ended or end it, or choose "
+            "another --out"
+        ) from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
             raise
@@ -92,18 +104,25 @@ class Run:
         self.path = Path(path)
 
     @classmethod
-    def check(cls, path: str | Path, config: dict[str, Any], resume: bool = False, defaults: Mapping[str, Any] = MappingProxyType({})) -> Run:
+    def check(
+        cls,
+        path: str | Path,
+        config: dict[str, Any],
+        resume: bool = False,
+        defaults: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Run:
         """A folder to start a run in, or one whose run can go on with `config`; nothing is written.
 
-        What decides the result has to be the same: stage, task, what a list says, weights to start from, the settings
-        but for `FREE_SETTINGS`, and the cases of each part. Where data and list lie now may have changed.
+        What decides the result has to be the same: stage, task, what a list says, weights to start from, the
+        settings but for `FREE_SETTINGS`, and the cases of each part. Where data and list lie now may have
+        changed.
 
         Args:
             defaults: fills settings that are newer than the run.
 
         Raises:
-            UserError: if the folder already holds a run and `resume` is off, if it was made with other settings, or if
-                it holds something else.
+            UserError: if the folder already holds a run and `resume` is off, if it was made with other
+                settings, or if it holds something else.
         """
         run = cls(path)
         if not run.exists:
@@ -113,11 +132,15 @@ class Run:
         if not resume:
             raise UserError(f"{run.path} already holds a run: go on with --resume, or choose another --out")
         before, after = _deciding(run.config, defaults), _deciding(config)
-        if None not in (before["init_digest"], after["init_digest"]):  # where the weights lie is then no matter
+        if None not in (
+            before["init_digest"],
+            after["init_digest"],
+        ):  # where the weights lie is then no matter
             before["init"] = after["init"]
         for key, old in before.items():
             new = after[key]
-            # What an older run does not say cannot differ, nor can what this version of a list's record has no more.
+            # What an older run does not say cannot differ, nor can what this version of a list's record has
+            # no more.
             if key in ("record", "init_digest") and None in (old, new):
                 continue
             if key == "record":
@@ -127,12 +150,23 @@ class Run:
             if isinstance(old, dict) and isinstance(new, dict):
                 key = next(k for k in {**old, **new} if old.get(k) != new.get(k))
                 old, new = old.get(key), new.get(key)
-            raise UserError(f"{run.path} was started with {key}={_short(old)}, now {_short(new)}: resume with the same, or choose another --out")
+            raise UserError(
+                f"{run.path} was started with {key}={_short(old)}, now {_short(new)}: resume with the same, "
+                "or choose another --out"
+            )
         return run
 
     @classmethod
-    def start(cls, path: str | Path, config: dict[str, Any], resume: bool = False, defaults: Mapping[str, Any] = MappingProxyType({})) -> Run:
-        """Create the folder, or open it again to go on, which `check` has to allow. Free settings and places are then `config`'s."""
+    def start(
+        cls,
+        path: str | Path,
+        config: dict[str, Any],
+        resume: bool = False,
+        defaults: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Run:
+        """Create the folder, or open it again to go on, which `check` has to allow. Free settings and places
+        are then `config`'s.
+        """
         run = cls.check(path, config, resume, defaults)
         if not run.exists:
             run.path.mkdir(parents=True, exist_ok=True)
@@ -141,7 +175,12 @@ class Run:
         old = run.config
         places_now = {k: config.get(k) for k in PLACES}
         free = {k: v for k, v in config["settings"].items() if k in FREE_SETTINGS}
-        going_on = {**old, "schema": SCHEMA, **places_now, "settings": {**defaults, **old["settings"], **free}}
+        going_on = {
+            **old,
+            "schema": SCHEMA,
+            **places_now,
+            "settings": {**defaults, **old["settings"], **free},
+        }
         going_on = {k: v for k, v in going_on.items() if k not in PLACES or v is not None}
         write_text(run.path / "config.yaml", write_yaml(going_on))
         return run
@@ -155,7 +194,10 @@ class Run:
         """
         run = cls(path)
         if not (run.path / "config.yaml").is_file():
-            raise UserError(f"{run.path} is no run folder (no config.yaml in it): give the --out folder of an earlier command")
+            raise UserError(
+                f"{run.path} is no run folder (no config.yaml in it): give the --out folder of an earlier "
+                "command"
+            )
         if stage and run.config.get("stage") != stage:
             raise UserError(f"{run.path} is a {run.config.get('stage')} run, a {stage} run was expected")
         return run
@@ -176,14 +218,23 @@ class Run:
         try:
             content = read_yaml(file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} is damaged ({' '.join(str(error).split())[:120]}): make the run again") from None
+            raise UserError(
+                f"{file} is damaged ({' '.join(str(error).split())[:120]}): make the run again"
+            ) from None
         if not isinstance(content, dict):
-            raise UserError(f"{file} is no run's configuration (stage, task and settings expected): make the run again")
+            raise UserError(
+                f"{file} is no run's configuration (stage, task and settings expected): make the run again"
+            )
         schema = content.get("schema", 1)
         if not isinstance(schema, int) or schema > SCHEMA:
-            raise UserError(f"{file} has schema {schema!r}, this version of smae-utils knows up to {SCHEMA}: install a newer one")
+            raise UserError(
+                f"{file} has schema {schema!r}, this version of smae-utils knows up to {SCHEMA}: install a "
+                "newer one"
+            )
         if not {"stage", "task", "settings"} <= set(content):
-            raise UserError(f"{file} is no run's configuration (stage, task and settings expected): make the run again")
+            raise UserError(
+                f"{file} is no run's configuration (stage, task and settings expected): make the run again"
+            )
         return content
 
     @property
@@ -195,9 +246,17 @@ class Run:
         """Add a sitting to `segments` of config.yaml; `step` of it is the step after which it begins."""
         config = self.config
         said = config.get("segments") or []
-        if not said and "precision" in config and segment["step"]:  # of an older version: one sitting is what it tells of
+        if (
+            not said and "precision" in config and segment["step"]
+        ):  # of an older version: one sitting is what it tells of
             first = {"step": 0, **{k: config.get("provenance", {}).get(k) for k in ("date", "commit")}}
-            said = [{**first, **{k: config.get(k) for k in ("device", "precision", "processes")}, "num_workers": None}]
+            said = [
+                {
+                    **first,
+                    **{k: config.get(k) for k in ("device", "precision", "processes")},
+                    "num_workers": None,
+                }
+            ]
         self.note(segments=[*said, segment])
 
     def note(self, **entries: Any) -> None:
@@ -232,7 +291,10 @@ class Run:
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, weights) that `keep_every` kept, oldest first."""
-        return sorted((int(p.stem.removeprefix("step")), p) for p in (self.path / "checkpoints").glob("step*.safetensors"))
+        return sorted(
+            (int(p.stem.removeprefix("step")), p)
+            for p in (self.path / "checkpoints").glob("step*.safetensors")
+        )
 
     def state(self) -> Path | None:
         """Folder of the newest whole state, if any."""

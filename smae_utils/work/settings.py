@@ -1,7 +1,9 @@
-"""Settings of a run, and the presets that fill them: the one place where YAML and `--set` become named arguments.
+"""Settings of a run, and the presets that fill them: the one place where YAML and `--set` become named
+arguments.
 
-A preset is a YAML file that holds only what differs from the defaults below, in sections that are applied in this order:
-`all`, `TASK`, each with the sub-sections `pretrain` and `finetune`, and inside `finetune` an arm: `scratch` or `self`.
+A preset is a YAML file that holds only what differs from the defaults below, in sections that are applied in
+this order: `all`, `TASK`, each with the sub-sections `pretrain` and `finetune`, and inside `finetune` an arm:
+`scratch` or `self`.
 """
 
 from __future__ import annotations
@@ -25,13 +27,17 @@ ARMS = ("scratch", "self")
 
 
 def option(default: Any, text: str, unit: str = "", least: float = -math.inf, most: float = math.inf) -> Any:
-    """A setting: its default, what it does in one line, its unit, and the smallest and largest number that make sense (of each, in a list)."""
+    """A setting: its default, what it does in one line, its unit, and the smallest and largest number that
+    make sense (of each, in a list).
+    """
     return field(default=default, metadata={"help": text, "unit": unit, "least": least, "most": most})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What pre-training and fine-tuning have in common. A batch counts **scans**; each gives `crops_per_scan` crops."""
+    """What pre-training and fine-tuning have in common. A batch counts **scans**; each gives `crops_per_scan`
+    crops.
+    """
 
     # The encoder: the same in both stages, or the weights do not fit.
     crop_size: tuple[int, ...] = option((96, 96, 96), "input of the network", "voxels or pixels", 1)
@@ -40,19 +46,40 @@ class Settings:
     depth: int = option(12, "blocks of the encoder", least=1)
     num_heads: int = option(12, "attention heads of the encoder", least=1)
     class_token: bool = option(True, "a token that stands for the whole image")
-    positions: str = option("sincos", "sincos: a fixed table while pre-training, learned from there on; learned: learned in both stages")
+    positions: str = option(
+        "sincos",
+        "sincos: a fixed table while pre-training, learned from there on; learned: learned in both stages",
+    )
     norm_eps: float = option(1e-6, "epsilon of the layer norms; MONAI has 1e-5")
     # The data.
     spacing_mm: tuple[float, ...] = option((), "voxel size to resample to; empty: the task's own", "mm", 1e-3)
-    split_seed: int = option(0, "draws the held-out cases; apart from seed, so that seeds share their test cases", least=0)
-    fold: int = option(0, "which fold is the test part, where a task has folds; of a list with folds the validation part", least=0)
-    test_share: float = option(0.0, "share of the labelled patients held out as test cases, where a list has no labelled ones", "", 0, 0.9)
-    train_on_val: bool = option(False, "give the validation cases back for training; nothing can be selected then")
+    split_seed: int = option(
+        0, "draws the held-out cases; apart from seed, so that seeds share their test cases", least=0
+    )
+    fold: int = option(
+        0,
+        "which fold is the test part, where a task has folds; of a list with folds the validation part",
+        least=0,
+    )
+    test_share: float = option(
+        0.0,
+        "share of the labelled patients held out as test cases, where a list has no labelled ones",
+        "",
+        0,
+        0.9,
+    )
+    train_on_val: bool = option(
+        False, "give the validation cases back for training; nothing can be selected then"
+    )
     cache_rate: float = option(1.0, "share of the training scans kept in memory after resampling", "", 0, 1)
     num_workers: int = option(0, "processes that load data; 0: the training process itself", least=0)
     flip_prob: float = option(0.2, "probability of a flip, for each axis", "", 0, 1)
-    mirror: bool = option(False, "also mirror left-right where labels have sides; elsewhere that is always done")
-    crop_area: tuple[float, ...] = option((0.08, 1.0), "share of a 2D image that a random crop covers, from and to", "", 1e-3, 1)
+    mirror: bool = option(
+        False, "also mirror left-right where labels have sides; elsewhere that is always done"
+    )
+    crop_area: tuple[float, ...] = option(
+        (0.08, 1.0), "share of a 2D image that a random crop covers, from and to", "", 1e-3, 1
+    )
     # The optimiser.
     seed: int = option(0, "of weights, order, augmentation and masks", least=0)
     steps: int = option(0, "updates; 0: take epochs", least=0)
@@ -62,7 +89,12 @@ class Settings:
     batch_size: int = option(6, "scans of a step, over all processes", "scans", 1)
     crops_per_scan: int = option(1, "crops of each scan", least=1)
     lr: float = option(1.5e-4, "learning rate after the warm-up; it falls as a cosine", "", 0)
-    base_lr: float = option(0.0, "the other way to say it, as in the MAE papers: lr = base_lr * batch_size / 256; 0: take lr", "", 0)
+    base_lr: float = option(
+        0.0,
+        "the other way to say it, as in the MAE papers: lr = base_lr * batch_size / 256; 0: take lr",
+        "",
+        0,
+    )
     weight_decay: float = option(0.05, "of AdamW, not on norms, biases, tokens and positions", "", 0)
     betas: tuple[float, ...] = option((0.9, 0.95), "of AdamW", "", 0, 0.999999)
     clip_grad: float = option(1.0, "largest gradient norm; 0: no clipping", "", 0)
@@ -70,7 +102,9 @@ class Settings:
     log_every: int = option(50, "a line of progress", "steps", 1)
     save_every: int = option(500, "a state to go on from", "steps", 1)
     val_every: int = option(0, "validation; 0: never", "steps", 0)
-    keep_every: int = option(0, "also keep these weights, to watch a network learn; 0: only the last", "steps", 0)
+    keep_every: int = option(
+        0, "also keep these weights, to watch a network learn; 0: only the last", "steps", 0
+    )
 
 
 @dataclass(frozen=True)
@@ -78,9 +112,15 @@ class PretrainSettings(Settings):
     """Masked-autoencoder pre-training."""
 
     mask_ratio: float = option(0.75, "share of the patches that are hidden", "", 0, 1)
-    mask_ratio_range: tuple[float, ...] = option((), "draw the ratio of each step between these two; validation keeps mask_ratio", "", 1e-3, 0.99)
-    norm_pix_loss: bool = option(True, "predict each patch with its own mean and spread taken out; false: intensities as they are")
-    air_loss: bool = option(True, "false: hidden patches of one single value, as air around a body, do not count")
+    mask_ratio_range: tuple[float, ...] = option(
+        (), "draw the ratio of each step between these two; validation keeps mask_ratio", "", 1e-3, 0.99
+    )
+    norm_pix_loss: bool = option(
+        True, "predict each patch with its own mean and spread taken out; false: intensities as they are"
+    )
+    air_loss: bool = option(
+        True, "false: hidden patches of one single value, as air around a body, do not count"
+    )
     decoder_embed_dim: int = option(384, "width of the decoder", least=1)
     decoder_depth: int = option(8, "blocks of the decoder", least=1)
     decoder_num_heads: int = option(12, "attention heads of the decoder", least=1)
@@ -90,19 +130,35 @@ class PretrainSettings(Settings):
 class FinetuneSettings(Settings):
     """Fine-tuning of the whole network, from scratch or from a pre-trained encoder."""
 
-    network: str = option("vit", "vit: UNETR or the ViT classifier; cnn: a small U-Net or DenseNet of MONAI, for comparison")
-    encoder: str = option("trained", "trained, or frozen: it stays as it started and the decoder or head learns alone")
-    labelled: int = option(0, "fine-tune on so many of the labelled training cases, drawn by seed; 0: all", "cases", 0)
+    network: str = option(
+        "vit", "vit: UNETR or the ViT classifier; cnn: a small U-Net or DenseNet of MONAI, for comparison"
+    )
+    encoder: str = option(
+        "trained", "trained, or frozen: it stays as it started and the decoder or head learns alone"
+    )
+    labelled: int = option(
+        0, "fine-tune on so many of the labelled training cases, drawn by seed; 0: all", "cases", 0
+    )
     feature_size: int = option(16, "UNETR's channels at full resolution", least=1)
     image_skip: bool = option(True, "UNETR's connection from the image to the last stage, past the encoder")
-    norm_skips: bool = option(False, "norm the hidden states that UNETR's decoder reads: a pre-trained encoder's are larger than a random one's")
+    norm_skips: bool = option(
+        False,
+        "norm the hidden states that UNETR's decoder reads: a pre-trained encoder's are larger than a random "
+        "one's",
+    )
     pool: str = option("cls", "what the classifier reads: cls or mean")
     drop_path: float = option(0.1, "stochastic depth of the last block; less below", "", 0, 0.99)
     encoder_lr: float = option(1.0, "factor on the learning rate of the encoder alone", "", 0, 1)
-    layer_decay: float = option(1.0, "factor on the learning rate for each block further down; 1: the same everywhere", "", 0, 1)
-    ce_weight_power: float = option(0.0, "cross-entropy weighs a class by frequency ** -power; 0: all alike", "", 0)
+    layer_decay: float = option(
+        1.0, "factor on the learning rate for each block further down; 1: the same everywhere", "", 0, 1
+    )
+    ce_weight_power: float = option(
+        0.0, "cross-entropy weighs a class by frequency ** -power; 0: all alike", "", 0
+    )
     select: str = option("last", "which weights are kept: last, or best on the validation cases")
-    rotate_prob: float = option(0.2, "probability of quarter turns in the axial plane, where crops are square there", "", 0, 1)
+    rotate_prob: float = option(
+        0.2, "probability of quarter turns in the axial plane, where crops are square there", "", 0, 1
+    )
     intensity_prob: float = option(0.1, "probability of scaled, and of shifted, intensities", "", 0, 1)
     intensity_scale: float = option(0.1, "by how much they are scaled at most", "", 0)
     intensity_shift: float = option(0.1, "by how much they are shifted at most")
@@ -111,7 +167,10 @@ class FinetuneSettings(Settings):
 
 
 StageSettings = PretrainSettings | FinetuneSettings
-STAGE_SETTINGS: dict[str, type[PretrainSettings] | type[FinetuneSettings]] = {"pretrain": PretrainSettings, "finetune": FinetuneSettings}
+STAGE_SETTINGS: dict[str, type[PretrainSettings] | type[FinetuneSettings]] = {
+    "pretrain": PretrainSettings,
+    "finetune": FinetuneSettings,
+}
 Asked = TypeVar("Asked", bound=Settings)
 
 
@@ -126,7 +185,9 @@ def make_settings(cls: type[Asked], values: Mapping[str, Any], where: str | Mapp
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints), key=str)
     if unknown:
-        raise UserError(f"unknown setting {unknown[0]!r} ({given_by[unknown[0]]}): {_meant(str(unknown[0]), hints)}")
+        raise UserError(
+            f"unknown setting {unknown[0]!r} ({given_by[unknown[0]]}): {_meant(str(unknown[0]), hints)}"
+        )
     made = {name: coerce(value, hints[name], said[name]) for name, value in values.items()}
     for name in ("betas", "crop_area", "mask_ratio_range"):
         if made.get(name) and (len(made[name]) != 2 or list(made[name]) != sorted(made[name])):
@@ -135,7 +196,10 @@ def make_settings(cls: type[Asked], values: Mapping[str, Any], where: str | Mapp
         low, high = (cls.__dataclass_fields__[name].metadata[bound] for bound in ("least", "most"))
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, (int, float)) and not low <= number <= high:
-                raise UserError(f"{said[name]} must be {_range(low, high)}, got {list(value) if isinstance(value, tuple) else value}")
+                raise UserError(
+                    f"{said[name]} must be {_range(low, high)}, got "
+                    f"{list(value) if isinstance(value, tuple) else value}"
+                )
     return cls(**made)
 
 
@@ -195,7 +259,9 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
 
 
 def _holds(kind: type, value: Any) -> bool:
-    """Whether an int or float is the same as the other kind: no int is inf or nan, no float is an int of 400 digits."""
+    """Whether an int or float is the same as the other kind: no int is inf or nan, no float is an int of 400
+    digits.
+    """
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
     try:
@@ -223,7 +289,13 @@ def describe(stages: Iterable[str] = STAGES) -> list[dict[str, str]]:
                 least, most = f.metadata["least"], f.metadata["most"]
                 bounds = "" if (least, most) == (-math.inf, math.inf) else _range(least, most)
                 default = list(f.default) if isinstance(f.default, tuple) else f.default
-                rows.append({"stage": stage, "setting": f.name, "default": str(default).lower() if isinstance(default, bool) else str(default)})
+                rows.append(
+                    {
+                        "stage": stage,
+                        "setting": f.name,
+                        "default": str(default).lower() if isinstance(default, bool) else str(default),
+                    }
+                )
                 rows[-1] |= {"unit": f.metadata["unit"], "bounds": bounds, "what it does": f.metadata["help"]}
     return rows
 

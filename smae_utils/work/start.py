@@ -26,15 +26,16 @@ from smae_utils.work.settings import Settings, as_dict
 def check_unseen(init: str | Path, splits: dict[str, list[Case]]) -> None:
     """Refuse an encoder that has seen this run's test images, as one of another fold has.
 
-    Weights carry the names of their cases, so it does not matter by which path they are given. Cases are compared by
-    name, so only runs of the same data are.
+    Weights carry the names of their cases, so it does not matter by which path they are given. Cases are
+    compared by name, so only runs of the same data are.
 
     Raises:
         UserError: naming one of them.
     """
     if seen := seen_of(init, splits["test"]):
         raise UserError(
-            f"{init} was trained on {len(seen)} of this run's test cases, {seen[0]} for one: pre-train with the same split "
+            f"{init} was trained on {len(seen)} of this run's test cases, {seen[0]} for one: pre-train with "
+            "the same split "
             "and fold (of other scans that have the same names, give each a 'case' of its own in a list)"
         )
 
@@ -64,7 +65,9 @@ def tell_notes(record: Task, report: Say) -> None:
 
 
 def facts_of(record: Task, settings: Settings, train: list[Case], init: str | Path) -> dict[str, Any]:
-    """What weights have to say of themselves when another run starts from them, see `method.checkpoints.load.save_weights`."""
+    """What weights have to say of themselves when another run starts from them, see
+    `method.checkpoints.load.save_weights`.
+    """
     earlier = set() if str(init) == "scratch" else seen_cases(init)
     z_score = "z-score of non-zero voxels" if record.spatial_dims == 3 else "z-score of all pixels"
     return {
@@ -77,9 +80,17 @@ def facts_of(record: Task, settings: Settings, train: list[Case], init: str | Pa
 
 
 def config_of(
-    stage: str, task: str, record: Task, data_dir: str | Path, out: str | Path, preset: str, settings: Settings,
-    splits: dict[str, list[Case]], init: str | Path, adapt: bool,
-) -> dict[str, Any]:  # fmt: skip
+    stage: str,
+    task: str,
+    record: Task,
+    data_dir: str | Path,
+    out: str | Path,
+    preset: str,
+    settings: Settings,
+    splits: dict[str, list[Case]],
+    init: str | Path,
+    adapt: bool,
+) -> dict[str, Any]:
     """Everything needed to repeat the run. Places are absolute, so that they hold from another folder too."""
     if is_list(task):
         own_folder = str(data_dir) in ("", ".")

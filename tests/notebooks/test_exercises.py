@@ -1,4 +1,5 @@
-"""Each exercise of a notebook: its stub is not solved, its solution is, and what is nearly right is refused."""
+"""Each exercise of a notebook: its stub is not solved, its solution is, and what is nearly right is
+refused."""
 
 from __future__ import annotations
 
@@ -24,9 +25,17 @@ def cells_of(path: Path) -> dict[str, tuple[str, str]]:
     found = {}
     cells = nbformat.read(path, as_version=4).cells
     for cell, after in zip(cells, cells[1:]):
-        if cell.cell_type == "code" and (name := re.search(r"^exercises\.check_(\w+)\(\1\);$", cell.source, re.M)):
-            folded = re.fullmatch(r"<details><summary>Solution</summary>\n\n```python\n(.+?)```\n\n.+\n\n</details>", after.source, re.S)
-            assert after.cell_type == "markdown" and folded, f"{path.stem}: no folded solution after {name[1]}"
+        if cell.cell_type == "code" and (
+            name := re.search(r"^exercises\.check_(\w+)\(\1\);$", cell.source, re.M)
+        ):
+            folded = re.fullmatch(
+                r"<details><summary>Solution</summary>\n\n```python\n(.+?)```\n\n.+\n\n</details>",
+                after.source,
+                re.S,
+            )
+            assert after.cell_type == "markdown" and folded, (
+                f"{path.stem}: no folded solution after {name[1]}"
+            )
             found[name[1]] = cell.source, folded[1]
     return found
 
@@ -64,12 +73,20 @@ WRONG = {
     "put_together": lambda patches, p, rows, columns: patches.reshape(rows * p, columns * p),
     "rate": lambda step, steps, warmup, peak: peak * (1 + np.cos(np.pi * step / (steps + 1))) / 2,
     "patch_mean_loss": lambda patches: patches.var(-1).mean(),
-    "count_new": lambda network, pretrained: sum(value.numel() for name, value in pretrained.items() if name not in network),
-    "batch_dice": lambda p, y: (1 - (2 * (p * y).sum((1, 2)) + 1) / (p.sum((1, 2)) + y.sum((1, 2)) + 1)).mean(),
+    "count_new": lambda network, pretrained: sum(
+        value.numel() for name, value in pretrained.items() if name not in network
+    ),
+    "batch_dice": lambda p, y: (
+        1 - (2 * (p * y).sum((1, 2)) + 1) / (p.sum((1, 2)) + y.sum((1, 2)) + 1)
+    ).mean(),
     "dice": lambda pred, label: 2 * (pred & label).sum() / max(pred.sum() + label.sum(), 1),
-    "auc": lambda target, score: np.mean(score[target == 1][:, None] > score[target == 0][None]) if (target == 0).any() else np.nan,
+    "auc": lambda target, score: (
+        np.mean(score[target == 1][:, None] > score[target == 0][None]) if (target == 0).any() else np.nan
+    ),
     "list_entry": lambda image, mask, patient: {"image": image, "label": str(mask), "patient": patient},
-    "split_by_patient": lambda splits: not {c["patient"] for c in splits["train"]} & {c["patient"] for c in splits["test"]},
+    "split_by_patient": lambda splits: (
+        not {c["patient"] for c in splits["train"]} & {c["patient"] for c in splits["test"]}
+    ),
 }
 
 

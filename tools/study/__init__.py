@@ -1,1 +1,3 @@
-"""The study on real scans: what is compared, the runs, and the tables and figures made of them (docs/protocol.md)."""
+"""The study on real scans: what is compared, the runs, and the tables and figures made of them
+(docs/protocol.md).
+"""

@@ -1,4 +1,6 @@
-"""Which cases a unit of the study trains on and is scored on, written as list files that every command of this package reads."""
+"""Which cases a unit of the study trains on and is scored on, written as list files that every command of
+this package reads.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,10 @@ def all_cases(study: Study, data: str) -> tuple[list[Case], list[Case], dict]:
         raise UserError(f"{file} is not there: --data must be the folder that holds {table['table']}")
     frame = pd.read_csv(file, dtype={table["patient"]: str})
     if missing := {table["image"], table["patient"], *table["classes"]} - set(frame):
-        raise UserError(f"{file} has no column {sorted(missing)[0]!r}: it is not the table that the study {study.name} expects")
+        raise UserError(
+            f"{file} has no column {sorted(missing)[0]!r}: it is not the table that the study {study.name} "
+            "expects"
+        )
     pool = [
         {
             "case": Path(row[table["image"]]).stem,
@@ -44,11 +49,19 @@ def all_cases(study: Study, data: str) -> tuple[list[Case], list[Case], dict]:
         }
         for _, row in frame.iterrows()
     ]
-    return pool, [], {"classes": list(table["classes"]), "sided": bool(table.get("sided", True)), "spatial_dims": 2}
+    return (
+        pool,
+        [],
+        {"classes": list(table["classes"]), "sided": bool(table.get("sided", True)), "spatial_dims": 2},
+    )
 
 
-def parts(study: Study, pool: list[Case], test: list[Case], seed: int, fold: int) -> tuple[list[Case], list[Case]]:
-    """(training cases, scored cases) of a unit. The development seed is scored on patients of its own, which train every fresh seed and never test one."""
+def parts(
+    study: Study, pool: list[Case], test: list[Case], seed: int, fold: int
+) -> tuple[list[Case], list[Case]]:
+    """(training cases, scored cases) of a unit. The development seed is scored on patients of its own, which
+    train every fresh seed and never test one.
+    """
     patients = sorted({case["patient"] for case in pool})
     order = np.random.default_rng(study.split_seed).permutation(len(patients))
     n_dev = math.ceil(study.dev_share * len(patients))
@@ -62,7 +75,8 @@ def parts(study: Study, pool: list[Case], test: list[Case], seed: int, fold: int
 
 
 def draw_labelled(cases: list[Case], row: Row, seed: int) -> list[Case]:
-    """As many cases as `row` says, drawn patient by patient in an order of the seed's own: fewer are always a part of more.
+    """As many cases as `row` says, drawn patient by patient in an order of the seed's own: fewer are always a
+    part of more.
 
     Raises:
         UserError: when there are not so many.
@@ -75,7 +89,10 @@ def draw_labelled(cases: list[Case], row: Row, seed: int) -> list[Case]:
     if row > len(cases):
         raise UserError(f"{row} labelled cases were asked for, there are {len(cases)}")
     rank = {patient: place for place, patient in enumerate(order)}
-    return sorted(sorted(cases, key=lambda case: (rank[case["patient"]], case["case"]))[:row], key=lambda case: case["case"])
+    return sorted(
+        sorted(cases, key=lambda case: (rank[case["patient"]], case["case"]))[:row],
+        key=lambda case: case["case"],
+    )
 
 
 def write_list(file: Path, about: dict, training: list[Case], test: list[Case], labels: bool = True) -> Path:
@@ -84,7 +101,11 @@ def write_list(file: Path, about: dict, training: list[Case], test: list[Case], 
     Raises:
         UserError: when the file is there and lists others.
     """
-    content = {**about, "training": [_entry(case, labels) for case in training], "test": [_entry(case, True) for case in test]}
+    content = {
+        **about,
+        "training": [_entry(case, labels) for case in training],
+        "test": [_entry(case, True) for case in test],
+    }
     text = json.dumps(content, indent=0)
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):  # two processes of the study may come at once
@@ -99,7 +120,11 @@ def _entry(case: Case, label: bool) -> dict:
     """A case as a list says it: paths absolute, findings as numbers."""
     out = {"case": case["case"], "patient": case["patient"], "image": _absolute(case["image"])}
     if label:
-        out["label"] = _absolute(case["label"]) if isinstance(case["label"], (str, Path)) else [int(v) for v in case["label"]]
+        out["label"] = (
+            _absolute(case["label"])
+            if isinstance(case["label"], (str, Path))
+            else [int(v) for v in case["label"]]
+        )
     return out
 
 

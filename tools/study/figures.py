@@ -27,19 +27,31 @@ NAMES = {"dsc": "mean DSC", "mauc": "mAUC", "hd95_mm": "HD95 in mm"}
 
 
 def draw(folder: Path, study: Study) -> None:
-    """`intervals.csv` and `main.png` from `main.csv`, when it is there, and `patients.csv` where the scores of cases are."""
+    """`intervals.csv` and `main.png` from `main.csv`, when it is there, and `patients.csv` where the scores
+    of cases are.
+    """
     results = Results(folder)
     main = results.counted(study)
     if main.empty or (table := intervals(main)).empty:
         return
     text = table.to_csv(index=False, float_format="%.4g")
-    write_text(folder / "intervals.csv", f"# paired by seed and fold, 95 % t intervals, from main.csv\n{text}")
+    write_text(
+        folder / "intervals.csv", f"# paired by seed and fold, 95 % t intervals, from main.csv\n{text}"
+    )
     cases = results.read("cases")
     if study.folds and not cases.empty:
-        rows = [(r.labelled, r.arm, *patient_interval(cases, r.labelled, r.arm)) for r in table.itertuples() if r.metric == study.metric]
-        text = pd.DataFrame(rows, columns=["labelled", "arm", "difference", "low", "high"]).to_csv(index=False, float_format="%.4g")
+        rows = [
+            (r.labelled, r.arm, *patient_interval(cases, r.labelled, r.arm))
+            for r in table.itertuples()
+            if r.metric == study.metric
+        ]
+        text = pd.DataFrame(rows, columns=["labelled", "arm", "difference", "low", "high"]).to_csv(
+            index=False, float_format="%.4g"
+        )
         write_text(
-            folder / "patients.csv", f"# each seed's folds pooled, patients and seeds resampled together, 95 % intervals, from cases.csv\n{text}"
+            folder / "patients.csv",
+            "# each seed's folds pooled, patients and seeds resampled together, 95 % intervals, from "
+            f"cases.csv\n{text}",
         )
     figure = figure_of(main, study)
     figure.savefig(folder / "main.png", dpi=90)
@@ -47,7 +59,9 @@ def draw(folder: Path, study: Study) -> None:
 
 
 def figure_of(main: pd.DataFrame, study: Study) -> Figure:
-    """Scores of the arms, then differences to scratch with their intervals: of the primary figure and of those beside it."""
+    """Scores of the arms, then differences to scratch with their intervals: of the primary figure and of
+    those beside it.
+    """
     rows = [str(row) for row in study.labelled if str(row) in set(main.labelled)]
     main = main[main.labelled.isin(rows)]
     columns = 1 + len(study.metrics)
@@ -60,8 +74,18 @@ def figure_of(main: pd.DataFrame, study: Study) -> Figure:
         shift = (number - 2) * 0.06
         place = np.array([rows.index(row) for row in part.labelled]) + shift
         scores.plot(place, part.value, marker, color=colour, alpha=0.35, markersize=3)
-        mean = part.groupby("labelled").value.mean().reindex([row for row in rows if row in set(part.labelled)])
-        scores.plot([rows.index(row) + shift for row in mean.index], mean, "-", color=colour, marker=marker, markersize=5, label=label)
+        mean = (
+            part.groupby("labelled").value.mean().reindex([row for row in rows if row in set(part.labelled)])
+        )
+        scores.plot(
+            [rows.index(row) + shift for row in mean.index],
+            mean,
+            "-",
+            color=colour,
+            marker=marker,
+            markersize=5,
+            label=label,
+        )
         for metric, axis in zip(study.metrics, gains):
             found = table[(table.arm == arm) & (table.metric == metric)]
             at = [rows.index(row) + shift for row in found.labelled]
@@ -72,10 +96,15 @@ def figure_of(main: pd.DataFrame, study: Study) -> Figure:
         axis.axhline(0, color="#777777", linewidth=1)
         _name(axis, rows, f"{NAMES[metric]}, difference to scratch")
     scores.legend(fontsize=7, loc="lower right")
-    figure.suptitle(f"{study.title}: {table.units.max()} {'seeds x folds' if study.folds else 'seeds'} with both arms", fontsize=10)
+    figure.suptitle(
+        f"{study.title}: {table.units.max()} {'seeds x folds' if study.folds else 'seeds'} with both arms",
+        fontsize=10,
+    )
     return figure
 
 
 def _name(axis: Axes, rows: list[str], ylabel: str) -> None:
-    axis.set(xticks=range(len(rows)), xlabel="labelled training cases", ylabel=ylabel, xlim=(-0.5, len(rows) - 0.5))
+    axis.set(
+        xticks=range(len(rows)), xlabel="labelled training cases", ylabel=ylabel, xlim=(-0.5, len(rows) - 0.5)
+    )
     axis.set_xticklabels(rows)

@@ -1,4 +1,6 @@
-"""A study as a file says it: data, rows, arms, grids and seeds, read from `tools/study/NAME.yaml` and checked before anything runs."""
+"""A study as a file says it: data, rows, arms, grids and seeds, read from `tools/study/NAME.yaml` and checked
+before anything runs.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ class Arm:
     """One way to fine-tune.
 
     Attributes:
-        init: "scratch", the name of a pre-training, or "scaled": random weights as large as those of the pre-training `like`.
+        init: "scratch", the name of a pre-training, or "scaled": random weights as large as those of the
+            pre-training `like`.
         like: the pre-training that `scaled` takes sizes from.
         tuned_as: whose learning rates it takes; empty: its own.
         settings: settings of fine-tuning that it has of its own.
@@ -55,12 +58,15 @@ class Study:
         tune_row: the row at which rates are tuned.
         crops: crops of a step, from as many scans as there are, at most this many.
         all, pretrain, finetune: settings.
-        pretrainings: name -> settings, and `images`: "all" training images or those of the row's "labelled" cases.
+        pretrainings: name -> settings, and `images`: "all" training images or those of the row's "labelled"
+            cases.
         arms: name -> `Arm`.
         grids: arm -> settings to try; `lr` is the learning rate itself. All of one size.
         designs: name -> settings to try with scratch alone, to find a set-up with room.
-        probes: name -> settings with which a linear probe compares tokens of a random and of a pre-trained encoder (`recipe_arm`'s).
-        recipes: name -> settings of pre-training (key `pretrain`) to try one at a time, with `recipe_arm` at `recipe_rows`.
+        probes: name -> settings with which a linear probe compares tokens of a random and of a pre-trained
+            encoder (`recipe_arm`'s).
+        recipes: name -> settings of pre-training (key `pretrain`) to try one at a time, with `recipe_arm` at
+            `recipe_rows`.
     """
 
     name: str
@@ -94,8 +100,20 @@ class Study:
         return (self.metric, "hd95_mm") if self.metric == "dsc" else (self.metric,)
 
     def setup(self, arm: str, setting: dict[str, Any], more: dict[str, Any] | None = None) -> str:
-        """Eight letters that change with anything that decides a figure of this arm: rows of another set-up are not taken for this one's."""
-        said = [self.task, self.all, self.pretrain, self.finetune, self.pretrainings, self.crops, self.split_seed, self.dev_share, self.folds]
+        """Eight letters that change with anything that decides a figure of this arm: rows of another set-up
+        are not taken for this one's.
+        """
+        said = [
+            self.task,
+            self.all,
+            self.pretrain,
+            self.finetune,
+            self.pretrainings,
+            self.crops,
+            self.split_seed,
+            self.dev_share,
+            self.folds,
+        ]
         said += [dataclasses.asdict(self.arms[arm]), setting, more or {}]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -113,31 +131,48 @@ def read_study(name: str) -> Study:
     path = Path(name) if name.endswith((".yaml", ".yml")) else Path(__file__).parent / f"{name}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in Path(__file__).parent.glob("*.yaml"))
-        raise UserError(f"unknown study {name!r}: expected one of {', '.join(known)}, or the path of a YAML file")
+        raise UserError(
+            f"unknown study {name!r}: expected one of {', '.join(known)}, or the path of a YAML file"
+        )
     try:
         content = read_yaml(path.read_text(encoding="utf-8"))
         arms = {
-            key: Arm(**{k: tuple(v) if isinstance(v, list) else v for k, v in (value or {}).items()}) for key, value in content.pop("arms").items()
+            key: Arm(**{k: tuple(v) if isinstance(v, list) else v for k, v in (value or {}).items()})
+            for key, value in content.pop("arms").items()
         }
-        plain = {key: tuple(value) if key in ("seeds", "labelled", "design_rows", "recipe_rows") else value for key, value in content.items()}
+        plain = {
+            key: tuple(value) if key in ("seeds", "labelled", "design_rows", "recipe_rows") else value
+            for key, value in content.items()
+        }
         study = Study(name=path.stem, arms=arms, **plain)
     except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is no study: {' '.join(str(error).split())}; compare it with one of tools/study") from None
+        raise UserError(
+            f"{path} is no study: {' '.join(str(error).split())}; compare it with one of tools/study"
+        ) from None
     _check(study, path)
     return study
 
 
 def _check(study: Study, path: Path) -> None:
     if len({len(grid) for grid in study.grids.values()}) > 1:
-        raise UserError(f"{path}: grids must be of one size, got { ({k: len(g) for k, g in study.grids.items()}) }")
+        raise UserError(
+            f"{path}: grids must be of one size, got { ({k: len(g) for k, g in study.grids.items()}) }"
+        )
     for name, arm in study.arms.items():
         known = {"scratch", "scaled", *study.pretrainings}
         if arm.init not in known or (arm.init == "scaled" and arm.like not in study.pretrainings):
-            raise UserError(f"{path}: arm {name} starts from {arm.like or arm.init!r}: expected one of {', '.join(sorted(known))}")
+            raise UserError(
+                f"{path}: arm {name} starts from {arm.like or arm.init!r}: expected one of "
+                f"{', '.join(sorted(known))}"
+            )
         if arm.equal_compute and arm.equal_compute not in study.pretrainings:
-            raise UserError(f"{path}: arm {name} spends the compute of {arm.equal_compute!r}, which is no pre-training")
+            raise UserError(
+                f"{path}: arm {name} spends the compute of {arm.equal_compute!r}, which is no pre-training"
+            )
         if (arm.tuned_as or name) not in study.grids:
-            raise UserError(f"{path}: arm {name} has no grid {arm.tuned_as or name!r}: give one, or say tuned_as")
+            raise UserError(
+                f"{path}: arm {name} has no grid {arm.tuned_as or name!r}: give one, or say tuned_as"
+            )
     if "scratch" not in study.arms:
         raise UserError(f"{path} has no arm scratch, with which all others are compared")
 
@@ -146,11 +181,19 @@ def shortened(study: Study, times: int) -> Study:
     """The same study with `times` fewer steps, for tests: its figures mean nothing."""
 
     def cut(settings: dict[str, Any]) -> dict[str, Any]:
-        return {k: max(2, math.ceil(v / times)) if k == "steps" else 1 if k == "warmup_steps" else v for k, v in settings.items()}
+        return {
+            k: max(2, math.ceil(v / times)) if k == "steps" else 1 if k == "warmup_steps" else v
+            for k, v in settings.items()
+        }
 
     def cut_both(more: dict[str, Any]) -> dict[str, Any]:
         return {k: cut(v) if k in ("pretrain", "finetune") else v for k, v in more.items()}
 
-    tried = {part: {name: cut_both(more) for name, more in getattr(study, part).items()} for part in ("designs", "recipes", "probes")}
+    tried = {
+        part: {name: cut_both(more) for name, more in getattr(study, part).items()}
+        for part in ("designs", "recipes", "probes")
+    }
     shorter = {part: cut(getattr(study, part)) for part in ("pretrain", "finetune")}
-    return dataclasses.replace(study, **shorter, **tried, pretrainings={k: cut(v) for k, v in study.pretrainings.items()})
+    return dataclasses.replace(
+        study, **shorter, **tried, pretrainings={k: cut(v) for k, v in study.pretrainings.items()}
+    )

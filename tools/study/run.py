@@ -1,4 +1,6 @@
-"""The command: find a set-up and tune it on the development seed, then run the fresh seeds. What the tables hold is not run again."""
+"""The command: find a set-up and tune it on the development seed, then run the fresh seeds. What the tables
+hold is not run again.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,23 @@ from tools.study.unit import Made, Place, Unit
 
 PARTS = ("room", "probe", "recipe", "tune", "main")
 Rows = list[dict[str, Any]]
-Answer = tuple[Rows, Rows, Made]  # rows of the table, scores of cases for intervals by patients, where the run was made
+Answer = tuple[
+    Rows, Rows, Made
+]  # rows of the table, scores of cases for intervals by patients, where the run was made
 
 
 def run_study(
-    name: str, data: str | Path, out: Path, results: Path, parts: Iterable[str] = (), seeds: Iterable[int] = (), labelled: Iterable[Row] = (),
-    arms: Iterable[str] = (), jobs: int = 1, quick: int = 1,
-) -> None:  # fmt: skip
+    name: str,
+    data: str | Path,
+    out: Path,
+    results: Path,
+    parts: Iterable[str] = (),
+    seeds: Iterable[int] = (),
+    labelled: Iterable[Row] = (),
+    arms: Iterable[str] = (),
+    jobs: int = 1,
+    quick: int = 1,
+) -> None:
     """Run a study, or parts of it, and write its tables and its figure.
 
     Args:
@@ -32,7 +44,8 @@ def run_study(
         data: folder of the real scans.
         out: folder of the runs; what is finished there is not trained again.
         results: folder of the CSV files, one more folder a study; rows that are there are not run again.
-        parts: "room" (designs, scratch alone), "probe" (what a linear model reads off tokens), "recipe" (kinds of pre-training), "tune" (rates), all on the development seed, and "main".
+        parts: "room" (designs, scratch alone), "probe" (what a linear model reads off tokens), "recipe"
+            (kinds of pre-training), "tune" (rates), all on the development seed, and "main".
         seeds, labelled, arms: only these of the main table; all when empty.
         jobs: processes at a time, which share the threads that torch may take (`OMP_NUM_THREADS`).
         quick: divides steps; such figures mean nothing and are refused beside others.
@@ -42,15 +55,33 @@ def run_study(
     """
     study = read_study(name)
     parts, arms, labelled, seeds = list(parts) or ["main"], list(arms), list(labelled), tuple(seeds)
-    for what, given, known in (("part", parts, PARTS), ("arm", arms, study.arms), ("row of labelled cases", labelled, study.labelled)):
+    for what, given, known in (
+        ("part", parts, PARTS),
+        ("arm", arms, study.arms),
+        ("row of labelled cases", labelled, study.labelled),
+    ):
         for wrong in given:
             if wrong not in known:
-                raise UserError(f"the study {study.name} has no {what} {wrong!r}: expected some of {', '.join(map(str, known))}")
+                raise UserError(
+                    f"the study {study.name} has no {what} {wrong!r}: expected some of "
+                    f"{', '.join(map(str, known))}"
+                )
     for option, value in (("jobs", jobs), ("quick", quick)):
         if value < 1:
             raise UserError(f"--{option} must be at least 1, got {value}")
-    words = {"--part": parts, "--seeds": seeds, "--labelled": labelled, "--arm": arms, "--jobs": [jobs] if jobs > 1 else []}
-    command = " ".join([f"python -m tools study {study.name} --data DATA", *(" ".join([k, *map(str, v)]) for k, v in words.items() if v)])
+    words = {
+        "--part": parts,
+        "--seeds": seeds,
+        "--labelled": labelled,
+        "--arm": arms,
+        "--jobs": [jobs] if jobs > 1 else [],
+    }
+    command = " ".join(
+        [
+            f"python -m tools study {study.name} --data DATA",
+            *(" ".join([k, *map(str, v)]) for k, v in words.items() if v),
+        ]
+    )
     tables = Results(Path(results) / study.name, command, quick)
     tables.check()
     if quick > 1:
@@ -59,12 +90,24 @@ def run_study(
     Unit(study, place, study.dev_seed)  # wrong data are told before processes start
     for part in PARTS:
         if part in parts:
-            missing = [job for job in _jobs(part, study, place, tables, seeds, labelled, arms) if not tables.has(part, job[0])]
+            missing = [
+                job
+                for job in _jobs(part, study, place, tables, seeds, labelled, arms)
+                if not tables.has(part, job[0])
+            ]
             run_jobs(jobs, missing, lambda key, answer, part=part: tables.add(part, key, answer))
     draw(tables.folder, study)
 
 
-def _jobs(part: str, study: Study, place: Place, tables: Results, seeds: tuple[int, ...], labelled: list[Row], arms: list[str]) -> list[tuple]:
+def _jobs(
+    part: str,
+    study: Study,
+    place: Place,
+    tables: Results,
+    seeds: tuple[int, ...],
+    labelled: list[Row],
+    arms: list[str],
+) -> list[tuple]:
     """(key of the row, function, arguments) of each run of a part, in the order in which they are started."""
     scratch, dev = study.arms["scratch"], study.dev_seed
     if part == "room":
@@ -82,9 +125,22 @@ def _jobs(part: str, study: Study, place: Place, tables: Results, seeds: tuple[i
         arm = study.arms[study.recipe_arm]
         return [
             (
-                {"design": name, "encoder": encoder, "labelled": row, "setup": study.setup(study.recipe_arm, {}, design)},
+                {
+                    "design": name,
+                    "encoder": encoder,
+                    "labelled": row,
+                    "setup": study.setup(study.recipe_arm, {}, design),
+                },
                 probe_one,
-                (study, place, dev, arm if encoder == "pre-trained" else scratch, row, design, f"probe-{name}"),
+                (
+                    study,
+                    place,
+                    dev,
+                    arm if encoder == "pre-trained" else scratch,
+                    row,
+                    design,
+                    f"probe-{name}",
+                ),
             )
             for name, design in study.probes.items()
             for encoder in ("random", "pre-trained")
@@ -94,30 +150,55 @@ def _jobs(part: str, study: Study, place: Place, tables: Results, seeds: tuple[i
         main = study.recipe_arm
         first = study.grids[study.arms[main].tuned_as or main][0]
         return [
-            ({"recipe": name, "labelled": row, "setup": study.setup(main, first, more)}, run_one,
-             (study, place, dev, 0, main, study.arms[main], row, first, more, f"recipe-{name}"))
+            (
+                {"recipe": name, "labelled": row, "setup": study.setup(main, first, more)},
+                run_one,
+                (study, place, dev, 0, main, study.arms[main], row, first, more, f"recipe-{name}"),
+            )
             for name, more in study.recipes.items()
             for row in study.recipe_rows
-        ]  # fmt: skip
+        ]
     if part == "tune":
         return spread(
             (
                 {"arm": name, "setting": said(setting), "setup": study.setup(name, setting)},
                 run_one,
-                (study, place, dev, 0, f"tune-{name}-{said(setting).replace(' ', '-')}", study.arms[name], study.tune_row, setting),
+                (
+                    study,
+                    place,
+                    dev,
+                    0,
+                    f"tune-{name}-{said(setting).replace(' ', '-')}",
+                    study.arms[name],
+                    study.tune_row,
+                    setting,
+                ),
             )
             for name, grid in study.grids.items()
             for setting in grid
         )
     if dev in seeds:
-        raise UserError(f"seed {dev} is the development seed, on which rates were chosen: it has no place in the main table")
-    tuned = tables.tuned(study, {arm.tuned_as or name for name, arm in study.arms.items() if not arms or name in arms})
-    chosen: list[tuple[str, Arm]] = [(name, arm) for name, arm in study.arms.items() if not arms or name in arms]
+        raise UserError(
+            f"seed {dev} is the development seed, on which rates were chosen: it has no place in the main "
+            "table"
+        )
+    tuned = tables.tuned(
+        study, {arm.tuned_as or name for name, arm in study.arms.items() if not arms or name in arms}
+    )
+    chosen: list[tuple[str, Arm]] = [
+        (name, arm) for name, arm in study.arms.items() if not arms or name in arms
+    ]
     jobs = []
     for seed, fold in study.units(seeds):
         jobs += spread(
             (
-                {"labelled": row, "arm": name, "seed": seed, "fold": fold, "setup": study.setup(name, tuned[arm.tuned_as or name])},
+                {
+                    "labelled": row,
+                    "arm": name,
+                    "seed": seed,
+                    "fold": fold,
+                    "setup": study.setup(name, tuned[arm.tuned_as or name]),
+                },
                 run_one,
                 (study, place, seed, fold, name, arm, row, tuned[arm.tuned_as or name]),
             )
@@ -129,10 +210,14 @@ def _jobs(part: str, study: Study, place: Place, tables: Results, seeds: tuple[i
 
 
 def spread(jobs: Iterable[tuple]) -> list[tuple]:
-    """The jobs of a unit in an order that keeps processes busy: one of each pre-training, which makes it, then those that need none, then the others."""
+    """The jobs of a unit in an order that keeps processes busy: one of each pre-training, which makes it,
+    then those that need none, then the others.
+    """
     jobs = list(jobs)
     arms = [job[2][5] for job in jobs]
-    rank = [1 if arm.init == "scratch" else 0 if arms.index(arm) == place else 2 for place, arm in enumerate(arms)]
+    rank = [
+        1 if arm.init == "scratch" else 0 if arms.index(arm) == place else 2 for place, arm in enumerate(arms)
+    ]
     return [job for _, job in sorted(zip(rank, jobs), key=lambda pair: pair[0])]
 
 
@@ -141,7 +226,11 @@ def run_one(study, place, seed, fold, name, arm, row, tuned, design=None, folder
     torch.set_num_threads(place.threads)
     means, table, made = Unit(study, place, seed, fold, design, folder).run_arm(name, arm, row, tuned)
     rows = [{"metric": metric, "value": value} for metric, value in means.items()]
-    scores = table[["patient", "case", "class", "target", "score"]].to_dict("records") if study.metric == "mauc" else []
+    scores = (
+        table[["patient", "case", "class", "target", "score"]].to_dict("records")
+        if study.metric == "mauc"
+        else []
+    )
     return rows, scores, made
 
 

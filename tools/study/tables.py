@@ -1,4 +1,6 @@
-"""Result files of a study: rows as they come, with the commands, machines and commits that made them, and the intervals."""
+"""Result files of a study: rows as they come, with the commands, machines and commits that made them, and the
+intervals.
+"""
 
 from __future__ import annotations
 
@@ -48,13 +50,20 @@ class Results:
         for file in sorted(self.folder.glob("*.csv")):
             head = file.read_text(encoding="utf-8").split("\n", 1)[0]
             if head.startswith("# python") and (QUICK in head) != (self.quick > 1):
-                raise UserError(f"{file} holds figures of {'a full' if self.quick > 1 else 'a quick'} run: choose another --results")
+                raise UserError(
+                    f"{file} holds figures of {'a full' if self.quick > 1 else 'a quick'} run: choose "
+                    "another --results"
+                )
 
     def read(self, name: str) -> pd.DataFrame:
         """A table without its `#` lines; empty when it is not there."""
         file = self.folder / f"{name}.csv"
         text = {"labelled": str, "case": str, "patient": str}
-        return pd.read_csv(file, comment="#", dtype=text, keep_default_na=False, na_values=[""]) if file.is_file() else pd.DataFrame()
+        return (
+            pd.read_csv(file, comment="#", dtype=text, keep_default_na=False, na_values=[""])
+            if file.is_file()
+            else pd.DataFrame()
+        )
 
     def counted(self, study: Study) -> pd.DataFrame:
         """Rows of the main table of the study's own seeds."""
@@ -64,12 +73,16 @@ class Results:
     def has(self, part: str, key: dict[str, Any]) -> bool:
         """Whether a run's figures are there."""
         table = self.read(part)
-        return not table.empty and bool((table.reindex(columns=list(key)).astype(str) == [str(v) for v in key.values()]).all(axis=1).any())
+        return not table.empty and bool(
+            (table.reindex(columns=list(key)).astype(str) == [str(v) for v in key.values()]).all(axis=1).any()
+        )
 
     def add(self, part: str, key: dict[str, Any], answer: tuple) -> None:
-        """Figures of one run, and of the main table the scores of its cases where intervals by patients are made of them.
+        """Figures of one run, and of the main table the scores of its cases where intervals by patients are
+        made of them.
 
-        Those hold labels of the data set: `cases.csv` stays on the machine, `patients.csv` made of it is committed.
+        Those hold labels of the data set: `cases.csv` stays on the machine, `patients.csv` made of it is
+        committed.
         """
         rows, cases, made = answer
         self._write(part, [{**key, **row} for row in rows], [*KEYS[part], "metric"], made)
@@ -79,16 +92,29 @@ class Results:
     def _write(self, name: str, rows: list[dict], keys: list[str], made) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"{name}.csv"
-        head = [line[2:] for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# ")] if file.is_file() else []
-        fresh = pd.DataFrame(rows).astype({key: str for key in ("labelled", "case", "patient") if key in rows[0]})
-        table = pd.concat([self.read(name), fresh], ignore_index=True).drop_duplicates(keys, keep="last").sort_values(keys, kind="stable")
+        head = (
+            [line[2:] for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+            if file.is_file()
+            else []
+        )
+        fresh = pd.DataFrame(rows).astype(
+            {key: str for key in ("labelled", "case", "patient") if key in rows[0]}
+        )
+        table = (
+            pd.concat([self.read(name), fresh], ignore_index=True)
+            .drop_duplicates(keys, keep="last")
+            .sort_values(keys, kind="stable")
+        )
         where = f"{made.machine}, commit {made.commit}, torch {made.torch}, {made.device}, {made.precision}"
         write_text(
-            file, "".join(f"# {line}\n" for line in _places(head, self.command, where, made.date)) + table.to_csv(index=False, float_format="%.5g")
+            file,
+            "".join(f"# {line}\n" for line in _places(head, self.command, where, made.date))
+            + table.to_csv(index=False, float_format="%.5g"),
         )
 
     def tuned(self, study: Study, arms: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
-        """arm -> the setting of its grid with the best score on the development seed, from this folder or else from the project's own results.
+        """arm -> the setting of its grid with the best score on the development seed, from this folder or
+        else from the project's own results.
 
         Raises:
             UserError: when a grid was not run to its end.
@@ -107,7 +133,10 @@ class Results:
             own = own[own["setup"] == own["setting"].map(setups)] if "setup" in own else own.iloc[:0]
             scores = own.set_index("setting").value if len(own) else pd.Series(dtype=float)
             if missing := [said(setting) for setting in grid if said(setting) not in scores]:
-                raise UserError(f"{self.folder / 'tune.csv'} has no score of {arm} with {missing[0]}: run --part tune first")
+                raise UserError(
+                    f"{self.folder / 'tune.csv'} has no score of {arm} with {missing[0]}: run --part tune "
+                    "first"
+                )
             out[arm] = max(grid, key=lambda setting: scores[said(setting)])
         return out
 
@@ -125,14 +154,19 @@ def _places(head: list[str], command: str, where: str, date: str) -> list[str]:
     spans = groups.setdefault(command, {})
     times = [*spans.get(where, []), when]
     spans[where] = [min(times), max(times)]
-    return [line for name, places in groups.items() for line in (name, *(f"{p}, from {' to '.join(t)} UTC" for p, t in places.items()))]
+    return [
+        line
+        for name, places in groups.items()
+        for line in (name, *(f"{p}, from {' to '.join(t)} UTC" for p, t in places.items()))
+    ]
 
 
 def intervals(main: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
     """Mean difference of each arm to scratch, paired by seed and fold, with its t interval.
 
     Returns:
-        labelled, metric, arm, units, scratch, value, difference, low, high; the interval is NaN with fewer than two units.
+        labelled, metric, arm, units, scratch, value, difference, low, high; the interval is NaN with fewer
+        than two units.
     """
     rows = []
     for (labelled, metric), part in main.groupby(["labelled", "metric"], sort=False):
@@ -145,13 +179,18 @@ def intervals(main: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
             half = stats.t.ppf(0.5 + level / 2, n - 1) * change.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
             means = both["scratch"].mean(), both[arm].mean(), change.mean()
             rows.append((labelled, metric, arm, n, *means, change.mean() - half, change.mean() + half))
-    return pd.DataFrame(rows, columns=["labelled", "metric", "arm", "units", "scratch", "value", "difference", "low", "high"])
+    return pd.DataFrame(
+        rows, columns=["labelled", "metric", "arm", "units", "scratch", "value", "difference", "low", "high"]
+    )
 
 
-def patient_interval(cases: pd.DataFrame, labelled: str, arm: str, draws: int = BOOTSTRAP, level: float = 0.95) -> tuple[float, float, float]:
+def patient_interval(
+    cases: pd.DataFrame, labelled: str, arm: str, draws: int = BOOTSTRAP, level: float = 0.95
+) -> tuple[float, float, float]:
     """(difference of mAUC to scratch over all folds, low, high), resampling patients and seeds together.
 
-    Each seed's folds are pooled class by class into one prediction of every patient; a draw takes patients, and seeds, with replacement.
+    Each seed's folds are pooled class by class into one prediction of every patient; a draw takes patients,
+    and seeds, with replacement.
     """
     part = cases[(cases.labelled == labelled) & cases.arm.isin(["scratch", arm])]
     both = part.groupby(["seed", "fold"]).arm.nunique()
@@ -164,7 +203,9 @@ def patient_interval(cases: pd.DataFrame, labelled: str, arm: str, draws: int = 
     counts = rng.multinomial(len(patients), np.full(len(patients), 1 / len(patients)), draws)
     counts = np.vstack([np.ones(len(patients), int), counts])  # first the data as they are
     gains = np.stack([_gains(part[part.seed == seed], arm, patients, counts) for seed in seeds])
-    picked = np.stack([np.arange(len(seeds))] + [rng.integers(len(seeds), size=len(seeds)) for _ in range(draws)])
+    picked = np.stack(
+        [np.arange(len(seeds))] + [rng.integers(len(seeds), size=len(seeds)) for _ in range(draws)]
+    )
     means = gains[picked.T, np.arange(draws + 1)].mean(0)
     low, high = np.nanquantile(means[1:], [0.5 - level / 2, 0.5 + level / 2])
     return float(means[0]), float(low), float(high)
@@ -175,7 +216,10 @@ def _gains(part: pd.DataFrame, arm: str, patients: dict[str, int], counts: np.nd
     out = {}
     for name in ("scratch", arm):
         rows = part[part.arm == name]
-        aucs = [_weighted_auc(r.score, r.target, counts[:, [patients[p] for p in r.patient]]) for _, r in rows.groupby("class")]
+        aucs = [
+            _weighted_auc(r.score, r.target, counts[:, [patients[p] for p in r.patient]])
+            for _, r in rows.groupby("class")
+        ]
         out[name] = np.nanmean(aucs, 0)
     return out[arm] - out["scratch"]
 
@@ -185,7 +229,9 @@ def _weighted_auc(score: Iterable[float], target: Iterable[int], weights: np.nda
     score, target = np.asarray(score, float), np.asarray(target, int)
     _, place = np.unique(score, return_inverse=True)
     levels = place.max() + 1
-    positive, negative = (np.stack([np.bincount(place, w * (target == t), levels) for w in weights]) for t in (1, 0))
+    positive, negative = (
+        np.stack([np.bincount(place, w * (target == t), levels) for w in weights]) for t in (1, 0)
+    )
     below = negative.cumsum(1) - negative / 2
     with np.errstate(invalid="ignore"):
         return (positive * below).sum(1) / (positive.sum(1) * negative.sum(1))

@@ -1,4 +1,6 @@
-"""One unit of a study, a seed and a fold: its lists, its pre-trainings and its arms, each made once and found again."""
+"""One unit of a study, a seed and a fold: its lists, its pre-trainings and its arms, each made once and found
+again.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ from smae_utils.work.settings import FinetuneSettings, PretrainSettings, Setting
 from tools.study.cases import all_cases, draw_labelled, parts, write_list
 from tools.study.plan import Arm, Row, Study
 
-PROBED = 20  # scans that a linear probe is scored on, of which each has many tokens; of whole images, which have one label each, all
+# Scans that a linear probe is scored on, of which each has many tokens; of whole images, which have one label
+# each, all
+PROBED = 20
 PRESET = ""  # what a study's file does not say are the defaults of settings.py
 
 
@@ -59,7 +63,15 @@ class Unit:
         design: settings on top of the study's own, for both stages, kept apart from it by `name`.
     """
 
-    def __init__(self, study: Study, place: Place, seed: int, fold: int = 0, design: dict[str, Any] | None = None, name: str = ""):
+    def __init__(
+        self,
+        study: Study,
+        place: Place,
+        seed: int,
+        fold: int = 0,
+        design: dict[str, Any] | None = None,
+        name: str = "",
+    ):
         self.study, self.place, self.seed, self.design = study, place, seed, design or {}
         self.folder = Path(place.out).resolve() / study.name / f"seed{seed}-fold{fold}"
         self.runs = self.folder / name if name else self.folder
@@ -70,43 +82,79 @@ class Unit:
     def list_of(self, row: Row | None) -> str:
         """The list of the row's labelled cases; of None that of all training images, without labels."""
         if row is None:
-            return str(write_list(self.folder / "all-images.json", self.about, self.training, self.test, labels=False))
+            return str(
+                write_list(
+                    self.folder / "all-images.json", self.about, self.training, self.test, labels=False
+                )
+            )
         labelled = draw_labelled(self.training, row, self.seed)
-        return str(write_list(self.folder / f"labelled-{str(row).replace('%', 'percent')}.json", self.about, labelled, self.test))
+        return str(
+            write_list(
+                self.folder / f"labelled-{str(row).replace('%', 'percent')}.json",
+                self.about,
+                labelled,
+                self.test,
+            )
+        )
 
-    def values(self, stage: str, row: Row | None, own: dict[str, Any], arm: dict[str, Any] | None = None) -> dict[str, Any]:
+    def values(
+        self, stage: str, row: Row | None, own: dict[str, Any], arm: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """Settings of a run. A step has the study's `crops`, of as many scans as there are."""
-        design = {k: v for k, v in self.design.items() if k not in ("pretrain", "finetune")} | self.design.get(stage, {})
+        design = {
+            k: v for k, v in self.design.items() if k not in ("pretrain", "finetune")
+        } | self.design.get(stage, {})
         out = {"seed": self.seed, "train_on_val": True, "val_every": 0, "save_every": 10**6, "log_every": 50}
         out |= self.study.all | getattr(self.study, stage) | design | own | (arm or {})
         crops = out.pop("crops", self.study.crops)
         scans = len(self.training if row is None else draw_labelled(self.training, row, self.seed))
         out["batch_size"] = max(n for n in range(1, crops + 1) if crops % n == 0 and n <= scans)
-        out["crops_per_scan"] = 1 if self.spatial_dims == 2 else crops // out["batch_size"]  # a 2D image gives one
+        out["crops_per_scan"] = (
+            1 if self.spatial_dims == 2 else crops // out["batch_size"]
+        )  # a 2D image gives one
         return out
 
     def pretrained(self, name: str, row: Row) -> Path:
-        """Run folder of a pre-training, on the images of the row's labelled cases or on all training images; made by one process, awaited by others."""
+        """Run folder of a pre-training, on the images of the row's labelled cases or on all training images;
+        made by one process, awaited by others.
+        """
         own = dict(self.study.pretrainings[name])
         images = row if own.pop("images", "all") == "labelled" else None
-        folder = self.runs / (f"pretrain-{name}" + (f"-{images}".replace("%", "percent") if images is not None else ""))
+        folder = self.runs / (
+            f"pretrain-{name}" + (f"-{images}".replace("%", "percent") if images is not None else "")
+        )
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            pretrain(self.list_of(images), "", folder, PRESET, self.values("pretrain", images, own), resume=True, report=self._say)
+            pretrain(
+                self.list_of(images),
+                "",
+                folder,
+                PRESET,
+                self.values("pretrain", images, own),
+                resume=True,
+                report=self._say,
+            )
         return folder
 
     def scaled(self, name: str, row: Row, finetuning: FinetuneSettings) -> Path:
-        """Random weights, each tensor with the mean and spread of the pre-trained one: their size without what they learned. The position table stays scratch's."""
+        """Random weights, each tensor with the mean and spread of the pre-trained one: their size without
+        what they learned. The position table stays scratch's.
+        """
         source = self.pretrained(name, row) / WEIGHTS
         target = self.runs / f"scaled-{name}-{row}.safetensors".replace("%", "percent")
         torch.manual_seed(derive_seed(self.seed, 20))
         fresh = build_model(get_task(self.list_of(row)), finetuning).state_dict()
         with safe_open(source, framework="pt") as handle:
-            learned = {key: handle.get_tensor(key) for key in handle.keys() if key.startswith("encoder.")}  # noqa: SIM118 (no mapping)
+            # No mapping
+            learned = {key: handle.get_tensor(key) for key in handle.keys() if key.startswith("encoder.")}  # noqa: SIM118
             metadata = handle.metadata()
         noise = torch.Generator().manual_seed(derive_seed(self.seed, 41))
         made = {
-            key: value if key not in fresh else fresh[key] if key == "encoder.pos_embed" else resized(fresh[key], value, noise)
+            key: value
+            if key not in fresh
+            else fresh[key]
+            if key == "encoder.pos_embed"
+            else resized(fresh[key], value, noise)
             for key, value in learned.items()
         }
         with new_file(target) as part:
@@ -126,14 +174,28 @@ class Unit:
         task = get_task(self.list_of(row))
         own = {k: v for k, v in self.study.pretrainings[name].items() if k != "images"}
         flops = []
-        kinds: tuple[tuple[str, dict, type[Settings]], ...] = (("pretrain", own, PretrainSettings), ("finetune", tuned, FinetuneSettings))
+        kinds: tuple[tuple[str, dict, type[Settings]], ...] = (
+            ("pretrain", own, PretrainSettings),
+            ("finetune", tuned, FinetuneSettings),
+        )
         for stage, more, kind in kinds:
-            settings = make_settings(kind, self.values(stage, row if stage == "finetune" else None, more), "study")
-            flops.append(crop_cost(task, settings).flops * settings.steps * settings.batch_size * settings.crops_per_scan)
+            settings = make_settings(
+                kind, self.values(stage, row if stage == "finetune" else None, more), "study"
+            )
+            flops.append(
+                crop_cost(task, settings).flops
+                * settings.steps
+                * settings.batch_size
+                * settings.crops_per_scan
+            )
         return flops[0] / flops[1]
 
-    def run_arm(self, name: str, arm: Arm, row: Row, tuned: dict[str, Any]) -> tuple[dict[str, float], pd.DataFrame, Made]:
-        """Fine-tune and score an arm: its mean figures, a row a scored case and class as `evaluate` gives them, with `patient`, and where it was made."""
+    def run_arm(
+        self, name: str, arm: Arm, row: Row, tuned: dict[str, Any]
+    ) -> tuple[dict[str, float], pd.DataFrame, Made]:
+        """Fine-tune and score an arm: its mean figures, a row a scored case and class as `evaluate` gives
+        them, with `patient`, and where it was made.
+        """
         values = self.arm_values(arm, row, tuned)
         if arm.init == "scaled":
             init: str | Path = self.scaled(arm.like, row, make_settings(FinetuneSettings, values, "study"))
@@ -143,24 +205,42 @@ class Unit:
         run = finetune(self.list_of(row), "", folder, init, PRESET, values, resume=True, report=self._say)
         table = evaluate(folder, save_masks=False, report=self._say)
         source, config = run.config["provenance"], run.config
-        made = Made(source["machine"], source["date"], source["commit"], source["packages"]["torch"], config["device"], config["precision"])
+        made = Made(
+            source["machine"],
+            source["date"],
+            source["commit"],
+            source["packages"]["torch"],
+            config["device"],
+            config["precision"],
+        )
         patients = {case["case"]: case["patient"] for case in self.test}
-        means = {name: value for name, value in read_metrics(folder)["mean"].items() if name in self.study.metrics and value is not None}
+        means = {
+            name: value
+            for name, value in read_metrics(folder)["mean"].items()
+            if name in self.study.metrics and value is not None
+        }
         return means, table.assign(patient=table["case"].map(patients)), made
 
     def probe(self, arm: Arm, row: Row) -> tuple[dict[str, float], Made]:
-        """Mean AUC of a linear model on tokens of an encoder that is not fine-tuned, fitted on the row's labelled cases, and the tokens' effective rank."""
+        """Mean AUC of a linear model on tokens of an encoder that is not fine-tuned, fitted on the row's
+        labelled cases, and the tokens' effective rank.
+        """
         task = get_task(self.list_of(row))
         settings = make_settings(FinetuneSettings, self.values("finetune", row, {}), "study")
         torch.manual_seed(derive_seed(self.seed, 20))
         model = build_model(task, settings)
         if arm.init != "scratch":
             load_weights(model, self.pretrained(arm.init, row))
-        labelled, scored = draw_labelled(self.training, row, self.seed), self.test if task.kind == "classification" else self.test[:PROBED]
+        labelled, scored = (
+            draw_labelled(self.training, row, self.seed),
+            self.test if task.kind == "classification" else self.test[:PROBED],
+        )
         fitted, held_out = (read_tokens(task, settings, model.encoder, cases) for cases in (labelled, scored))
         figures = {"auc": linear_probe(fitted, held_out), "effective_rank": effective_rank(held_out[0])}
         source = provenance()
-        return figures, Made(source["machine"], source["date"], source["commit"], source["packages"]["torch"], "cpu", "fp32")
+        return figures, Made(
+            source["machine"], source["date"], source["commit"], source["packages"]["torch"], "cpu", "fp32"
+        )
 
     def _say(self, line: str) -> None:
         if not line.startswith(("  ", "note", "step")):
@@ -168,7 +248,9 @@ class Unit:
 
 
 def resized(fresh: torch.Tensor, learned: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
-    """The fresh tensor with mean and spread of the learned one; what starts constant (norms, biases) is drawn around the learned mean."""
+    """The fresh tensor with mean and spread of the learned one; what starts constant (norms, biases) is drawn
+    around the learned mean.
+    """
     spread = fresh.std(unbiased=False) if fresh.numel() > 1 else fresh.new_zeros(())
     standard = (fresh - fresh.mean()) / spread if spread > 0 else torch.randn(fresh.shape, generator=noise)
     return standard * learned.std(unbiased=False) + learned.mean()

@@ -1,4 +1,6 @@
-"""Tasks: what is special about a data set, one file each. Adding a task is adding a module here that defines `TASK`."""
+"""Tasks: what is special about a data set, one file each. Adding a task is adding a module here that defines
+`TASK`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from smae_utils.data.tasks.registry import existing_folder, named_task, task_nam
 
 
 def get_task(name: str) -> Task:
-    """The record of a task, by name or by the path of a list file (JSON, CSV) that makes one, see `tasks.lists`.
+    """The record of a task, by name or by the path of a list file (JSON, CSV) that makes one, see
+    `tasks.lists`.
 
     Raises:
         UserError: if the name is unknown.
@@ -26,7 +29,21 @@ def task_of(config: dict, list_file: str | Path | None = None) -> Task:
     Args:
         list_file: where the list lies now, if it was moved.
     """
-    return task_from_record(str(list_file or config["task"]), config["record"]) if "record" in config else get_task(config["task"])
+    return (
+        task_from_record(str(list_file or config["task"]), config["record"])
+        if "record" in config
+        else get_task(config["task"])
+    )
 
 
-__all__ = ["IGNORE", "Case", "Splits", "Task", "existing_folder", "get_task", "hold_out", "task_names", "task_of"]
+__all__ = [
+    "IGNORE",
+    "Case",
+    "Splits",
+    "Task",
+    "existing_folder",
+    "get_task",
+    "hold_out",
+    "task_names",
+    "task_of",
+]

@@ -15,12 +15,16 @@ FOLDS = 5
 
 
 def read_splits(data_dir: Path, seed: int = 0, fold: int = 0) -> Splits:
-    """Five folds by seed: fold `fold` is the test part, a tenth of the rest is for validation. Only `dataset.json` says what exists."""
+    """Five folds by seed: fold `fold` is the test part, a tenth of the rest is for validation. Only
+    `dataset.json` says what exists.
+    """
     if not 0 <= fold < FOLDS:
         raise UserError(f"fold must be 0 .. {FOLDS - 1}, got {fold}")
     cases = read_cases(data_dir, "Task01_BrainTumour")
     if len(cases) < FOLDS + 1:
-        raise UserError(f"{data_dir} lists {len(cases)} cases: at least {FOLDS + 1} are needed for {FOLDS} folds")
+        raise UserError(
+            f"{data_dir} lists {len(cases)} cases: at least {FOLDS + 1} are needed for {FOLDS} folds"
+        )
     order = np.random.default_rng(seed).permutation(len(cases))
     test = set(order[fold::FOLDS].tolist())
     train, val = hold_out([c for i, c in enumerate(cases) if i not in test], 0.1, seed)

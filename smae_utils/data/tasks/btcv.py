@@ -20,7 +20,9 @@ PAPER_ORGANS = tuple(ORGANS[i - 1] for i in (1, 2, 3, 4, 6, 7, 8, 11))
 
 
 def read_splits(data_dir: Path, seed: int = 0, fold: int = 0) -> Splits:
-    """Cases of `RawData/Training/{img,label}`; validation is a sixth of the training cases, to be given back after choosing."""
+    """Cases of `RawData/Training/{img,label}`; validation is a sixth of the training cases, to be given back
+    after choosing.
+    """
     images = existing_folder(data_dir, "RawData/Training/img", "Training/img", "img")
     labels = images.parent / "label"
     found: Splits = {"train": [], "test": []}
@@ -34,7 +36,10 @@ def read_splits(data_dir: Path, seed: int = 0, fold: int = 0) -> Splits:
         case = {"case": f"img{match[1]}", "patient": match[1], "image": str(path), "label": str(label)}
         found["test" if int(match[1]) in TEST_IDS else "train"].append(case)
     if not found["train"]:
-        raise UserError(f"no training cases img0005.nii.gz, img0006.nii.gz, ... in {images}: unpack RawData.zip of the BTCV download there")
+        raise UserError(
+            f"no training cases img0005.nii.gz, img0006.nii.gz, ... in {images}: unpack RawData.zip of the "
+            "BTCV download there"
+        )
     train, val = hold_out(found["train"], 1 / 6, seed)
     return {"train": train, "val": val, "test": found["test"]}
 

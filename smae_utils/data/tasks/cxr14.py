@@ -19,30 +19,51 @@ FINDINGS = (
 
 
 def read_splits(data_dir: Path, seed: int = 0, fold: int = 0) -> Splits:
-    """The official lists; a tenth of the training patients is held out for validation. Images that were not downloaded are left out."""
+    """The official lists; a tenth of the training patients is held out for validation. Images that were not
+    downloaded are left out.
+    """
     table = existing_folder(data_dir, "Data_Entry_2017.csv", "Data_Entry_2017_v2020.csv")
     root = table.parent
     rows = _read_table(table)
-    files = {path.name: path for folder in sorted(root.glob("images*")) for path in sorted(folder.rglob("*.png")) if path.name in rows}
+    files = {
+        path.name: path
+        for folder in sorted(root.glob("images*"))
+        for path in sorted(folder.rglob("*.png"))
+        if path.name in rows
+    }
     if not files:
-        raise UserError(f"none of the {len(rows)} images of {table.name} is below {root}/images*: unpack the image archives there")
+        raise UserError(
+            f"none of the {len(rows)} images of {table.name} is below {root}/images*: unpack the image "
+            "archives there"
+        )
     listed = {}
     for split, name in (("train", "train_val_list.txt"), ("test", "test_list.txt")):
         path = existing_folder(root, name)
-        listed[split] = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        listed[split] = [
+            line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()
+        ]
     cases = {
-        split: [{"case": name, "patient": rows[name][1], "image": str(files[name]), "label": rows[name][0]} for name in names if name in files]
+        split: [
+            {"case": name, "patient": rows[name][1], "image": str(files[name]), "label": rows[name][0]}
+            for name in names
+            if name in files
+        ]
         for split, names in listed.items()
     }
     shared = {c["patient"] for c in cases["train"]} & {c["patient"] for c in cases["test"]}
     if shared:
-        raise UserError(f"{len(shared)} patients stand in both lists, patient {min(shared)} for one: use the official split files")
+        raise UserError(
+            f"{len(shared)} patients stand in both lists, patient {min(shared)} for one: use the official "
+            "split files"
+        )
     train, val = hold_out(cases["train"], 0.1, seed)
     return {"train": train, "val": val, "test": cases["test"]}
 
 
 def _read_table(path: Path) -> dict[str, tuple[np.ndarray, str]]:
-    """Image name -> (14 zeros and ones, patient). Read by position up to the bracketed names, in which the header splits."""
+    """Image name -> (14 zeros and ones, patient). Read by position up to the bracketed names, in which the
+    header splits.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as handle:
             header, *rows = list(csv.reader(handle)) or [[]]
@@ -53,7 +74,10 @@ def _read_table(path: Path) -> dict[str, tuple[np.ndarray, str]]:
         raise UserError(f"{path} starts with the columns {header[:4]}, expected {expected}")
     for line, row in enumerate(rows, start=2):
         if row and len(row) < 4:
-            raise UserError(f"{path}, line {line}: {len(row)} columns, expected at least {', '.join(expected)}: download it again")
+            raise UserError(
+                f"{path}, line {line}: {len(row)} columns, expected at least {', '.join(expected)}: download "
+                "it again"
+            )
     return {row[0]: (_findings(row[1], path, row[0]), row[3]) for row in rows if row}
 
 
@@ -63,7 +87,10 @@ def _findings(text: str, path: Path, image: str) -> np.ndarray:
         if name in FINDINGS:
             label[FINDINGS.index(name)] = 1
         elif name != "No Finding":
-            raise UserError(f"{path}: unknown finding {name!r} of image {image}: expected {', '.join(FINDINGS)} or No Finding")
+            raise UserError(
+                f"{path}: unknown finding {name!r} of image {image}: expected {', '.join(FINDINGS)} or No "
+                "Finding"
+            )
     return label
 
 

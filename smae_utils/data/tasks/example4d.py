@@ -1,4 +1,6 @@
-"""A real 4D scan that comes with nibabel's test data: two volumes of one head, here as two channels. For masking and pre-training."""
+"""A real 4D scan that comes with nibabel's test data: two volumes of one head, here as two channels. For
+masking and pre-training.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,11 @@ def packaged() -> Path:
 def read_splits(data_dir: Path, seed: int = 0, fold: int = 0) -> Splits:
     """One scan, for training; nothing is held out."""
     path = existing_folder(data_dir, "example4d.nii.gz")
-    return {"train": [{"case": "example4d", "patient": "example4d", "image": str(path)}], "val": [], "test": []}
+    return {
+        "train": [{"case": "example4d", "patient": "example4d", "image": str(path)}],
+        "val": [],
+        "test": [],
+    }
 
 
 TASK = Task(

@@ -19,12 +19,16 @@ FIELDS = (
 
 
 def record_of(task: Task) -> dict[str, Any]:
-    """What a run has to remember of a list's task, as plain values: it must mean the same when the list was changed or is gone."""
+    """What a run has to remember of a list's task, as plain values: it must mean the same when the list was
+    changed or is gone.
+    """
     return json.loads(json.dumps({name: getattr(task, name) for name in FIELDS}))
 
 
 def task_from_record(name: str, record: dict[str, Any]) -> Task:
-    """The task that `record_of` remembered; its cases are read from the list `name`, with the classes in the order that the run has."""
+    """The task that `record_of` remembered; its cases are read from the list `name`, with the classes in the
+    order that the run has.
+    """
 
     def tuples(value: Any) -> Any:
         return tuple(tuples(v) for v in value) if isinstance(value, list) else value
@@ -33,6 +37,8 @@ def task_from_record(name: str, record: dict[str, Any]) -> Task:
     bare = Task(name=name, read_splits=no_reader, **values)
 
     def read(data_dir: Path, seed: int = 0, fold: int | None = 0) -> Splits:
-        return splits_of_list(Path(name), read_list(Path(name))["cases"], bare, data_dir, seed, fold, strict=False)
+        return splits_of_list(
+            Path(name), read_list(Path(name))["cases"], bare, data_dir, seed, fold, strict=False
+        )
 
     return replace(bare, read_splits=read)

@@ -1,6 +1,8 @@
-"""MSD Task04_Hippocampus: T1-weighted MRI cut to one hippocampus, its anterior and posterior part. Small enough for an evening on two cores.
+"""MSD Task04_Hippocampus: T1-weighted MRI cut to one hippocampus, its anterior and posterior part. Small
+enough for an evening on two cores.
 
-The left and the right hippocampus of one person may be two cases, and no list says which: they can stand on both sides of any split.
+The left and the right hippocampus of one person may be two cases, and no list says which: they can stand on
+both sides of any split.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ def read_splits(data_dir: Path, seed: int = 0, fold: int = 0) -> Splits:
     """60 test cases, drawn once and the same for every seed; a tenth of the others is for validation."""
     cases = read_cases(data_dir, "Task04_Hippocampus")
     if len(cases) < 6:
-        raise UserError(f"{data_dir} lists {len(cases)} cases of hippocampus: at least 6 are needed; unpack the download again")
+        raise UserError(
+            f"{data_dir} lists {len(cases)} cases of hippocampus: at least 6 are needed; unpack the download "
+            "again"
+        )
     n_test = min(N_TEST, len(cases) // 4)
     test = set(np.random.default_rng(TEST_SEED).permutation(len(cases))[:n_test].tolist())
     train, val = hold_out([c for i, c in enumerate(cases) if i not in test], 0.1, seed)

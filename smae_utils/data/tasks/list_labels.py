@@ -24,11 +24,18 @@ def class_names(path: Path, content: dict[str, Any], labels: list[Any]) -> tuple
     labels = [v for v in labels if v != UNKNOWN]
     if all(isinstance(v, int) and not isinstance(v, bool) for v in labels) and not set(labels) <= {0, 1}:
         return tuple(str(v) for v in sorted(set(labels)))
-    names = {name for v in labels for name in words_of(v) if isinstance(name, str) and name.lower() != NO_FINDING}
+    names = {
+        name for v in labels for name in words_of(v) if isinstance(name, str) and name.lower() != NO_FINDING
+    }
     if not names and any(isinstance(name, str) for v in labels for name in words_of(v)):
-        raise UserError(f"{path}: every label is {NO_FINDING!r}: there is no class to learn; leave the labels out to pre-train only")
+        raise UserError(
+            f"{path}: every label is {NO_FINDING!r}: there is no class to learn; leave the labels out to "
+            "pre-train only"
+        )
     if not names:
-        raise UserError(f'{path}: labels are zeros and ones without names: add "classes": [...] in their order')
+        raise UserError(
+            f'{path}: labels are zeros and ones without names: add "classes": [...] in their order'
+        )
     return tuple(sorted(names, key=lambda n: (0, int(n), "") if n.isdigit() else (1, 0, n)))
 
 
@@ -36,13 +43,22 @@ def words_of(label: Any) -> list[Any]:
     """`A | B`, a list of names, or one name -> names; numbers stay numbers."""
     if isinstance(label, str):
         return [name.strip() for name in label.split("|") if name.strip()]
-    return [v.strip() if isinstance(v, str) else v for v in (label if isinstance(label, (list, dict)) else [label])]
+    return [
+        v.strip() if isinstance(v, str) else v
+        for v in (label if isinstance(label, (list, dict)) else [label])
+    ]
 
 
 def mask_classes(path: Path, labels: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """MSD's {"1": "liver"} or nnU-Net's {"liver": 1, "whole": [1, 2]} -> class names; regions where lists overlap, and how values are stored."""
+    """MSD's {"1": "liver"} or nnU-Net's {"liver": 1, "whole": [1, 2]} -> class names; regions where lists
+    overlap, and how values are stored.
+    """
     if not isinstance(labels, dict) or not labels:
-        wanted = '{"0": "background", "1": "liver"}' if path.suffix.lower() == ".json" else "the header label=liver|tumour for the masks' column"
+        wanted = (
+            '{"0": "background", "1": "liver"}'
+            if path.suffix.lower() == ".json"
+            else "the header label=liver|tumour for the masks' column"
+        )
         raise UserError(f'{path}: "labels" must say what the mask values mean, for example {wanted}')
     pairs: list[tuple[str, tuple[int, ...]]] = []
     try:
@@ -50,21 +66,31 @@ def mask_classes(path: Path, labels: Any) -> tuple[tuple[str, ...], dict[str, An
             if isinstance(value, str):
                 pairs.append((value, (int(key),)))
             else:
-                pairs.append((str(key), tuple(int(v) for v in (value if isinstance(value, list) else [value]))))
+                pairs.append(
+                    (str(key), tuple(int(v) for v in (value if isinstance(value, list) else [value])))
+                )
     except (TypeError, ValueError):
-        raise UserError(f'{path}: "labels" must map numbers to names or names to numbers, got {labels!r}') from None
+        raise UserError(
+            f'{path}: "labels" must map numbers to names or names to numbers, got {labels!r}'
+        ) from None
     background = {0, *(v for name, of in pairs if name.lower() == "background" for v in of)}
     ignored = {v for name, of in pairs if name.lower() == "ignore" for v in of}
     pairs = [(name, of) for name, of in pairs if of != (0,) and name.lower() not in ("background", "ignore")]
     if not pairs:
         raise UserError(f'{path}: "labels" names no class beside the background, got {labels!r}')
     if len({name for name, _ in pairs}) < len(pairs):
-        raise UserError(f'{path}: "labels" gives one name to several values, got {labels!r}: a class needs a name of its own')
+        raise UserError(
+            f'{path}: "labels" gives one name to several values, got {labels!r}: a class needs a name of its own'
+        )
     used = [v for _, of in pairs for v in of]
     if clash := (background | ignored) & set(used):
-        raise UserError(f'{path}: "labels" uses value {min(clash)} for a class and for background or ignore, got {labels!r}')
+        raise UserError(
+            f'{path}: "labels" uses value {min(clash)} for a class and for background or ignore, got {labels!r}'
+        )
     if len(set(used)) > MOST_LABELS:
-        raise UserError(f'{path}: "labels" names {len(set(used))} values: at most {MOST_LABELS} are learned at once')
+        raise UserError(
+            f'{path}: "labels" names {len(set(used))} values: at most {MOST_LABELS} are learned at once'
+        )
     first = (0, *sorted(background - {0}))
     if len(set(used)) == len(used):
         pairs.sort(key=lambda p: min(p[1]))
@@ -72,16 +98,24 @@ def mask_classes(path: Path, labels: Any) -> tuple[tuple[str, ...], dict[str, An
     else:
         for (wide, outer), (narrow, inner) in zip(pairs, pairs[1:]):
             if not set(inner) < set(outer):
-                raise UserError(f"{path}: regions must be nested, from the widest to the narrowest: {narrow} {inner} is not inside {wide} {outer}")
+                raise UserError(
+                    f"{path}: regions must be nested, from the widest to the narrowest: {narrow} {inner} is "
+                    f"not inside {wide} {outer}"
+                )
         values = sorted(set(used))
-        stored, regions = (first, *((v,) for v in values)), tuple(tuple(values.index(v) + 1 for v in of) for _, of in pairs)
+        stored, regions = (
+            (first, *((v,) for v in values)),
+            tuple(tuple(values.index(v) + 1 for v in of) for _, of in pairs),
+        )
     plain = stored == tuple((i,) for i in range(len(stored)))
     return tuple(name for name, _ in pairs), {
         "regions": regions, "stored_labels": () if plain else stored, "ignored_labels": tuple(sorted(ignored)),
     }  # fmt: skip
 
 
-def class_vector(path: Path, case: str, label: Any, classes: tuple[str, ...], strict: bool = True) -> np.ndarray:
+def class_vector(
+    path: Path, case: str, label: Any, classes: tuple[str, ...], strict: bool = True
+) -> np.ndarray:
     """(classes,) 1, 0, or NaN for unknown."""
     values = words_of(label)
     if label == UNKNOWN:
@@ -89,21 +123,34 @@ def class_vector(path: Path, case: str, label: Any, classes: tuple[str, ...], st
     if isinstance(label, dict):
         known = {str(k): v for k, v in label.items()}
         if wrong := [v for v in known.values() if v not in (0, 1, UNKNOWN, None)]:
-            raise UserError(f"{path}: label of {case} holds {wrong[0]!r}, expected 0, 1, or -1 for unknown for each class")
-        return np.array([np.nan if known.get(name) in (None, UNKNOWN) else float(known[name]) for name in classes], np.float32)
-    if len(values) == len(classes) and all(v is None or (isinstance(v, (int, float)) and v in (0, 1, -1)) for v in values):
+            raise UserError(
+                f"{path}: label of {case} holds {wrong[0]!r}, expected 0, 1, or -1 for unknown for each class"
+            )
+        return np.array(
+            [np.nan if known.get(name) in (None, UNKNOWN) else float(known[name]) for name in classes],
+            np.float32,
+        )
+    if len(values) == len(classes) and all(
+        v is None or (isinstance(v, (int, float)) and v in (0, 1, -1)) for v in values
+    ):
         return np.array([np.nan if v is None or v == -1 else float(v) for v in values], np.float32)
     numbers = [v for v in values if isinstance(v, (int, float))]
     if numbers and isinstance(label, list):
-        raise UserError(f"{path}: label of {case} is {values}, expected names, or {len(classes)} zeros and ones (-1 for unknown), one a class")
+        raise UserError(
+            f"{path}: label of {case} is {values}, expected names, or {len(classes)} zeros and ones (-1 for "
+            "unknown), one a class"
+        )
     if numbers and str(numbers[0]) not in classes:
         if not isinstance(label, int) or not 0 <= label < len(classes):
             raise UserError(
-                f"{path}: label of {case} is {label!r}, expected some of {', '.join(classes)}, or the index 0 .. {len(classes) - 1} of one"
+                f"{path}: label of {case} is {label!r}, expected some of {', '.join(classes)}, or the index "
+                f"0 .. {len(classes) - 1} of one"
             )
         return np.eye(len(classes), dtype=np.float32)[label]
     names = [str(v) for v in values if str(v).lower() != NO_FINDING or str(v) in classes]
     unknown = [v for v in names if v not in classes]
     if unknown and strict:
-        raise UserError(f"{path}: label of {case} holds {unknown[0]!r}, expected some of {', '.join(classes)}")
+        raise UserError(
+            f"{path}: label of {case} holds {unknown[0]!r}, expected some of {', '.join(classes)}"
+        )
     return np.asarray([name in names for name in classes], np.float32)

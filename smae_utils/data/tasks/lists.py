@@ -1,17 +1,21 @@
-"""A task from one list file: JSON in the style of the Medical Segmentation Decathlon, nnU-Net and MONAI, or CSV. No code to edit.
+"""A task from one list file: JSON in the style of the Medical Segmentation Decathlon, nnU-Net and MONAI, or
+CSV. No code to edit.
 
 JSON:
     {"name": "liver_ct", "labels": {"0": "background", "1": "liver", "2": "tumour"}, "modality": {"0": "CT"},
      "window": [-100, 240], "spacing_mm": [1.5, 1.5, 2], "sided": false,
-     "training": [{"image": "img/1.nii.gz", "label": "lab/1.nii.gz", "patient": "p1"}, ...], "validation": [...], "test": [...]}
-    `image` may be a list of files, one a channel; a DICOM series is its folder, or folder#series. `label` is a mask file, or for
-    classification a class, several joined by |, a list of classes, the number of a class, or zeros and ones (-1: unknown).
-    `labels` may also be nnU-Net's {"liver": 1, "whole": [1, 2], "ignore": 3}; mask values may be any integers.
-    `like` names a task whose presets, spacing and window fit (btcv, brats, cxr14), and whose classes and channels, where the
-    list has none of its own; `settings` holds what they should have differently. `fold` of an entry is MONAI's.
+     "training": [{"image": "img/1.nii.gz", "label": "lab/1.nii.gz", "patient": "p1"}, ...], "validation":
+         [...], "test": [...]}
+    `image` may be a list of files, one a channel; a DICOM series is its folder, or folder#series. `label` is
+    a mask file, or for classification a class, several joined by |, a list of classes, the number of a class,
+    or zeros and ones (-1: unknown). `labels` may also be nnU-Net's {"liver": 1, "whole": [1, 2], "ignore":
+    3}; mask values may be any integers. `like` names a task whose presets, spacing and window fit (btcv,
+    brats, cxr14), and whose classes and channels, where the list has none of its own; `settings` holds what
+    they should have differently. `fold` of an entry is MONAI's.
 CSV:
-    columns `image`, and `label=liver|tumour` (a mask file; the header names the values 1, 2, ...) or `label` or `class` (one word, several
-    joined by |) or one 0/1 column a class; `split` (train, val, test), `patient`, `case` and `fold` may follow.
+    columns `image`, and `label=liver|tumour` (a mask file; the header names the values 1, 2, ...) or `label`
+    or `class` (one word, several joined by |) or one 0/1 column a class; `split` (train, val, test),
+    `patient`, `case` and `fold` may follow.
 """
 
 from __future__ import annotations
@@ -50,11 +54,16 @@ def task_from_list(path: str | Path) -> Task:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"list file {path} does not exist: expected a JSON or CSV list of scans, see the documentation of own data")
+        raise UserError(
+            f"list file {path} does not exist: expected a JSON or CSV list of scans, see the documentation "
+            "of own data"
+        )
     content = read_list(path)
     cases, notes = content["cases"], content["notes"]
     if not any(cases.values()):
-        raise UserError(f"{path} lists no scans: expected a list 'training' of entries with 'image' and 'label'")
+        raise UserError(
+            f"{path} lists no scans: expected a list 'training' of entries with 'image' and 'label'"
+        )
     base, own_classes = _base(path, content)
     over = _said(path, content, base)
     sided, note = _sided(content, base, own_classes)
@@ -64,7 +73,10 @@ def task_from_list(path: str | Path) -> Task:
         title=str(content.get("title") or content.get("name") or content.get("description") or path.stem),
         read_splits=partial(splits_of_list, path, cases, base),
         like=base.name if content.get("like") else base.like,
-        settings={**_spacing(base, over, bool(content.get("like"))), **_mapping(path, content.get("settings") or {})},
+        settings={
+            **_spacing(base, over, bool(content.get("like"))),
+            **_mapping(path, content.get("settings") or {}),
+        },
         sided=sided,
         notes=(*notes, *([note] if note else []), *_split_notes(cases)),
         **over,
@@ -72,7 +84,9 @@ def task_from_list(path: str | Path) -> Task:
 
 
 def _base(path: Path, content: dict[str, Any]) -> tuple[Task, bool]:
-    """The task before what the list says of spacing, window and sides; and whether its classes are the list's own."""
+    """The task before what the list says of spacing, window and sides; and whether its classes are the list's
+    own.
+    """
     if not (like := content.get("like")):
         return _guess_task(path, content), True
     if not isinstance(like, str) or is_list(like):
@@ -85,10 +99,15 @@ def _base(path: Path, content: dict[str, Any]) -> tuple[Task, bool]:
         return base, False
     own = _guess_task(path, content)  # classes of its own; how scans are prepared is the other task's
     if own.kind != base.kind or own.spatial_dims != base.spatial_dims:
-        raise UserError(f"{path} is a {own.spatial_dims}D {own.kind} list, 'like' names {like}, a {base.spatial_dims}D {base.kind} task")
+        raise UserError(
+            f"{path} is a {own.spatial_dims}D {own.kind} list, 'like' names {like}, a {base.spatial_dims}D "
+            f"{base.kind} task"
+        )
     channels = base.channels if own.in_chans in (1, base.in_chans) else own.channels
     labels = {"stored_labels": own.stored_labels, "ignored_labels": own.ignored_labels}
-    return replace(base, classes=own.classes, regions=own.regions, subset=(), channels=channels, **labels), True
+    return replace(
+        base, classes=own.classes, regions=own.regions, subset=(), channels=channels, **labels
+    ), True
 
 
 def _said(path: Path, content: dict[str, Any], base: Task) -> dict[str, Any]:
@@ -97,9 +116,14 @@ def _said(path: Path, content: dict[str, Any], base: Task) -> dict[str, Any]:
     if "window" in content:
         over["window"] = None if content["window"] is None else _numbers(path, "window", content["window"], 2)
         if over["window"] and over["window"][0] >= over["window"][1]:
-            raise UserError(f"{path}: 'window' must be two numbers, the smaller first, got {content['window']!r}")
+            raise UserError(
+                f"{path}: 'window' must be two numbers, the smaller first, got {content['window']!r}"
+            )
         if over["window"] and base.spatial_dims == 2:
-            raise UserError(f"{path}: 'window' is for 3D scans; 2D images are scaled by their own range or by the window in their DICOM file")
+            raise UserError(
+                f"{path}: 'window' is for 3D scans; 2D images are scaled by their own range or by the window "
+                "in their DICOM file"
+            )
     if content.get("spacing_mm") is not None:
         over["spacing_mm"] = _numbers(path, "spacing_mm", content["spacing_mm"], base.spatial_dims)
         if min(over["spacing_mm"]) <= 0:
@@ -115,14 +139,25 @@ def _sided(content: dict[str, Any], base: Task, own_classes: bool) -> tuple[bool
     """Whether images are kept from being mirrored left-right, and a note on what was assumed."""
     named = [name for name in base.classes if SIDES.search(name)]
     if "sided" in content:
-        note = f'"sided" is false though {named[0]!r} names a side: training mirrors images left-right' if named and not content["sided"] else ""
+        note = (
+            f'"sided" is false though {named[0]!r} names a side: training mirrors images left-right'
+            if named and not content["sided"]
+            else ""
+        )
         return content["sided"], note
     if not own_classes:
         return base.sided, ""
     if not base.classes:
         return True, ""
-    why = f"the class {named[0]!r} names a side" if named else "the list does not say whether labels tell left from right"
-    return True, f'{why}: training does not mirror images left-right; "sided": false in the list, or --set mirror=true, allows it'
+    why = (
+        f"the class {named[0]!r} names a side"
+        if named
+        else "the list does not say whether labels tell left from right"
+    )
+    return (
+        True,
+        f'{why}: training does not mirror images left-right; "sided": false in the list, or --set mirror=true, allows it',
+    )
 
 
 def _split_notes(cases: dict[str, list[dict]]) -> list[str]:
@@ -133,12 +168,17 @@ def _split_notes(cases: dict[str, list[dict]]) -> list[str]:
     elif folds:
         notes.append("'fold' is not used: the list has validation cases")
     elif not cases["val"] and len(cases["train"]) > 1:
-        notes.append("no validation cases are listed: a tenth of the training patients, drawn by split_seed, is held out")
+        notes.append(
+            "no validation cases are listed: a tenth of the training patients, drawn by split_seed, is held "
+            "out"
+        )
     return notes
 
 
 def _spacing(base: Task, over: dict, like: bool) -> dict:
-    """The list's voxel size goes before the preset's; that of another task's preset counts only where `like` asks for it."""
+    """The list's voxel size goes before the preset's; that of another task's preset counts only where `like`
+    asks for it.
+    """
     if base.spatial_dims == 2:
         return {}
     if "spacing_mm" in over:
@@ -148,7 +188,9 @@ def _spacing(base: Task, over: dict, like: bool) -> dict:
 
 def _mapping(path: Path, value: Any) -> dict:
     if not isinstance(value, dict):
-        raise UserError(f"{path}: 'settings' must be a mapping like a task's section of a preset, got {value!r}")
+        raise UserError(
+            f"{path}: 'settings' must be a mapping like a task's section of a preset, got {value!r}"
+        )
     for key in ("pretrain", "finetune", "scratch", "self"):
         if key in value:
             _mapping(path, value[key])
@@ -156,13 +198,19 @@ def _mapping(path: Path, value: Any) -> dict:
 
 
 def _numbers(path: Path, key: str, value: Any, count: int) -> tuple[float, ...]:
-    if not isinstance(value, list) or len(value) != count or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value):
+    if (
+        not isinstance(value, list)
+        or len(value) != count
+        or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
+    ):
         raise UserError(f"{path}: {key!r} must be a list of {count} numbers, got {value!r}")
     return tuple(map(float, value))
 
 
 def _is_flat(path: Path, content: dict[str, Any], file: str) -> bool:
-    """Whether the images are 2D: as the list says, by their ending, or because a file without one is a single DICOM image."""
+    """Whether the images are 2D: as the list says, by their ending, or because a file without one is a single
+    DICOM image.
+    """
     dims = content.get("spatial_dims")
     if dims not in (None, 2, 3):
         raise UserError(f"{path}: 'spatial_dims' must be 2 or 3, got {dims!r}")
@@ -184,22 +232,37 @@ def _guess_task(path: Path, content: dict[str, Any]) -> Task:
     masks = [isinstance(v, str) and v.lower().endswith(endings) for v in labels]
     if any(masks) and not all(masks):
         raise UserError(
-            f"{path}: some labels are mask files, others are not, as {labels[masks.index(False)]!r}: expected one kind ({', '.join(endings)})"
+            f"{path}: some labels are mask files, others are not, as {labels[masks.index(False)]!r}: "
+            f"expected one kind ({', '.join(endings)})"
         )
     channels = content.get("channels") or tuple(f"channel {i + 1}" for i in range(len(files)))
     dims = 2 if flat else 3
-    shared = {"like": "cxr14" if flat else "btcv", "spacing_mm": () if flat else named_task("btcv").spacing_mm}
+    shared = {
+        "like": "cxr14" if flat else "btcv",
+        "spacing_mm": () if flat else named_task("btcv").spacing_mm,
+    }
     if any(masks) or not labels:
         kind = "segmentation" if any(masks) or not flat else "classification"
-        classes, more = mask_classes(path, content.get("labels")) if any(masks) or (content.get("labels") and labels) else ((), {})
+        classes, more = (
+            mask_classes(path, content.get("labels"))
+            if any(masks) or (content.get("labels") and labels)
+            else ((), {})
+        )
         stored = [v for of in more.get("stored_labels", ()) for v in of]
         if flat and stored and not 0 <= min(stored) <= max(stored) < 2**16:
-            raise UserError(f'{path}: masks of 2D images hold values 0 .. 65535, "labels" names {min(stored)} to {max(stored)}: write them anew')
+            raise UserError(
+                f'{path}: masks of 2D images hold values 0 .. 65535, "labels" names {min(stored)} to {max(stored)}: write them anew'
+            )
         return Task("", "", kind, dims, channels, classes, no_reader, **shared, **more)
     for value in labels:
         if isinstance(value, str) and ("/" in value or (path.parent / value).exists()):
-            raise UserError(f"{path}: label {value!r} is no mask file that is read here ({', '.join(endings)}) and no class: convert it first")
-    return Task("", "", "classification", dims, channels, class_names(path, content, labels), no_reader, **shared)
+            raise UserError(
+                f"{path}: label {value!r} is no mask file that is read here ({', '.join(endings)}) and no "
+                "class: convert it first"
+            )
+    return Task(
+        "", "", "classification", dims, channels, class_names(path, content, labels), no_reader, **shared
+    )
 
 
 def no_reader(*_) -> Splits:
@@ -207,12 +270,20 @@ def no_reader(*_) -> Splits:
 
 
 def splits_of_list(
-    path: Path, cases: dict[str, list[dict]], task: Task, data_dir: Path, seed: int = 0, fold: int | None = 0, strict: bool = True
+    path: Path,
+    cases: dict[str, list[dict]],
+    task: Task,
+    data_dir: Path,
+    seed: int = 0,
+    fold: int | None = 0,
+    strict: bool = True,
 ) -> Splits:
-    """Paths relative to `data_dir`, or to the list file where that is its own folder; a tenth of the patients is held out when nothing is.
+    """Paths relative to `data_dir`, or to the list file where that is its own folder; a tenth of the patients
+    is held out when nothing is.
 
     Args:
-        strict: refuse class names that the task does not have; else they are left out (the list has got new ones since a run).
+        strict: refuse class names that the task does not have; else they are left out (the list has got new
+            ones since a run).
     """
     root = path.parent if str(data_dir) in ("", ".") else Path(data_dir)
     cases = _by_fold(path, cases, fold)
@@ -228,26 +299,34 @@ def splits_of_list(
             case = _case(path, root, {"case": names[id(entry)], **entry}, task, strict)
             if case["case"].casefold() in seen:
                 where = f"{seen[case['case'].casefold()]} and {split}"
-                raise UserError(f"{path} lists {case['case']} twice ({where}): each scan once; add 'case' where names clash")
+                raise UserError(
+                    f"{path} lists {case['case']} twice ({where}): each scan once; add 'case' where names "
+                    "clash"
+                )
             seen[case["case"].casefold()] = split
             for file in files_of(case["image"]):
                 place = _resolved(file)
                 if place in files:
-                    raise UserError(f"{path} lists {file} twice, as {files[place]} and as {case['case']}: each scan once")
+                    raise UserError(
+                        f"{path} lists {file} twice, as {files[place]} and as {case['case']}: each scan once"
+                    )
                 files[place] = case["case"]
             out[split].append(case)
     patients = {split: {c["patient"] for c in cases} for split, cases in out.items()}
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
         if shared := patients[a] & patients[b]:
-            raise UserError(f"{path}: patient {min(shared)} is in {a} and in {b}: the figures would flatter; keep a patient in one split")
+            raise UserError(
+                f"{path}: patient {min(shared)} is in {a} and in {b}: the figures would flatter; keep a "
+                "patient in one split"
+            )
     if not out["val"] and len(patients["train"]) > 1:
         out["train"], out["val"] = hold_out(out["train"], 0.1, seed)
     return out
 
 
 def _names(entries: list[dict]) -> list[str]:
-    """A name for each entry: its own `case`, or its file's; files of one name in several folders (`p1/t1.nii`, `p2/t1.nii`) get as much of
-    their folders before it as tells them apart."""
+    """A name for each entry: its own `case`, or its file's; files of one name in several folders
+    (`p1/t1.nii`, `p2/t1.nii`) get as much of their folders before it as tells them apart."""
     images = [entry["image"][0] if isinstance(entry["image"], list) else entry["image"] for entry in entries]
     names = [str(entry.get("case") or case_name(image)) for entry, image in zip(entries, images)]
     for depth in range(2, 8):
@@ -260,27 +339,44 @@ def _names(entries: list[dict]) -> list[str]:
 
 
 def _by_fold(path: Path, cases: dict[str, list[dict]], fold: int | None) -> dict[str, list[dict]]:
-    """MONAI's lists give training entries a fold; one fold validates, the others train. None: nobody trains, so all stay where they are."""
+    """MONAI's lists give training entries a fold; one fold validates, the others train. None: nobody trains,
+    so all stay where they are.
+    """
     folds = {e["fold"] for e in cases["train"] if "fold" in e}
     if not folds or cases["val"] or fold is None:
         return cases
     if fold not in folds:
-        raise UserError(f"{path}: no training entry has fold {fold}: there are {', '.join(map(str, sorted(folds)))}; choose by --set fold=N")
+        raise UserError(
+            f"{path}: no training entry has fold {fold}: there are {', '.join(map(str, sorted(folds)))}; "
+            "choose by --set fold=N"
+        )
     train = [e for e in cases["train"] if e.get("fold") != fold]
-    return {"train": train, "val": [e for e in cases["train"] if e.get("fold") == fold], "test": cases["test"]}
+    return {
+        "train": train,
+        "val": [e for e in cases["train"] if e.get("fold") == fold],
+        "test": cases["test"],
+    }
 
 
 def images_of(path: str | Path) -> list[Case]:
-    """All images that a list names, whatever their split, for prediction: masks and patients are not looked at.
+    """All images that a list names, whatever their split, for prediction: masks and patients are not looked
+    at.
 
     Raises:
         UserError: naming the images that are not there.
     """
     path = Path(path)
-    every = [{k: v for k, v in e.items() if k != "label"} for entries in read_list(path)["cases"].values() for e in entries]
+    every = [
+        {k: v for k, v in e.items() if k != "label"}
+        for entries in read_list(path)["cases"].values()
+        for e in entries
+    ]
     _all_there(path, path.parent, every, "")
     bare = Task("", "", "segmentation", 3, (), (), no_reader)
-    return [_case(path, path.parent, {"case": name, **entry}, bare, False) for name, entry in zip(_names(every), every)]
+    return [
+        _case(path, path.parent, {"case": name, **entry}, bare, False)
+        for name, entry in zip(_names(every), every)
+    ]
 
 
 def _resolved(file: str) -> str:
@@ -299,14 +395,19 @@ def _all_there(path: Path, root: Path, entries: Iterable[dict], kind: str) -> No
             missing.append(str(root / str(entry["label"])))
     if missing := list(dict.fromkeys(missing)):
         some = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise UserError(f"{path} names {some}, which {'does' if len(missing) == 1 else 'do'} not exist: paths are relative to {root}")
+        raise UserError(
+            f"{path} names {some}, which {'does' if len(missing) == 1 else 'do'} not exist: paths are "
+            f"relative to {root}"
+        )
 
 
 def _case(path: Path, root: Path, entry: dict, task: Task, strict: bool) -> Case:
     images = [str(root / name) for name in files_of(entry["image"])]
     case: Case = {"case": str(entry["case"]), "image": images if len(images) > 1 else images[0]}
     if not case["case"] or "/" in case["case"] or "\\" in case["case"]:
-        raise UserError(f"{path}: 'case' names files of results, so it can hold no slash, got {case['case']!r}")
+        raise UserError(
+            f"{path}: 'case' names files of results, so it can hold no slash, got {case['case']!r}"
+        )
     case["patient"] = str(entry.get("patient", case["case"]))
     if "label" not in entry:
         return case

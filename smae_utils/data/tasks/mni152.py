@@ -1,4 +1,6 @@
-"""The MNI152 T1 template that comes inside nilearn (the `examples` extra): a real average head. For masking and pre-training."""
+"""The MNI152 T1 template that comes inside nilearn (the `examples` extra): a real average head. For masking
+and pre-training.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,11 @@ def read_splits(data_dir: Path, seed: int = 0, fold: int = 0) -> Splits:
 
 
 def write_list(out: Path) -> Path:
-    """The template cut into four quarters, as if they were scans, with grey (1) and white matter (2) as masks, and the list that makes a task of them.
+    """The template cut into four quarters, as if they were scans, with grey (1) and white matter (2) as
+    masks, and the list that makes a task of them.
 
-    One head is no data set; this is for trying the way that own scans go. Three quarters are for training, the right front one for testing.
+    One head is no data set; this is for trying the way that own scans go. Three quarters are for training,
+    the right front one for testing.
     """
     import nibabel as nib
     import numpy as np
@@ -48,7 +52,12 @@ def write_list(out: Path) -> Path:
     label = np.where(tissue.max(0) > 0.5 * tissue.max(), tissue.argmax(0) + 1, 0).astype(np.uint8)
     out.mkdir(parents=True, exist_ok=True)
     entries = []
-    for name, (i, j) in {"left_back": (0, 0), "left_front": (0, 1), "right_back": (1, 0), "right_front": (1, 1)}.items():
+    for name, (i, j) in {
+        "left_back": (0, 0),
+        "left_front": (0, 1),
+        "right_back": (1, 0),
+        "right_front": (1, 1),
+    }.items():
         half = [n // 2 for n in label.shape[:2]]
         place = (slice(i * half[0], (i + 1) * half[0]), slice(j * half[1], (j + 1) * half[1]))
         affine = images["t1"].affine.copy()

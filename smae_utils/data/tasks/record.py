@@ -22,14 +22,18 @@ class Task:
         spatial_dims: 2 or 3.
         channels: names of the image channels.
         classes: what is reported: organs, tumour regions, findings.
-        read_splits: (data folder, seed, fold) -> {"train": [...], "val": [...], "test": [...]} of cases. A case is a dict with
-            `case`, `patient`, `image` (path, or paths of the channels) and `label` (path of a mask, or for classification a vector of
-            1, 0 and NaN for unknown); paths only, nothing is read.
+        read_splits: (data folder, seed, fold) -> {"train": [...], "val": [...], "test": [...]} of cases. A
+            case is a dict with `case`, `patient`, `image` (path, or paths of the channels) and `label` (path
+            of a mask, or for classification a vector of 1, 0 and NaN for unknown); paths only, nothing is
+            read.
         spacing_mm: voxel size that scans are resampled to; of 2D images the pixel size, where it is known.
-        window: intensity range mapped to 0..1 (HU for CT); None standardises the non-zero voxels of each channel.
-        regions: label numbers that make up each class, when classes overlap (then each class has its own sigmoid);
+        window: intensity range mapped to 0..1 (HU for CT); None standardises the non-zero voxels of each
+            channel.
+        regions: label numbers that make up each class, when classes overlap (then each class has its own
+            sigmoid);
             None: class i has label number i + 1 and classes exclude each other (softmax with background).
-        stored_labels: which values in mask files mean label number 0, 1, ...; the first of each is what predictions are written with.
+        stored_labels: which values in mask files mean label number 0, 1, ...; the first of each is what
+            predictions are written with.
             Empty: number i is stored as i.
         ignored_labels: values in mask files that neither loss nor scores look at.
         real_train: training scans of the real data set, for counting what a recipe costs there.
@@ -78,7 +82,9 @@ class Task:
 
     @property
     def whole(self) -> bool:
-        """True when the network sees the whole image, resized to its input; False when it sees windows of a fixed voxel size."""
+        """True when the network sees the whole image, resized to its input; False when it sees windows of a
+        fixed voxel size.
+        """
         return self.spatial_dims == 2 or self.kind == "classification"
 
     @property
@@ -105,10 +111,16 @@ class Task:
 
     @property
     def written_labels(self) -> np.ndarray:
-        """(label_values,) the value that predictions are written with for each label number, in the smallest integer type that holds all."""
+        """(label_values,) the value that predictions are written with for each label number, in the smallest
+        integer type that holds all.
+        """
         values = [of[0] for of in self.stored_labels] or list(range(self.label_values))
         low, high = min(values), max(values)
-        kind = next(t for t in (np.uint8, np.int16, np.uint16, np.int32) if np.iinfo(t).min <= low and high <= np.iinfo(t).max)
+        kind = next(
+            t
+            for t in (np.uint8, np.int16, np.uint16, np.int32)
+            if np.iinfo(t).min <= low and high <= np.iinfo(t).max
+        )
         return np.array(values, kind)
 
     @property
@@ -116,7 +128,10 @@ class Task:
         """What label numbers 1, 2, ... mean: a class, or the regions that hold it."""
         if self.exclusive:
             return self.classes
-        inside = [[name for name, of in zip(self.classes, self.class_values) if number in of] for number in range(1, self.label_values)]
+        inside = [
+            [name for name, of in zip(self.classes, self.class_values) if number in of]
+            for number in range(1, self.label_values)
+        ]
         return tuple(" + ".join(names) for names in inside)
 
     def class_masks(self, label: np.ndarray) -> list[np.ndarray]:

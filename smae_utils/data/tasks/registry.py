@@ -14,7 +14,10 @@ from smae_utils.errors import UserError
 @cache
 def _registry() -> dict[str, Task]:
     package = __name__.rpartition(".")[0]
-    modules = (importlib.import_module(f"{package}.{m.name}") for m in pkgutil.iter_modules([str(Path(__file__).parent)]))
+    modules = (
+        importlib.import_module(f"{package}.{m.name}")
+        for m in pkgutil.iter_modules([str(Path(__file__).parent)])
+    )
     return {m.TASK.name: m.TASK for m in modules if hasattr(m, "TASK")}
 
 
@@ -30,7 +33,10 @@ def named_task(name: str) -> Task:
         UserError: if the name is unknown.
     """
     if name not in _registry():
-        raise UserError(f"unknown task {name!r}: expected one of {', '.join(task_names())}, or the path of a list file (.json, .csv)")
+        raise UserError(
+            f"unknown task {name!r}: expected one of {', '.join(task_names())}, or the path of a list file "
+            "(.json, .csv)"
+        )
     return _registry()[name]
 
 
@@ -43,9 +49,12 @@ def existing_folder(data_dir: Path | str, *candidates: str) -> Path:
     root = Path(data_dir)
     if not root.is_dir():
         raise UserError(
-            f"data folder {root} does not exist: give the folder of the download, or write phantoms there with 'python -m smae_utils phantom'"
+            f"data folder {root} does not exist: give the folder of the download, or write phantoms there "
+            "with 'python -m smae_utils phantom'"
         )
     for candidate in candidates:
         if (root / candidate).exists():
             return root / candidate
-    raise UserError(f"{root} does not look like this task's download: expected one of {', '.join(candidates)} in it")
+    raise UserError(
+        f"{root} does not look like this task's download: expected one of {', '.join(candidates)} in it"
+    )

@@ -1,4 +1,6 @@
-"""Weights of another shape made to fit: class tokens, patches of 2D images or other channels, tables of positions."""
+"""Weights of another shape made to fit: class tokens, patches of 2D images or other channels, tables of
+positions.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +17,32 @@ def fill_qkv_bias(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict
     """No bias of query, key and value in the whole file is a bias of zero in a model that has one."""
     if any(name.endswith(".attn.qkv.bias") for name in tensors):
         return tensors
-    weights = {name: name.removesuffix("weight") + "bias" for name in tensors if name.endswith(".attn.qkv.weight")}
-    zeros = {bias: tensors[name].new_zeros(len(tensors[name])) for name, bias in weights.items() if bias in wanted}
+    weights = {
+        name: name.removesuffix("weight") + "bias" for name in tensors if name.endswith(".attn.qkv.weight")
+    }
+    zeros = {
+        bias: tensors[name].new_zeros(len(tensors[name])) for name, bias in weights.items() if bias in wanted
+    }
     return {**tensors, **zeros}
 
 
-def fold_class_rows(checkpoint: Checkpoint, grid: tuple[int, ...], names: set[str]) -> tuple[Checkpoint, list[str]]:
-    """Others give the class token a row of the position table: add that row to the token, which is the same sum.
+def fold_class_rows(
+    checkpoint: Checkpoint, grid: tuple[int, ...], names: set[str]
+) -> tuple[Checkpoint, list[str]]:
+    """Others give the class token a row of the position table: add that row to the token, which is the same
+    sum.
 
-    The model's grid tells whether there is such a row. A table of another grid has one where its maker always has one,
-    or where it is a square or cube and one more. The decoder's class row is fixed at zero in MAE, so it is dropped.
+    The model's grid tells whether there is such a row. A table of another grid has one where its maker always
+    has one, or where it is a square or cube and one more. The decoder's class row is fixed at zero in MAE, so
+    it is dropped.
 
     Args:
         grid: patches of the model along each axis.
         names: what the model has; tables that it lacks are left alone.
 
     Returns:
-        The checkpoint with tables (1, L, D) of patches only and their grid (None where it cannot be known), and notes.
+        The checkpoint with tables (1, L, D) of patches only and their grid (None where it cannot be known),
+        and notes.
 
     Raises:
         UserError: if the decoder's class row is not zero.
@@ -56,12 +67,16 @@ def fold_class_rows(checkpoint: Checkpoint, grid: tuple[int, ...], names: set[st
             what = "this MAE decoder has a position for the class token that is not zero"
             raise UserError(f"{what}: it cannot be represented here. Load its encoder alone")
         elif token is not None and not row and len(rows) == 2 and table == TABLES[0]:
-            notes.append(f"its table of {positions.shape[1]} positions is taken to have no row for the class token")
+            notes.append(
+                f"its table of {positions.shape[1]} positions is taken to have no row for the class token"
+            )
         tensors[table] = positions[:, 1:] if row else positions
     return checkpoint._replace(tensors=tensors, grid=old), notes
 
 
-def _grid_of(length: int, ndim: int, model: tuple[int, ...], rows: list[bool]) -> tuple[bool, tuple[int, ...]] | None:
+def _grid_of(
+    length: int, ndim: int, model: tuple[int, ...], rows: list[bool]
+) -> tuple[bool, tuple[int, ...]] | None:
     """Whether a table has a class row, and the grid of its other rows; None where that cannot be known."""
     for row in rows:
         if len(model) == ndim and length - row == prod(model):
@@ -74,7 +89,8 @@ def _grid_of(length: int, ndim: int, model: tuple[int, ...], rows: list[bool]) -
 
 
 def as_convolution(weight: Tensor, shape: torch.Size) -> Tensor:
-    """A patch embedding stored as a matrix (D, p^d * C), channel last, as the convolution (D, C, *p) it is."""
+    """A patch embedding stored as a matrix (D, p^d * C), channel last, as the convolution (D, C, *p) it
+    is."""
     if weight.ndim == 2 and prod(shape[1:]) == weight.shape[1] and len(shape) > 2:
         return weight.reshape(len(weight), *shape[2:], shape[1]).movedim(-1, 1).contiguous()
     return weight
@@ -83,13 +99,16 @@ def as_convolution(weight: Tensor, shape: torch.Size) -> Tensor:
 def adapt_patches(weight: Tensor, shape: torch.Size) -> Tensor:
     """A patch embedding (D, C, p, p[, p]) for other channels or one more dimension.
 
-    Channels as timm does it: summed for one, else repeated and scaled by C / n. From 2D to 3D as in I3D (Carreira and
-    Zisserman, arXiv 1705.07750): repeated along the new last axis and divided by its length, so that a stack of equal
-    slices gives the response of one.
+    Channels as timm does it: summed for one, else repeated and scaled by C / n. From 2D to 3D as in I3D
+    (Carreira and
+    Zisserman, arXiv 1705.07750): repeated along the new last axis and divided by its length, so that a stack
+    of equal slices gives the response of one.
     """
     chans, wanted = weight.shape[1], shape[1]
     if chans != wanted:
-        repeated = weight.repeat(1, -(-wanted // chans), *[1] * (weight.ndim - 2))[:, :wanted] * (chans / wanted)
+        repeated = weight.repeat(1, -(-wanted // chans), *[1] * (weight.ndim - 2))[:, :wanted] * (
+            chans / wanted
+        )
         weight = weight.sum(1, keepdim=True) if wanted == 1 else repeated
     if weight.ndim == len(shape) - 1:
         weight = weight.unsqueeze(-1).repeat(*[1] * weight.ndim, shape[-1]) / shape[-1]

@@ -1,4 +1,5 @@
-"""What weights were trained on against what they are wanted for: channels, voxel size, window, normalisation."""
+"""What weights were trained on against what they are wanted for: channels, voxel size, window,
+normalisation."""
 
 from __future__ import annotations
 
@@ -11,11 +12,15 @@ GENERIC = re.compile(r"(channel|modality|image)?[ _-]*\d*", re.IGNORECASE)
 
 
 def compare_facts(facts: Mapping[str, Any], expect: Mapping[str, Any]) -> list[str]:
-    """What weights were trained on against what they are wanted for: a note for each of other channels, spacing, ..."""
+    """What weights were trained on against what they are wanted for: a note for each of other channels,
+    spacing, ...
+    """
     notes = []
     theirs, ours = channels_of(facts), channels_of(expect)
     if theirs and ours and sorted(theirs) != sorted(ours):
-        notes.append(f"made with channels {listed(facts['channels'])}, this model's are {listed(expect['channels'])}")
+        notes.append(
+            f"made with channels {listed(facts['channels'])}, this model's are {listed(expect['channels'])}"
+        )
     for key in ("spacing_mm", "window", "normalisation"):
         if key in facts and key in expect and not _same(facts[key], expect[key]):
             notes.append(f"made with {key} {listed(facts[key])}, this model has {listed(expect[key])}")

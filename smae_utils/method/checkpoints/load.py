@@ -1,8 +1,8 @@
 """Handing weights over by name: what was loaded, what was not, and an error when the encoder is not whole.
 
-All weights are written as safetensors, and beside them what the encoder is and was trained on (see `save_weights`).
-Other people's checkpoints are read by `foreign`. Loading goes: read and convert, compare with the model, put channels
-in order, fold class rows, fit, refuse or load.
+All weights are written as safetensors, and beside them what the encoder is and was trained on (see
+`save_weights`). Other people's checkpoints are read by `foreign`. Loading goes: read and convert, compare
+with the model, put channels in order, fold class rows, fit, refuse or load.
 """
 
 from __future__ import annotations
@@ -18,16 +18,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smae_utils.errors import UserError
-from smae_utils.method.checkpoints.adapt import adapt_patches, adapt_positions, as_convolution, fill_qkv_bias, fold_class_rows
+from smae_utils.method.checkpoints.adapt import (
+    adapt_patches,
+    adapt_positions,
+    as_convolution,
+    fill_qkv_bias,
+    fold_class_rows,
+)
 from smae_utils.method.checkpoints.facts import channels_of, compare_facts, listed
-from smae_utils.method.checkpoints.other_libraries import PATCHES, TABLES, TIMM, Checkpoint, read_file, read_header, read_timm
+from smae_utils.method.checkpoints.other_libraries import (
+    PATCHES,
+    TABLES,
+    TIMM,
+    Checkpoint,
+    read_file,
+    read_header,
+    read_timm,
+)
 from smae_utils.method.checkpoints.save import WEIGHTS, decoder_heads, encoder_arguments, grid_of, norm_eps
 from smae_utils.yaml_text import read_yaml
 
 
 @dataclass
 class LoadReport:
-    """Tensor names by what became of them; `resized` and `adapted` ones are loaded; `notes` tell what else to mind."""
+    """Tensor names by what became of them; `resized` and `adapted` ones are loaded; `notes` tell what else to
+    mind.
+    """
 
     source: str
     loaded: list[str] = field(default_factory=list)
@@ -68,7 +84,8 @@ def seen_cases(source: str | Path) -> set[str]:
     seen = (read_header(file).get("facts") or {}).get("seen")
     if seen is not None:
         return set(seen)
-    # Weights of earlier versions, and the state of an unfinished run, lie in the folder of their run or one below.
+    # Weights of earlier versions, and the state of an unfinished run, lie in the folder of their run or one
+    # below.
     for config in (folder / "config.yaml" for folder in file.resolve().parents[:2]):
         if config.is_file():
             return {hash_case(name) for name in _training_cases(config)}
@@ -118,18 +135,22 @@ def load_weights(
     adapt: bool = False,
     expect: dict[str, Any] | None = None,
 ) -> LoadReport:
-    """Load by name whatever fits; positions are resized when the patch grid differs, channels put in the model's order.
+    """Load by name whatever fits; positions are resized when the patch grid differs, channels put in the
+    model's order.
 
     Args:
         model: any model with an `encoder` (MAE, classifier, UNETR), or one that `save_weights` wrote.
-        source: "timm:NAME" (downloaded by timm), run folder, safetensors file, or a checkpoint that `foreign` knows.
+        source: "timm:NAME" (downloaded by timm), run folder, safetensors file, or a checkpoint that `foreign`
+            knows.
         require: every tensor of the model whose name starts so must be loaded; "" requires all (to evaluate).
-        adapt: also fit a patch embedding of other channels, or of 2D into 3D, as for weights of natural images.
-        expect: `channels`, `spacing_mm`, `window`, `normalisation` of what the model is for; other ones are noted.
+        adapt: also fit a patch embedding of other channels, or of 2D into 3D, as for weights of natural
+            images.
+        expect: `channels`, `spacing_mm`, `window`, `normalisation` of what the model is for; other ones are
+            noted.
 
     Raises:
-        UserError: if the file cannot be read, a required tensor is missing or has another shape, the file's encoder has
-            parts that this one lacks, or it was made with another number of attention heads.
+        UserError: if the file cannot be read, a required tensor is missing or has another shape, the file's
+            encoder has parts that this one lacks, or it was made with another number of attention heads.
     """
     own = model.state_dict()
     report = LoadReport(str(source))
@@ -157,13 +178,14 @@ def load_weights(
 
 
 def _refuse_surplus(report: LoadReport) -> None:
-    # A model without a class token, or whose head norms the mean of the tokens, has no use for these; all else changes
-    # what the encoder says.
+    # A model without a class token, or whose head norms the mean of the tokens, has no use for these; all
+    # else changes what the encoder says.
     spare = ("encoder.cls_token", "encoder.norm.")
     names = [name for name in report.unexpected if name.startswith("encoder.") and not name.startswith(spare)]
     if names:
         raise UserError(
-            f"{report.source} does not fit this model, which has no place for {len(names)} tensors of its encoder, "
+            f"{report.source} does not fit this model, which has no place for {len(names)} tensors of its "
+            "encoder, "
             f"the first is {names[0]}. Use the same depth for both runs; of other people's, plain ViTs fit"
         )
 
@@ -187,7 +209,9 @@ def _compare_heads(checkpoint: Checkpoint, model: nn.Module, report: LoadReport)
             )
 
 
-def _order_channels(checkpoint: Checkpoint, expect: dict, own: dict[str, Tensor], report: LoadReport) -> Checkpoint:
+def _order_channels(
+    checkpoint: Checkpoint, expect: dict, own: dict[str, Tensor], report: LoadReport
+) -> Checkpoint:
     """The same channels in another order: everything that takes or gives channels, in the model's order."""
     theirs, ours = channels_of(checkpoint.facts), channels_of(expect)
     if theirs == ours or sorted(theirs) != sorted(ours) or len(set(ours)) < len(ours):
@@ -196,10 +220,13 @@ def _order_channels(checkpoint: Checkpoint, expect: dict, own: dict[str, Tensor]
     order = [theirs.index(name) for name in ours]
     tensors = {name: _reordered(name, value, order) for name, value in checkpoint.tensors.items()}
     used = {name.split(".")[0] for name in tensors if name in own}
-    # A U-Net's first block that has as many channels as the image adds the image to its output: no order of its own.
+    # A U-Net's first block that has as many channels as the image adds the image to its output: no order of
+    # its own.
     bare = "image_skip" in used and "image_skip.layer.conv3.conv.weight" not in tensors
     if bare or PATCHES not in tensors:
-        raise UserError(f"{report.source} was made with channels in the order {was}, not {now}: list them in its order")
+        raise UserError(
+            f"{report.source} was made with channels in the order {was}, not {now}: list them in its order"
+        )
     report.notes.append(f"its channels {was} were put in this model's order {now}")
     return checkpoint._replace(tensors=tensors)
 
@@ -215,7 +242,8 @@ def _reordered(name: str, value: Tensor, order: list[int]) -> Tensor:
 def _fit(
     checkpoint: Checkpoint, own: dict[str, Tensor], grid: tuple[int, ...], adapt: bool, report: LoadReport
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors that have the model's names, in its shapes; and of those that could not be brought there, why."""
+    """Tensors that have the model's names, in its shapes; and of those that could not be brought there,
+    why."""
     fitted, clashes = {}, {}
     flat = checkpoint.tensors.get(PATCHES)
     lift = adapt and len(grid) == 3 and flat is not None and flat.ndim == 4
@@ -245,7 +273,9 @@ def _fit(
     return fitted, clashes
 
 
-def _refuse_missing(report: LoadReport, require: str, clashes: dict[str, str], adapt: bool, names: list[str]) -> None:
+def _refuse_missing(
+    report: LoadReport, require: str, clashes: dict[str, str], adapt: bool, names: list[str]
+) -> None:
     needed = [name for name in report.missing if name.startswith(require)]
     if not needed:
         return

@@ -1,8 +1,9 @@
-"""Other people's checkpoints: how their files are read safely, and their names and shapes turned into this package's.
+"""Other people's checkpoints: how their files are read safely, and their names and shapes turned into this
+package's.
 
-Known: the authors' SelfMedMAE (MAE and UNETR), facebookresearch/mae (pre-training and fine-tuning), timm ViTs, MONAI's
-MaskedAutoEncoderViT, ViT and UNETR, and transformers' ViT and ViTMAE (the names of its files and those in memory since
-version 5); each also inside other modules and dictionaries, see `WRAPPERS`.
+Known: the authors' SelfMedMAE (MAE and UNETR), facebookresearch/mae (pre-training and fine-tuning), timm
+ViTs, MONAI's MaskedAutoEncoderViT, ViT and UNETR, and transformers' ViT and ViTMAE (the names of its files
+and those in memory since version 5); each also inside other modules and dictionaries, see `WRAPPERS`.
 """
 
 from __future__ import annotations
@@ -26,16 +27,31 @@ PICKLED = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 PATCHES = "encoder.patch_embed.proj.weight"
 TABLES = ("encoder.pos_embed", "decoder_pos_embed")
 
-# Words before the names proper, in any nesting: of modules that hold the network, of dictionaries that hold its state.
+# Words before the names proper, in any nesting: of modules that hold the network, of dictionaries that hold
+# its state.
 WRAPPERS = {
-    *("model", "module", "net", "network", "backbone", "encoder", "vit", "deit", "visual", "trunk", "base_model"),
+    *(
+        "model",
+        "module",
+        "net",
+        "network",
+        "backbone",
+        "encoder",
+        "vit",
+        "deit",
+        "visual",
+        "trunk",
+        "base_model",
+    ),
     *("mae", "image_encoder", "student", "teacher", "online", "target", "params", "weights"),
     *("state_dict", "model_state_dict", "model_state", "state"),
 }
 # What torch itself puts into names, also in their middle: compiled, data-parallel and sharded parts.
 INSERTED = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # Dictionaries of a checkpoint that are no network, or a second, averaged copy of it.
-NO_NETWORK = re.compile(r"optim|sched|scaler|callback|loop|rng|args|hyper|config|(^|_)(ema|amp)($|_)", re.IGNORECASE)
+NO_NETWORK = re.compile(
+    r"optim|sched|scaler|callback|loop|rng|args|hyper|config|(^|_)(ema|amp)($|_)", re.IGNORECASE
+)
 
 OWN_NAMES = [
     (r"^(decoder_(?:embed|blocks|norm|pred)|fc_norm|head|image_skip|skips|ups|out)\.", r"\1."),
@@ -73,8 +89,8 @@ MONAI_NAMES = [
     *OWN_NAMES,
 ]
 MONAI_BLOCK = {".mlp.linear1.": ".mlp.fc1.", ".mlp.linear2.": ".mlp.fc2.", ".attn.out_proj.": ".attn.proj."}
-# transformers: `layer` and `attention.attention.query` in files; since version 5 `layers` and `attention.q_proj` in
-# memory. Its 5.24 writes the decoder's layers as `decoder_encoder.layer`.
+# transformers: `layer` and `attention.attention.query` in files; since version 5 `layers` and
+# `attention.q_proj` in memory. Its 5.24 writes the decoder's layers as `decoder_encoder.layer`.
 TRANSFORMERS_NAMES = [
     (r"^embeddings\.patch_embeddings\.projection\.", "encoder.patch_embed.proj."),
     (r"^embeddings\.position_embeddings$", "encoder.pos_embed"),
@@ -112,7 +128,8 @@ class Checkpoint(NamedTuple):
         tensors: by this package's names, floating-point ones in fp32.
         grid: of the patches; None where the file does not say it.
         norm_eps: epsilon of its layer norms; None where neither the file nor its maker's habit says it.
-        class_row: whether position tables begin with a row for the class token; None where its maker does both.
+        class_row: whether position tables begin with a row for the class token; None where its maker does
+            both.
         encoder: arguments of its encoder,
         decoder: `num_heads` of its MAE decoder, and
         facts: of its training (channels, spacing_mm, ...); all empty in files of others.
@@ -128,7 +145,9 @@ class Checkpoint(NamedTuple):
 
 
 def read_timm(name: str) -> Checkpoint:
-    """Weights of a timm model that timm keeps or downloads; only ever on the user's own word, `--init timm:NAME`."""
+    """Weights of a timm model that timm keeps or downloads; only ever on the user's own word, `--init
+    timm:NAME`.
+    """
     from smae_utils.timm_library import pretrained_tensors
 
     return convert(pretrained_tensors(name), f"{TIMM}{name}")
@@ -138,8 +157,8 @@ def read_file(file: Path) -> Checkpoint:
     """A checkpoint of this package, or of one of the sources named above.
 
     Raises:
-        UserError: for a damaged file, one that holds two different encoders, or a pickle that holds more than tensors
-            and plain values; such a file is never executed.
+        UserError: for a damaged file, one that holds two different encoders, or a pickle that holds more than
+            tensors and plain values; such a file is never executed.
     """
     if file.name.lower().endswith(PICKLED):
         return convert(_read_pickle(file), str(file))
@@ -153,7 +172,9 @@ def read_file(file: Path) -> Checkpoint:
         return convert(tensors, str(file))
     # This package wrote it: its names and its table are its own.
     told = {key: header.get(key) or {} for key in ("encoder", "decoder", "facts")}
-    return Checkpoint(_as_fp32(tensors), tuple(header["grid"]) or None, header.get("norm_eps"), class_row=False, **told)
+    return Checkpoint(
+        _as_fp32(tensors), tuple(header["grid"]) or None, header.get("norm_eps"), class_row=False, **told
+    )
 
 
 def read_header(file: Path) -> dict[str, Any]:
@@ -176,12 +197,15 @@ def read_header(file: Path) -> dict[str, Any]:
 
 def _damaged(file: Path, error: Exception) -> UserError:
     line = " ".join(str(error).split())[:160]
-    return UserError(f"{file} is no whole safetensors file ({line}): save the weights again or copy them again")
+    return UserError(
+        f"{file} is no whole safetensors file ({line}): save the weights again or copy them again"
+    )
 
 
 def _read_pickle(file: Path) -> dict[str, Tensor]:
     try:
-        # facebookresearch/mae stores its command line beside the weights; a namespace of plain values can do nothing.
+        # facebookresearch/mae stores its command line beside the weights; a namespace of plain values can do
+        # nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -189,9 +213,13 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
         what = f"it wants to run {wanted[1]}" if wanted else "it is no checkpoint of tensors, or damaged"
         advice = "Only tensors and plain values are read; ask its maker for safetensors"
         raise UserError(f"{file} was not loaded: {what}. {advice}") from None
-    except Exception as error:  # whatever a damaged file makes torch's reader stumble over; it executes nothing
+    except (
+        Exception
+    ) as error:  # whatever a damaged file makes torch's reader stumble over; it executes nothing
         line = " ".join(str(error).split())[:160]
-        raise UserError(f"{file} is no whole PyTorch checkpoint ({line}): copy or download it again") from None
+        raise UserError(
+            f"{file} is no whole PyTorch checkpoint ({line}): copy or download it again"
+        ) from None
     tensors = dict(_walk(content, ""))
     if not tensors:
         expected = "a state dict, or one under 'state_dict' or 'model'"
@@ -209,13 +237,16 @@ def _walk(content: Any, path: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def convert(tensors: dict[str, Tensor], source: str) -> Checkpoint:
-    """Names of whichever known source -> this package's names. Position tables stay as they are, see `fold_class_rows`.
+    """Names of whichever known source -> this package's names. Position tables stay as they are, see
+    `fold_class_rows`.
 
     Raises:
         UserError: if two different tensors get one name, as a student's and a teacher's do.
     """
     if any("patch_embedding." in name for name in tensors):
-        used = {name: value for name, value in tensors.items() if "cross_attn" not in name}  # that branch is not
+        used = {
+            name: value for name, value in tensors.items() if "cross_attn" not in name
+        }  # that branch is not
         return Checkpoint(_renamed(used, MONAI_BLOCK, MONAI_NAMES, source), None, MONAI_EPS, False)
     if any("layernorm_before." in name for name in tensors):
         out = _joined_qkv(_renamed(tensors, TRANSFORMERS_BLOCK, TRANSFORMERS_NAMES, source))
@@ -227,7 +258,9 @@ def _as_fp32(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
 
 
-def _renamed(tensors: dict[str, Tensor], block: dict[str, str], table: list, source: str) -> dict[str, Tensor]:
+def _renamed(
+    tensors: dict[str, Tensor], block: dict[str, str], table: list, source: str
+) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     for theirs, value in _as_fp32(tensors).items():
@@ -237,13 +270,17 @@ def _renamed(tensors: dict[str, Tensor], block: dict[str, str], table: list, sou
         name = _own_name(name, table)
         if name in out and not torch.equal(out[name], value):
             both = f"{origin[name]} and {theirs} would both be {name}"
-            raise UserError(f"{source} holds two encoders or heads: {both}. Save one of the two in a file of its own")
+            raise UserError(
+                f"{source} holds two encoders or heads: {both}. Save one of the two in a file of its own"
+            )
         out[name], origin[name] = value, theirs
     return out
 
 
 def _own_name(name: str, table: list) -> str:
-    """The name in this package, found after as many wrapper words as it takes; one that no table knows stays whole."""
+    """The name in this package, found after as many wrapper words as it takes; one that no table knows stays
+    whole.
+    """
     levels = [[part for part in level.split(".") if part not in INSERTED] for level in name.split("/")]
     parts = [part for level in levels for part in level]
     for start, part in enumerate(parts):

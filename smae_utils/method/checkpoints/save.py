@@ -17,12 +17,12 @@ WEIGHTS = "model.safetensors"
 def save_weights(model: nn.Module, path: Path, facts: dict[str, Any] | None = None) -> None:
     """Write the parameters of `model`; never leaves half a file.
 
-    The file's metadata hold, as JSON, `grid` (patches along each axis), `norm_eps`, `encoder` (`encoder_arguments`),
-    `decoder` (its `num_heads`, of an MAE) and `facts`.
+    The file's metadata hold, as JSON, `grid` (patches along each axis), `norm_eps`, `encoder`
+    (`encoder_arguments`), `decoder` (its `num_heads`, of an MAE) and `facts`.
 
     Args:
-        facts: what the model was trained on: `channels` (names in order), `spacing_mm`, `window`, `normalisation`, and
-            `seen` (the training cases, each as `hash_case` gives it).
+        facts: what the model was trained on: `channels` (names in order), `spacing_mm`, `window`,
+            `normalisation`, and `seen` (the training cases, each as `hash_case` gives it).
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     header = {
@@ -41,7 +41,9 @@ def grid_of(model: nn.Module) -> tuple[int, ...]:
 
 
 def encoder_arguments(model: nn.Module) -> dict[str, Any]:
-    """Arguments of `vit.ViTEncoder` that make a model's encoder anew, apart from `norm_eps`; {} without an encoder."""
+    """Arguments of `vit.ViTEncoder` that make a model's encoder anew, apart from `norm_eps`; {} without an
+    encoder.
+    """
     encoder = getattr(model, "encoder", None)
     if encoder is None or not grid_of(model):
         return {}
