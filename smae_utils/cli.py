@@ -282,6 +282,23 @@ def _parser() -> argparse.ArgumentParser:
         help="folder of the executed notebook and its HTML",
     )
 
+    command = add(
+        "batch", _batch, "many notebook runs from one YAML file; goes on where it stopped", "notebooks"
+    )
+    command.add_argument(
+        "words",
+        nargs="+",
+        metavar="FILE|status|collect",
+        help="FILE.yaml to run; or: status OUT, collect OUT",
+    )
+    command.add_argument("--out", type=Path, help="folder of the batch; runs/batch-FILE when left out")
+    command.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
+    command.add_argument("--gpus", nargs="+", default=[], help="numbers of GPUs, one for each run at a time")
+    command.add_argument("--backend", default="local", help="local, or slurm for jobs of a cluster")
+    command.add_argument(
+        "--slurm", nargs="+", default=[], metavar="key=value", help="timeout_min=60 slurm_partition=gpu ..."
+    )
+
     command = add("settings", _settings, "every setting: default, unit, bounds, what it does", "training")
     command.add_argument(
         "stage", nargs="?", choices=["pretrain", "finetune"], help="pretrain or finetune; both when left out"
@@ -376,6 +393,31 @@ def _run(args) -> None:
     from smae_utils.run_notebook import run_notebook
 
     run_notebook(args.notebook, args.out, dict(args.parameter))
+
+
+def _batch(args) -> None:
+    from smae_utils.batch.collect import collect, status
+    from smae_utils.batch.run import run_batch
+    from smae_utils.places import work_root
+    from smae_utils.work.settings import parse_overrides
+
+    word, *more = args.words
+    if word in ("status", "collect") and not word.endswith((".yaml", ".yml")):
+        if len(more) != 1:
+            raise UserError(f"batch {word} takes the folder of a batch, got {len(more)} words")
+        if word == "status":
+            print(status(more[0]).to_string(index=False))
+        else:
+            table = collect(more[0])
+            print(
+                f"{len(table)} figures in {Path(more[0]) / 'results.csv'}; open {Path(more[0]) / 'index.html'}"
+            )
+        return
+    if more:
+        raise UserError(f"batch takes one YAML file, got {' '.join(args.words)}")
+    out = args.out or work_root() / "runs" / f"batch-{Path(word).stem}"
+    run_batch(word, out, args.jobs, args.gpus, args.backend, parse_overrides(args.slurm))
+    print(f"all runs are done; batch collect {out} writes their figures and a page")
 
 
 def _settings(args) -> None:

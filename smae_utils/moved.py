@@ -17,7 +17,6 @@ from types import ModuleType
 
 MOVED = {
     "accel": "work.devices",
-    "batch": "run_notebook",
     "build": "work.build",
     "check": "work.check",
     "cost": "work.cost",

@@ -17,6 +17,7 @@ BELOW = {
     "phantoms": {*GROUND},
     "work": {*GROUND, "method", "data"},
     "show": {*GROUND, "method", "data", "work", "phantoms"},
+    "batch": {*GROUND, "run_notebook", "work", "show"},
 }
 TOP = ("cli", "run_notebook", "predict_files", "moved", "__main__", "__init__")
 

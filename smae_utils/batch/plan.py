@@ -1,0 +1,207 @@
+"""A batch as a YAML file says it, expanded into runs and checked whole before anything starts.
+
+    parameters: {task: btcv, preset: demo}        # of every run
+    cross: {seed: [0, 1, 2]}                      # one run for each combination
+    runs:
+      pretrain: {notebook: 02_self_pretraining}
+      finetune: {notebook: 03_fine_tuning, after: pretrain}
+      evaluate: {notebook: 04_evaluation, after: finetune}
+
+`after` joins runs that agree in all that both cross: here each fine-tuning waits for the pre-training of its own
+seed. A text among the parameters may name others: `run_dir: runs/{task}-{seed}`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from smae_utils.errors import UserError
+from smae_utils.run_notebook import check_parameters, notebook_path
+from smae_utils.show.notebook_helpers import run_folder
+from smae_utils.yaml_text import read_yaml
+
+TOP = ("parameters", "cross", "runs")
+OF_A_RUN = ("notebook", "parameters", "cross", "after")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a batch.
+
+    Attributes:
+        name: of the run and of its folder: its group, and what it crosses.
+        notebook: the file that is executed.
+        parameters: all that are given, in the types that the notebook declares.
+        crossed: those of them that tell this run from its siblings.
+        after: names of the runs that must be done before it.
+    """
+
+    name: str
+    notebook: Path
+    parameters: dict[str, Any]
+    crossed: dict[str, Any]
+    after: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Changes with the notebook's content, the parameters and the version of this package: what is done with
+        another key is not done.
+        """
+        said = [self.notebook.read_bytes().hex(), self.parameters, version("smae-utils")]
+        return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    @property
+    def trains_in(self) -> Path | None:
+        """The folder in which the notebook keeps its trainings, of a notebook like those of this package."""
+        if "task" not in self.parameters:
+            return None
+        given = {k: self.parameters[k] for k in ("task", "run_dir", "preset", "seed") if k in self.parameters}
+        return run_folder(**given).absolute()
+
+
+def read_batch(file: str | Path) -> list[Planned]:
+    """The runs of a batch, each after those that it waits for.
+
+    Raises:
+        UserError: for a file that is no batch, an unknown word, notebook or parameter, a value of another type, a
+            circle, or two runs with one name or one folder.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: expected the YAML file of a batch")
+    try:
+        content = read_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("runs"), dict) or not content["runs"]:
+        raise UserError(f"{path} is no batch: expected 'runs', each with a 'notebook'")
+    _known(path, "the batch", content, TOP)
+    groups = {str(name): _expand(path, str(name), spec, content) for name, spec in content["runs"].items()}
+    runs = [_joined(path, run, content["runs"][group], groups) for group, of in groups.items() for run in of]
+    _apart(path, runs)
+    try:
+        order = list(TopologicalSorter({run.name: run.after for run in runs}).static_order())
+    except CycleError as error:
+        raise UserError(
+            f"{path}: runs wait for each other in a circle: {' -> '.join(error.args[1])}"
+        ) from None
+    return sorted(runs, key=lambda run: order.index(run.name))
+
+
+def _known(path: Path, what: str, given: Mapping, known: tuple[str, ...]) -> None:
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"{path}: {what} has no {name!r}: expected some of {', '.join(known)}{meant}")
+
+
+def _mapping(path: Path, what: str, value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {what} must be a mapping of names to values, got {value!r}")
+    return {str(name): content for name, content in value.items()}
+
+
+def _expand(path: Path, group: str, spec: Any, content: dict) -> list[Planned]:
+    """One run for each combination of what a group crosses; whom they wait for is not said yet."""
+    spec = _mapping(path, f"run {group}", spec)
+    _known(path, f"run {group}", spec, OF_A_RUN)
+    if "notebook" not in spec:
+        raise UserError(f"{path}: run {group} names no 'notebook'")
+    try:
+        notebook = notebook_path(spec["notebook"]).resolve()
+    except UserError as error:
+        raise UserError(f"{path}: run {group}: {error}") from None
+    fixed, cross = (
+        {
+            **_mapping(path, f"{key!r} of the batch", content.get(key)),
+            **_mapping(path, f"{key!r} of {group}", spec.get(key)),
+        }
+        for key in ("parameters", "cross")
+    )
+    for name, values in cross.items():
+        if not isinstance(values, list) or not values or len({str(v) for v in values}) < len(values):
+            raise UserError(
+                f"{path}: {name!r} that {group} crosses must be a list of different values, got {values!r}"
+            )
+        if name in _mapping(path, "", spec.get("parameters")):
+            raise UserError(f"{path}: run {group} has {name!r} as a fixed parameter and crosses it: keep one")
+    runs = []
+    for point in itertools.product(*cross.values()):
+        crossed = dict(zip(cross, point))
+        values = {**fixed, **crossed}
+        try:
+            values = {name: _filled(name, value, values) for name, value in values.items()}
+            values = check_parameters(notebook, values)
+        except UserError as error:
+            raise UserError(f"{path}: run {group}: {error}") from None
+        name = "-".join([group, *(f"{k}{_short(v)}" for k, v in crossed.items())])
+        runs.append(Planned(name, notebook, values, crossed))
+    return runs
+
+
+def _filled(name: str, value: Any, values: dict[str, Any]) -> Any:
+    """A text with the other parameters that it names in braces."""
+    if not isinstance(value, str) or "{" not in value:
+        return value
+    try:
+        return value.format_map({k: v for k, v in values.items() if k != name})
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{name}: {value!r} names {error}, which is no other parameter of this run") from None
+
+
+def _short(value: Any) -> str:
+    """A value as a part of a name of a file."""
+    text = Path(value).stem if isinstance(value, str) else str(value)
+    return "".join(c if c.isalnum() or c in "._+" else "_" for c in text)
+
+
+def _joined(path: Path, run: Planned, spec: dict, groups: dict[str, list[Planned]]) -> Planned:
+    """The run with the names of those that it waits for."""
+    after = (spec or {}).get("after") or []
+    names: list[str] = []
+    for group in [after] if isinstance(after, str) else after:
+        if group not in groups:
+            raise UserError(
+                f"{path}: run {run.name} waits for {group!r}: expected some of {', '.join(groups)}"
+            )
+        found = [
+            other.name
+            for other in groups[group]
+            if all(other.crossed[k] == v for k, v in run.crossed.items() if k in other.crossed)
+        ]
+        if not found:
+            raise UserError(f"{path}: run {run.name} waits for {group}, of which none has its {run.crossed}")
+        names += found
+    return Planned(run.name, run.notebook, run.parameters, run.crossed, tuple(names))
+
+
+def _apart(path: Path, runs: list[Planned]) -> None:
+    """Refuse two runs that would write to one place."""
+    names: dict[str, Planned] = {}
+    folders: dict[tuple[Path, Path], Planned] = {}
+    for run in runs:
+        if run.name.casefold() in names:
+            raise UserError(f"{path}: two runs would be called {run.name}: give their groups other names")
+        names[run.name.casefold()] = run
+        if run.trains_in is None:
+            continue
+        other = folders.setdefault((run.notebook, run.trains_in), run)
+        if other is not run:
+            raise UserError(
+                f"{path}: {other.name} and {run.name} would both train in {run.trains_in}: give run_dir with "
+                "what tells them apart, as run_dir: runs/{task}-{seed}"
+            )

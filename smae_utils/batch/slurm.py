@@ -1,0 +1,70 @@
+"""Runs of a batch as jobs of a SLURM cluster. The one place that knows submitit (Facebook's, on PyPI; the extra `slurm`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from smae_utils.batch.runs import Batch, execute
+from smae_utils.errors import UserError
+
+# Seconds between two questions to the cluster.
+ASK_EVERY = 5.0
+
+
+class Executed:
+    """What a job does. On a time limit or a preemption submitit asks `checkpoint` what to do, and requeues the job."""
+
+    def __call__(self, out: str, name: str) -> str:
+        return execute(out, name)
+
+    def checkpoint(self, out: str, name: str) -> Any:
+        """The same again: what is trained by then is found by the notebook."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, out, name)
+
+
+class SlurmJobs:
+    """Starts what is ready as one job array; the cluster decides how many run at a time.
+
+    Args:
+        parameters: as submitit names them: `timeout_min`, `slurm_partition`, `cpus_per_task`, `gpus_per_node`,
+            `mem_gb`, `slurm_array_parallelism` ...
+    """
+
+    def __init__(self, batch: Batch, parameters: dict[str, Any]):
+        try:
+            import submitit
+        except ImportError:
+            raise UserError("--backend slurm needs submitit: pip install 'smae-utils[slurm]'") from None
+        self.batch = batch
+        try:
+            self.executor = submitit.AutoExecutor(batch.out / "slurm", cluster="slurm")
+            self.executor.update_parameters(name="smae", **parameters)
+        except (RuntimeError, NameError, TypeError) as error:
+            text = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"SLURM cannot be used so: {text}. Is sbatch there, and are the names submitit's?"
+            ) from None
+        self.jobs: dict[str, Any] = {}
+
+    def start(self, names: Sequence[str]) -> list[str]:
+        """Submit all of these as one array."""
+        if names:
+            jobs = self.executor.map_array(Executed(), [str(self.batch.out)] * len(names), names)
+            self.jobs.update(zip(names, jobs))
+        return list(names)
+
+    def ended(self) -> list[str]:
+        """Runs whose job is over, however it ended."""
+        names = [name for name, job in self.jobs.items() if job.done()]
+        for name in names:
+            self.jobs.pop(name)
+        return names
+
+    def stop(self) -> None:
+        """Take back what was submitted and is not over. (A runner that is killed leaves its jobs to the cluster.)"""
+        for job in self.jobs.values():
+            job.cancel(check=False)
+        self.jobs.clear()
