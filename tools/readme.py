@@ -38,9 +38,9 @@ def _table(frame: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def demo_block(root: Path) -> str:
-    """Table of `results/demo/summary.csv`."""
-    file = root / "results" / "demo" / "summary.csv"
+def demo_block(root: Path, name: str = "summary") -> str:
+    """Table of `results/demo/NAME.csv`: the summary that a demo left, as it was committed."""
+    file = root / "results" / "demo" / f"{name}.csv"
     return _table(pivot(pd.read_csv(file, comment="#"))) + "\n" + _facts(file)
 
 
@@ -254,7 +254,7 @@ EARLIER = "whole_window"  # of hippocampus: first tries, with windows that held 
 # file of the project -> name of a block in it -> what writes it
 BLOCKS: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {"real": first_block},
-    "docs/demo.md": {"demo": demo_block},
+    "docs/demo.md": {"demo": demo_block, "real": partial(demo_block, name="hippocampus")},
     "docs/real_data.md": {"paper": paper_block},
     "docs/explorer.md": {"explorer": explorer_block},
     "docs/evidence.md": {
