@@ -8,7 +8,10 @@ import ast
 import shutil
 import subprocess
 import sys
+import tempfile
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +57,8 @@ def check_parameters(notebook: Path, given: dict[str, Any]) -> dict[str, Any]:
     from nbformat.validator import ValidationError
 
     try:
-        known = papermill.inspect_notebook(str(notebook))
+        with _with_kernel(notebook) as file:
+            known = papermill.inspect_notebook(str(file))
     except (NotJSONError, ValidationError, ValueError, NotImplementedError, AttributeError) as error:
         raise UserError(
             f"{notebook} is no notebook ({' '.join(str(error).split())[:120]}): expected an .ipynb file"
@@ -72,6 +76,27 @@ def check_parameters(notebook: Path, given: dict[str, Any]) -> dict[str, Any]:
         except UserError as error:
             raise UserError(f"{error}. {notebook.name} takes: {listing}") from None
     return out
+
+
+@contextmanager
+def _with_kernel(notebook: Path) -> Iterator[Path]:
+    """The notebook, or a copy that names this environment's kernel where it names none: papermill asks for one."""
+    import nbformat
+
+    more = _kernel_for(notebook)
+    if not more:
+        yield notebook
+        return
+    content = nbformat.read(notebook, as_version=4)
+    content.metadata["kernelspec"] = {
+        "name": more["kernel_name"],
+        "language": more["language"],
+        "display_name": "",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / notebook.name
+        nbformat.write(content, copy)
+        yield copy
 
 
 def _declared(annotation: str, default: str) -> Any:

@@ -48,11 +48,20 @@ if importlib.util.find_spec("torchvision"):
     _import_torchvision()
 
 import timm  # noqa: E402
-from timm.data import rand_augment_transform  # noqa: E402
+from timm.data import auto_augment, rand_augment_transform  # noqa: E402
 from timm.data.transforms import RandomResizedCropAndInterpolation  # noqa: E402
 from timm.layers import Attention  # noqa: E402
 from timm.models.vision_transformer import Block  # noqa: E402
 from timm.scheduler import CosineLRScheduler  # noqa: E402
+
+
+def _keep_a_bit(image, bits_to_keep, **_):
+    """timm's posterize, which at a large magnitude asks for 0 bits, an error since Pillow 12: at least one is kept."""
+    return auto_augment.posterize(image, max(1, bits_to_keep))
+
+
+for _name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
+    auto_augment.NAME_TO_OP[_name] = _keep_a_bit
 
 
 class CpuAttention(Attention):

@@ -238,7 +238,7 @@ def text_files_without_encoding(source: str) -> list[int]:
         for n in ast.walk(tree)
         if isinstance(n, (ast.Import, ast.ImportFrom))
         for a in n.names
-    }
+    } | {n.name for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
     lines = []
     for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
         given = {k.arg for k in call.keywords}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from smae_utils.data.reading import ReadRadiograph
+from smae_utils.data.pictures import ReadRadiograph
 from smae_utils.data.tasks import get_task
 from smae_utils.data.transforms import ResizeRadiograph
 from smae_utils.errors import UserError

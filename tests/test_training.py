@@ -20,7 +20,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
+from smae_utils import timm_library
 from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
 from smae_utils.work import finetune as finetuning
@@ -661,3 +663,14 @@ def test_a_batch_larger_than_the_data_is_refused_before_any_folder_is_made(brats
             report=quiet,
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_the_strongest_random_augmentation_of_timm_does_not_stop_a_training():
+    """At a magnitude of 10 and more timm's posterize asks for 0 bits, which Pillow refuses."""
+    augment = timm_library.rand_augment_transform(
+        "rand-m10-n8-inc1", {"translate_const": 5, "img_mean": (128,)}
+    )
+    picture = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    random.seed(0)
+    drawn = [np.asarray(augment(picture)) for _ in range(60)]
+    assert all(image.shape == (16, 16) for image in drawn) and len({image.tobytes() for image in drawn}) > 30

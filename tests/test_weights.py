@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import smae_utils.method.checkpoints.load as weights_module
+import smae_utils.method.checkpoints.save as weights_module
 from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
 from smae_utils.method.checkpoints.load import (
