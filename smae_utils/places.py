@@ -25,6 +25,12 @@ def work_root() -> Path:
     return ROOT if is_clone() else Path.cwd()
 
 
+def run_folder(task: str, run_dir: str = "", preset: str = "demo", seed: int = 0) -> Path:
+    """Where a notebook keeps its runs: `run_dir`, or `runs/TASK-PRESET-seedN`."""
+    name = f"{Path(task).stem}-{Path(preset).stem}-seed{seed}"
+    return Path(run_dir) if run_dir else work_root() / "runs" / name
+
+
 def is_clone() -> bool:
     """Whether this package lies in a clone of its repository, as opposed to an installed one."""
     return (ROOT / "pyproject.toml").is_file() and (ROOT / "constraints.txt").is_file()

@@ -155,7 +155,7 @@ def test_a_run_that_fails_keeps_its_reason_and_gets_another_chance(write, tmp_pa
     assert set(run_batch(write(text), tmp_path / "out", jobs=2).values()) == {"done"}
 
 
-def wait_for(what, seconds=60):
+def wait_for(what, seconds=240):
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, "waited in vain"
@@ -181,7 +181,11 @@ def test_a_kill_leaves_no_orphan_and_the_next_start_finishes(write, tmp_path, vi
     file, out = write(TWO.replace("where: WHERE", "where: WHERE, seconds: 3")), tmp_path / "out"
     command = [sys.executable, "-m", "smae_utils", "batch", str(file), "--out", str(out)]
     runner = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: said(tmp_path))
+    try:
+        wait_for(lambda: said(tmp_path))
+    except AssertionError:
+        runner.kill()
+        raise
     if victim == "runner":
         runner.kill()
         runner.wait()
@@ -192,7 +196,7 @@ def test_a_kill_leaves_no_orphan_and_the_next_start_finishes(write, tmp_path, vi
     else:  # the runner starts it again by itself
         for pid in alive(f"smae_utils.batch\0{out}"):
             os.kill(pid, signal.SIGKILL)
-        assert runner.wait(timeout=120) == 0
+        assert runner.wait(timeout=300) == 0
     ends = [tuple(line[:2]) for line in said(tmp_path) if line[2] == "end"]
     assert set(ends) == {("a", "0"), ("a", "1"), ("b", "0"), ("b", "1")}
     assert set(Batch.open(out).states().values()) == {"done"}

@@ -27,8 +27,8 @@ from typing import Any
 import yaml
 
 from smae_utils.errors import UserError
+from smae_utils.places import run_folder
 from smae_utils.run_notebook import check_parameters, notebook_path
-from smae_utils.show.notebook_helpers import run_folder
 from smae_utils.yaml_text import read_yaml
 
 TOP = ("parameters", "cross", "runs")

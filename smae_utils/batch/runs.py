@@ -23,7 +23,6 @@ from smae_utils.errors import UserError
 from smae_utils.run_notebook import run_notebook
 from smae_utils.whole import write_text
 from smae_utils.work.provenance import now
-from smae_utils.work.run_folder import Run
 
 # Of a run: waits, is executed, was killed or interrupted, failed, is done; or it waits for one that failed.
 STATES = ("waiting", "running", "stopped", "failed", "done", "blocked")
@@ -162,6 +161,8 @@ def minutes(record: dict[str, Any]) -> float | None:
 
 def progress_of(run: Planned, since: str) -> dict[str, Any]:
     """Of the training that a run is at: its folder's name, step, steps, loss and seconds left; {} when none has begun."""
+    from smae_utils.work.run_folder import Run  # torch comes with it
+
     folder = run.trains_in
     begun = datetime.fromisoformat(since).timestamp() if since else 0.0
     logs = [log for log in folder.glob("*/log.jsonl") if log.stat().st_mtime >= begun] if folder else []

@@ -89,15 +89,6 @@ def evidence_table(task: str) -> pd.DataFrame:
     return pd.read_csv(files[0], comment="#").round(3) if files else pd.DataFrame()
 
 
-def run_folder(task: str, run_dir: str = "", preset: str = "demo", seed: int = 0) -> Path:
-    """`run_dir`, or `runs/TASK-PRESET-seedN` below the project."""
-    return (
-        Path(run_dir)
-        if run_dir
-        else work_root() / "runs" / f"{Path(task).stem}-{Path(preset).stem}-seed{seed}"
-    )
-
-
 def probe(
     task: Task, settings: Settings, encoder: torch.nn.Module, cases: list[Case], most: int = 60
 ) -> float:

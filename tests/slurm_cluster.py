@@ -1,0 +1,105 @@
+"""A SLURM cluster of this one machine, for tests: munged, slurmctld and slurmd in a folder of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "squeue")
+
+
+def why_not() -> str:
+    """Why no cluster can be started here; "" where it can."""
+    missing = [p for p in PROGRAMS if not shutil.which(p)]
+    if missing:
+        return f"no {', '.join(missing)} here: `make env-slurm` installs SLURM on Debian"
+    return "" if os.geteuid() == 0 else "SLURM's daemons need root"
+
+
+def _configuration(folder: Path, host: str, cpus: int) -> str:
+    return f"""
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+SlurmUser=root
+SlurmdUser=root
+SlurmctldPort=16817
+SlurmdPort=16818
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=bf_interval=1,sched_interval=1
+ReturnToService=2
+JobRequeue=1
+KillWait=5
+OverTimeLimit=0
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=4000 State=UNKNOWN
+PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def _ask(*words: str) -> str:
+    return subprocess.run(words, capture_output=True, text=True, timeout=30).stdout
+
+
+@contextmanager
+def cluster(folder: Path, cpus: int = 2) -> Iterator[Path]:
+    """Start one, and stop it afterwards. Programs of SLURM find it by the environment while it is there."""
+    host = socket.gethostname().split(".")[0]
+    for name in ("state", "spool", "munge"):
+        (folder / name).mkdir(parents=True)
+    file = folder / "slurm.conf"
+    file.write_text(_configuration(folder, host, cpus), encoding="utf-8")
+    (folder / "munge.key").write_bytes(os.urandom(1024))
+    (folder / "munge.key").chmod(0o400)
+    folder.chmod(0o755)
+    munge = ["munged", "--foreground", "--force", f"--key-file={folder}/munge.key"]
+    munge += [f"--socket={folder}/munge.socket", f"--pid-file={folder}/munge/pid"]
+    munge += [f"--log-file={folder}/munge/log", f"--seed-file={folder}/munge/seed"]
+    before = os.environ.get("SLURM_CONF")
+    os.environ["SLURM_CONF"] = str(file)
+    daemons = []
+    try:
+        for command in (munge, ["slurmctld", "-D", "-c"], ["slurmd", "-D", "-N", host]):
+            log = open(folder / f"{command[0]}.out", "wb")  # noqa: SIM115 (closed with the daemon)
+            daemons.append((subprocess.Popen(command, stdout=log, stderr=log), log))
+            time.sleep(1)
+        deadline = time.monotonic() + 60
+        while "idle" not in _ask("sinfo", "-h", "-o", "%t"):
+            if time.monotonic() > deadline:
+                logs = "".join(p.read_text(errors="replace")[-800:] for p in folder.glob("*.out"))
+                raise RuntimeError(f"SLURM did not come up: {_ask('sinfo')}{logs}")
+            time.sleep(0.5)
+        yield folder
+    finally:
+        _ask("scancel", "--full", "--user", "root")
+        time.sleep(1)
+        for daemon, log in reversed(daemons):
+            daemon.terminate()
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+            log.close()
+        if before is None:
+            os.environ.pop("SLURM_CONF")
+        else:
+            os.environ["SLURM_CONF"] = before

@@ -1,0 +1,67 @@
+"""A batch as jobs of a real SLURM, which is started on this machine where it is installed."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from slurm_cluster import cluster, why_not
+
+from smae_utils.batch.run import run_batch
+from smae_utils.batch.runs import Batch
+from smae_utils.errors import UserError
+
+# The first time it takes long, as a training that is cut off; the second time it is soon through.
+CODE = """
+import time
+from pathlib import Path
+begun = Path(folder) / str(seed)
+times = len(begun.read_text()) if begun.exists() else 0
+begun.write_text("x" * (times + 1))
+time.sleep(0 if times or seed == 0 else 300)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
+def test_jobs_that_are_cancelled_or_run_out_of_time_are_finished(tmp_path):
+    cells = [
+        nbformat.v4.new_code_cell('folder: str = ""\nseed: int = 0', metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(CODE),
+    ]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "wait.ipynb")
+    file, out = tmp_path / "batch.yaml", tmp_path / "out"
+    spec = f"notebook: {tmp_path}/wait.ipynb, parameters: {{folder: {tmp_path}}}"
+    file.write_text(f"runs: {{wait: {{{spec}, cross: {{seed: [0, 1, 2]}}}}}}", encoding="utf-8")
+
+    def cancel_the_second():
+        while not (tmp_path / "1").exists():
+            time.sleep(0.5)
+        names = subprocess.run(
+            ["squeue", "-h", "-r", "-o", "%i"], capture_output=True, text=True
+        ).stdout.split()
+        subprocess.run(["scancel", next(name for name in names if name.endswith("_1"))], check=True)
+
+    with cluster(tmp_path / "slurm", cpus=3):
+        # A minute at most; a job is told half a minute before, and puts itself back into the queue.
+        parameters = {"timeout_min": 1, "slurm_signal_delay_s": 30, "cpus_per_task": 1}
+        thread = threading.Thread(target=cancel_the_second)
+        thread.start()
+        states = run_batch(file, out, backend="slurm", slurm=parameters)
+        thread.join()
+    assert set(states.values()) == {"done"} == set(Batch.open(out).states().values())
+    assert [(tmp_path / str(seed)).read_text() for seed in range(3)] == ["x", "xx", "xx"]
+
+
+def test_a_backend_or_a_parameter_that_is_not_there_is_told(tmp_path, monkeypatch):
+    file = tmp_path / "batch.yaml"
+    file.write_text("runs: {look: {notebook: 01_masking}}", encoding="utf-8")
+    with pytest.raises(UserError, match="unknown backend 'slum'"):
+        run_batch(file, tmp_path / "out", backend="slum")
+    monkeypatch.setenv("PATH", str(Path("/nowhere")))
+    with pytest.raises(UserError, match="SLURM cannot be used so"):
+        run_batch(file, tmp_path / "out", backend="slurm")
