@@ -23,6 +23,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--browser", action="store_true", help="and a Chromium, for the test of the explorer in JupyterLab"
     )
+    command.add_argument(
+        "--slurm", action="store_true", help="and SLURM (Debian), for the test of batches on it"
+    )
     add("test", _test, "run the tests (arguments go to pytest)")
     command = add("demo", _demo, "run the numbered notebooks for the tasks and compare")
     command.add_argument("--task", nargs="*", default=[], help="btcv, cxr14, brats; all when left out")
@@ -88,11 +91,13 @@ def _readme(args) -> None:
 
 
 def _env(args) -> None:
-    from tools.environment import make_browser, make_environment
+    from tools.environment import make_browser, make_environment, make_slurm
 
     make_environment()
     if args.browser:
         print(f"the browser for the tests is {make_browser()}")
+    if args.slurm:
+        make_slurm()
 
 
 def _test(args) -> int:

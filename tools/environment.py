@@ -112,11 +112,7 @@ def make_browser() -> str:
         if fetched:  # it is there and lacks libraries of the system
             subprocess.run([*playwright, "install-deps", "chromium"])
         else:  # a network that lets through the packages of the system only
-            quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-            subprocess.run(["apt-get", "update", "-qq"], env=quiet)
-            subprocess.run(
-                ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"], env=quiet
-            )
+            _install_packages("chromium")
     if found := find_browser():
         return found
     raise UserError(
@@ -124,6 +120,28 @@ def make_browser() -> str:
         f"{venv_python()} -m playwright install-deps chromium (or apt-get install chromium), then run make "
         "env-browser again"
     )
+
+
+def make_slurm() -> None:
+    """Install SLURM for the test that runs a batch on it, unless it is there.
+
+    Raises:
+        UserError: where that failed, with what to run instead.
+    """
+    root = hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("apt-get")
+    if not shutil.which("slurmctld") and root:
+        _install_packages("slurm-wlm", "munge")
+    if not shutil.which("slurmctld"):
+        raise UserError(
+            "no SLURM could be installed: let an administrator run apt-get install slurm-wlm munge"
+        )
+
+
+def _install_packages(*names: str) -> None:
+    """Packages of Debian and its like, by root."""
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    subprocess.run(["apt-get", "update", "-qq"], env=quiet)
+    subprocess.run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *names], env=quiet)
 
 
 def run_tests(args: list[str]) -> int:
