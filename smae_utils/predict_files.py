@@ -27,6 +27,7 @@ from smae_utils.errors import UserError
 from smae_utils.paths import NIBABEL_ENDINGS, has_ending, split_series
 from smae_utils.show.plots import show_flat_overlay, show_overlay
 from smae_utils.whole import new_folder, write_text
+from smae_utils.work.devices import processes
 from smae_utils.work.evaluation import save_nifti, write_mask
 from smae_utils.work.predictor import Predictor
 from smae_utils.work.progress import Say, WindowProgress, say
@@ -59,6 +60,8 @@ def predict(
     Raises:
         UserError: for a run or a scan that cannot be used; nothing is left half-written.
     """
+    if processes() > 1:
+        raise UserError("predict runs as one process: start it without torchrun or accelerate launch")
     run = Run.open(run_dir, stage="finetune")
     predictor = Predictor.from_run(run, report=report)
     task = predictor.task

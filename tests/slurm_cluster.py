@@ -61,13 +61,13 @@ def _ask(*words: str) -> str:
 
 
 @contextmanager
-def cluster(folder: Path, cpus: int = 2) -> Iterator[Path]:
+def cluster(folder: Path) -> Iterator[Path]:
     """Start one, and stop it afterwards. Programs of SLURM find it by the environment while it is there."""
     host = socket.gethostname().split(".")[0]
     for name in ("state", "spool", "munge"):
         (folder / name).mkdir(parents=True)
     file = folder / "slurm.conf"
-    file.write_text(_configuration(folder, host, cpus), encoding="utf-8")
+    file.write_text(_configuration(folder, host, os.cpu_count() or 1), encoding="utf-8")
     (folder / "munge.key").write_bytes(os.urandom(1024))
     (folder / "munge.key").chmod(0o400)
     folder.chmod(0o755)

@@ -46,7 +46,7 @@ def test_jobs_that_are_cancelled_or_run_out_of_time_are_finished(tmp_path):
         ).stdout.split()
         subprocess.run(["scancel", next(name for name in names if name.endswith("_1"))], check=True)
 
-    with cluster(tmp_path / "slurm", cpus=3):
+    with cluster(tmp_path / "slurm"):
         # A minute at most; a job is told half a minute before, and puts itself back into the queue.
         parameters = {"timeout_min": 1, "slurm_signal_delay_s": 30, "cpus_per_task": 1}
         thread = threading.Thread(target=cancel_the_second)

@@ -11,6 +11,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -143,12 +146,31 @@ def execute(out: str | Path, name: str) -> str:
             return "done"
         record = {"key": run.key, "start_time": now(), "host": platform.node(), "pid": os.getpid()}
         write_text(folder / "run.json", json.dumps(record, indent=1))
-        try:
-            run_notebook(run.notebook, folder, run.parameters, name)
-        except UserError as error:
-            record["exception"] = str(error)
+        with _told_to_stop() as told:
+            try:
+                run_notebook(run.notebook, folder, run.parameters, name)
+            except UserError as error:
+                if told():  # the kernel was told too, and its end is no failure of the notebook
+                    raise KeyboardInterrupt from error
+                record["exception"] = str(error)
         write_text(folder / "run.json", json.dumps({**record, "end_time": now()}, indent=1))
     return "failed" if "exception" in record else "done"
+
+
+@contextmanager
+def _told_to_stop() -> Iterator[Callable[[], bool]]:
+    """Within it SIGTERM, which a cluster sends when it takes a job away, interrupts; yields whether it came."""
+    came: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def minutes(record: dict[str, Any]) -> float | None:

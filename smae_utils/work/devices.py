@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import gather_object
 
 from smae_utils.errors import UserError
 from smae_utils.whole import swap_folder
 from smae_utils.work.run_folder import Run
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 def cpu_has_bf16() -> bool:
@@ -77,9 +81,9 @@ def inference_context(device: torch.device, precision: str) -> Iterator[None]:
 
 def best_device() -> torch.device:
     """The GPU that torch sees, else the CPU."""
-    return torch.device(
-        "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    )
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def make_accelerator(precision: str) -> tuple[Accelerator, str]:
@@ -89,6 +93,28 @@ def make_accelerator(precision: str) -> tuple[Accelerator, str]:
     # cell.
     AcceleratorState._reset_state()
     return Accelerator(mixed_precision="bf16" if chosen == "bf16" else "no"), chosen
+
+
+def processes() -> int:
+    """How many processes were launched together, by torchrun or accelerate."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this is the one that writes and reports."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def in_shares(items: list[Item], work: Callable[[list[Item]], list[Result]]) -> list[Result]:
+    """What `work` makes of a list, an entry an item: each of several processes does its share, and all get all."""
+    if processes() == 1:
+        return work(items)
+    state = PartialState()
+    parts = gather_object([work(items[state.process_index :: state.num_processes])])
+    out: list[Any] = [None] * len(items)
+    for rank, part in enumerate(parts):
+        out[rank :: state.num_processes] = part
+    return out
 
 
 def device_name(device: torch.device) -> str:

@@ -22,6 +22,7 @@ from smae_utils.data.tasks.lists import is_list
 from smae_utils.data.volumes import Volume
 from smae_utils.errors import UserError
 from smae_utils.whole import write_text
+from smae_utils.work import devices
 from smae_utils.work.build import build_splits
 from smae_utils.work.grids import dsc_of_classes, ignoring, label_map
 from smae_utils.work.metrics import dsc, hd95_mm, mean_auc
@@ -52,6 +53,8 @@ def evaluate(
         One row a case and class: dsc, hd95_mm (or hd95_px), and whether label and prediction are there; for
             classification target and score.
     """
+    if not devices.is_main_process():
+        report = _silent
     run = Run.open(run_dir, stage="finetune")
     if split not in ("test", "val"):
         raise UserError(f"split must be test or val, got {split!r}")
@@ -80,8 +83,11 @@ def evaluate(
         masks = run.path / _of_split("predictions", split) if save_masks else None
         table = _segmentation_rows(predictor, cases, masks, report)
     summary = summarise(table, task)
-    write_text(run.path / f"{_of_split('metrics', split)}.csv", table.to_csv(index=False))
-    run.write_json(f"{_of_split('metrics', split)}.json", {"split": split, "cases": len(cases), **summary})
+    if devices.is_main_process():
+        write_text(run.path / f"{_of_split('metrics', split)}.csv", table.to_csv(index=False))
+        run.write_json(
+            f"{_of_split('metrics', split)}.json", {"split": split, "cases": len(cases), **summary}
+        )
     means = "  ".join(f"{k} {v:.4g}" for k, v in summary["mean"].items())
     report(f"{run.path.name}: {len(cases)} {split} cases  {means}  ({time.monotonic() - started:.0f} s)")
     return table
@@ -116,6 +122,10 @@ def metrics_file(run_dir: str | Path, split: str = "test") -> Path:
     return Run.open(run_dir).path / f"{_of_split('metrics', split)}.json"
 
 
+def _silent(line: str) -> None:
+    """One of several processes says it."""
+
+
 def _of_split(name: str, split: str) -> str:
     """Names of results: the test part has the plain ones."""
     return name if split == "test" else f"{name}_{split}"
@@ -145,7 +155,7 @@ def _labelled(cases: list[Case] | None, split: str, where: str | Path, report: S
 
 
 def _classification_rows(predictor: Predictor, cases: list[Case]) -> pd.DataFrame:
-    task, scores = predictor.task, predictor.classify(cases)
+    task, scores = predictor.task, devices.in_shares(cases, lambda share: list(predictor.classify(share)))
     rows = []
     for n, case in enumerate(cases):
         for i, name in enumerate(task.classes):
@@ -155,7 +165,7 @@ def _classification_rows(predictor: Predictor, cases: list[Case]) -> pd.DataFram
                     "case": case["case"],
                     "class": name,
                     "target": None if np.isnan(target) else int(target),
-                    "score": float(scores[n, i]),
+                    "score": float(scores[n][i]),
                 }
             )
     return pd.DataFrame(rows).astype({"target": "Int64"})
@@ -167,18 +177,22 @@ def _segmentation_rows(
     task = predictor.task
     for case in cases:  # what cannot be scored shows before minutes of prediction
         read_label(case, task)
-    rows = []
-    for number, case in enumerate(cases, start=1):
+
+    def score(share: list[Case]) -> list[list[dict[str, Any]]]:
+        return [one(case, number, len(share)) for number, case in enumerate(share, start=1)]
+
+    def one(case: Case, number: int, count: int) -> list[dict[str, Any]]:
         label, image = read_label(case, task)
         predicted = predictor.segment(case, progress=WindowProgress(case["case"], report)).labels
         spacing = image.spacing_mm if image else task.spacing_mm or (1.0, 1.0)
-        rows += score_masks(predicted, label, task, spacing, case["case"])
+        rows = score_masks(predicted, label, task, spacing, case["case"])
         if folder:
             folder.mkdir(exist_ok=True)
             write_mask(folder / case["case"], predicted, task, image)
-        mean = _mean(row["dsc"] for row in rows[-len(task.classes) :])
-        report(f"  {case['case']}  DSC {mean:.3f}  ({number}/{len(cases)})")
-    return pd.DataFrame(rows)
+        report(f"  {case['case']}  DSC {_mean(row['dsc'] for row in rows):.3f}  ({number}/{count})")
+        return rows
+
+    return pd.DataFrame([row for rows in devices.in_shares(cases, score) for row in rows])
 
 
 def score_masks(

@@ -1,0 +1,101 @@
+"""Two processes that train together do what one does; each case is scored once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+TINY = Path(__file__).parent / "tiny.yaml"
+ROOT = TINY.parent.parent
+
+
+# The command line, with a fault at the fifth step of a training, in one of the processes or in all.
+FAULTY = """
+import os, sys
+from smae_utils.cli import main
+from smae_utils.errors import UserError
+from smae_utils.work.loop import Loop
+step_before = Loop._step
+def step(self, accelerator, model, optimizer, batch, step):
+    if step == 5 and os.environ.get("RANK", "0") in os.environ["FAULTY"].split():
+        raise UserError("a fault of the fifth step")
+    return step_before(self, accelerator, model, optimizer, batch, step)
+Loop._step = step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def smae(processes, *words, faulty=""):
+    """The command line in so many processes: its exit code and what it printed. Processes of rank `faulty` fail."""
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(FAULTY)
+        file.flush()
+        program = [file.name] if faulty else ["-m", "smae_utils"]
+        command = [sys.executable, *(launch if processes > 1 else []), *program, *map(str, words)]
+        own = {
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "true",
+            "PYTHONPATH": str(ROOT),
+            "FAULTY": faulty,
+        }
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **own}, timeout=600)
+    return done.returncode, done.stdout + done.stderr
+
+
+def losses(run):
+    return [
+        line["loss"]
+        for line in map(json.loads, (run / "log.jsonl").read_text().splitlines())
+        if "loss" in line
+    ]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A command's words about data and settings, for a training of 8 steps that is saved after 4."""
+    data = tmp_path_factory.mktemp("data") / "cxr"
+    assert smae(1, "phantom", "--task", "cxr14", "--out", data, "--n", 60)[0] == 0
+    own = ["batch_size=4", "log_every=1", "steps=8", "save_every=4", "val_every=4"]
+    return ["--task", "cxr14", "--data", data, "--preset", TINY, "--set", *own]
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one_and_either_goes_on_with_the_others_run(words, tmp_path):
+    for count in (1, 2):
+        code, text = smae(count, "pretrain", *words, "--out", tmp_path / f"whole{count}")
+        assert code == 0, text
+    alone = losses(tmp_path / "whole1")
+    assert len(alone) == 8 and losses(tmp_path / "whole2") == pytest.approx(alone, abs=1e-4)
+    for first, then in ((1, 2), (2, 1)):
+        out = ["--out", tmp_path / f"from{first}to{then}"]
+        code, text = smae(first, "pretrain", *words, *out, faulty="0" if first == 1 else "1")
+        assert code != 0 and text.count("error: a fault of the fifth step") == 1, text
+        code, text = smae(then, "pretrain", *words, *out, "--resume")
+        assert code == 0 and "going on after step 4" in text, text
+        assert losses(out[1]) == pytest.approx(alone, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_fine_tune_and_score_each_case_once(words, tmp_path):
+    tables = []
+    for count in (1, 2):
+        run = tmp_path / str(count)
+        code, text = smae(count, "finetune", *words, "--out", run)
+        assert code == 0, text
+        code, text = smae(count, "evaluate", run)
+        assert code == 0 and text.count("test cases") == 1, text
+        tables.append(pd.read_csv(run / "metrics.csv"))
+    one, two = tables
+    assert list(one.case) == list(two.case) and not two.duplicated(["case", "class"]).any()
+    assert two.score.to_numpy() == pytest.approx(one.score.to_numpy(), abs=1e-4)
+    code, text = smae(2, "predict", run, run, "--out", tmp_path / "out")
+    assert code != 0 and "predict runs as one process" in text
