@@ -37,9 +37,11 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "benchmark",
         _benchmark,
-        "two steps of each paper preset at batch 1 on full-size phantoms; or the explorer's speed",
+        "two steps of each paper preset at batch 1 on full-size phantoms; the explorer's speed; or speed beside MONAI",
     )
-    command.add_argument("--what", choices=["paper", "explorer"], default="paper")
+    command.add_argument("--what", choices=["paper", "explorer", "speed"], default="paper")
+    command.add_argument("--repeats", type=int, default=5, help="of speed: pairs of calls")
+    command.add_argument("--only", default="", help="of speed: works whose name begins so")
     command.add_argument("--task", nargs="*", default=[])
     command.add_argument("--out", type=Path, default=Path("build/benchmark"))
 
@@ -139,6 +141,10 @@ def _benchmark(args) -> None:
 
     if args.what == "explorer":
         benchmark_explorer(args.out)
+    elif args.what == "speed":
+        from tools.speed import benchmark_speed
+
+        benchmark_speed(args.out, args.repeats, args.only)
     else:
         benchmark(args.out, args.task)
 
