@@ -10,12 +10,19 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai import transforms as mt
 from PIL import Image
 from scipy import ndimage
 
 from smae_utils.data.batches import read_case
 from smae_utils.data.tasks import get_task
-from smae_utils.data.transforms import RandomRadiograph, ReadRadiograph
+from smae_utils.data.transforms import (
+    CropByClasses,
+    CropForeground,
+    RandomRadiograph,
+    ReadRadiograph,
+    slab_counts,
+)
 from smae_utils.errors import UserError
 from smae_utils.phantoms.shapes import rotation, save_nifti
 from smae_utils.work.build import build_augmentation, build_transform
@@ -322,3 +329,46 @@ def test_a_2d_image_is_resized_alike_in_training_and_in_prediction(tmp_path):
     theirs = np.asarray(image.resize((48, 64), Image.Resampling.BICUBIC), np.float32)
     ours = resize(torch.from_numpy(pixels[None].astype(np.float32)), (64, 48))[0].numpy()
     assert np.abs(ours.clip(0, 255) - theirs).max() <= 1.5  # PIL rounds to whole numbers twice
+
+
+@pytest.mark.parametrize("shape", [(20, 17, 15), (12, 12, 12), (13, 30, 12)])
+def test_crops_around_classes_are_the_ones_that_monai_draws(shape):
+    generator = torch.Generator().manual_seed(3)
+    label = torch.zeros(1, *shape, dtype=torch.uint8)
+    label[0, 2:9, 3:8, 1:7] = torch.randint(0, 4, (7, 5, 6), generator=generator)
+    image = torch.rand(1, *shape, generator=generator)
+    how = {
+        "spatial_size": (12, 12, 12),
+        "num_samples": 3,
+        "label_key": "label",
+        "num_classes": 6,
+        "warn": False,
+    }
+    theirs, ours = (kind(["image", "label"], **how) for kind in (mt.RandCropByLabelClassesd, CropByClasses))
+    for seed in range(8):
+        for more in ({}, {"class_counts": slab_counts(label)}):
+            for kind in (theirs, ours):
+                kind.set_random_state(seed)
+            wanted = theirs({"image": image, "label": label})
+            for a, b in zip(wanted, ours({"image": image, "label": label, **more})):
+                assert all(
+                    torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in ("image", "label")
+                )
+
+
+@pytest.mark.parametrize("shape", [(20, 17, 15), (12, 12, 12), (13, 30, 12)])
+@pytest.mark.parametrize("empty", [False, True])
+def test_crops_around_foreground_are_the_ones_that_monai_draws(shape, empty):
+    image = torch.zeros(2, *shape)
+    if not empty:
+        image[1, 5:11, 6:20, 4:9] = 1
+        image[0] = (torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.9).float()
+    theirs = mt.RandWeightedCropd("image", w_key="foreground", spatial_size=(12, 12, 12), num_samples=3)
+    ours = CropForeground((12, 12, 12), 3)
+    weights = (image != 0).any(0, keepdim=True).float()
+    for seed in range(8):
+        theirs.set_random_state(seed)
+        ours.set_random_state(seed)
+        wanted = theirs({"image": image, "foreground": weights})
+        for a, b in zip(wanted, ours({"image": image})):
+            assert torch.equal(torch.as_tensor(a["image"]), b["image"])

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from smae_utils.data.case import Case, Splits, hold_out
 from smae_utils.data.tasks import Task
-from smae_utils.data.transforms import ResizeRadiograph, middle, resize
+from smae_utils.data.transforms import ResizeRadiograph, middle, resize, slab_counts
 from smae_utils.errors import UserError
 
 
@@ -128,6 +128,8 @@ class Scans(Dataset):
             return self.cached[index]
         item = read_case(self.transform, self.cases[index])
         item = {k: v.as_tensor() if isinstance(v, MetaTensor) else v for k, v in item.items()}
+        if torch.is_tensor(item.get("label")) and item["label"].ndim > 2:
+            item["class_counts"] = slab_counts(item["label"])
         if index < self.limit:
             self.cached[index] = item
         return item

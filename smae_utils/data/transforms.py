@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,10 +146,7 @@ def augment_pretrain(
     flips = _flips(["image"], flip_prob, axes)
     if task.whole:
         return Compose([*_resized_crop(["image"], crop_size, crop_area), *flips])
-    crop = mt.RandWeightedCropd(
-        "image", w_key="foreground", spatial_size=crop_size, num_samples=crops_per_scan
-    )
-    return Compose([AddForeground(), crop, *flips])
+    return Compose([CropForeground(crop_size, crops_per_scan), *flips])
 
 
 def augment_finetune(
@@ -184,9 +182,7 @@ def augment_finetune(
         steps = _resized_crop(keys, crop_size, crop_area)
     else:
         balanced = {"label_key": "label", "num_classes": task.label_values, "warn": False}
-        steps = [
-            mt.RandCropByLabelClassesd(keys, spatial_size=crop_size, num_samples=crops_per_scan, **balanced)
-        ]
+        steps = [CropByClasses(keys, spatial_size=crop_size, num_samples=crops_per_scan, **balanced)]
     steps += _flips(keys, flip_prob, axes)
     if rotate_prob and task.spatial_dims == 3 and crop_size[0] == crop_size[1]:
         steps.append(mt.RandRotate90d(keys, prob=rotate_prob, spatial_axes=(0, 1)))
@@ -194,6 +190,81 @@ def augment_finetune(
         steps.append(mt.RandScaleIntensityd("image", factors=intensity_scale, prob=intensity_prob))
         steps.append(mt.RandShiftIntensityd("image", offsets=intensity_shift, prob=intensity_prob))
     return Compose(steps)
+
+
+def slab_counts(label: torch.Tensor) -> torch.Tensor:
+    """(X, K) voxels of each label number in each slab label[0, x] of (1, X, ...); K is one more than the largest."""
+    flat = label[0].flatten(1).long()
+    kinds = int(flat.max()) + 1
+    places = flat + kinds * torch.arange(len(flat))[:, None]
+    return torch.bincount(places.flatten(), minlength=len(flat) * kinds).view(len(flat), kinds)
+
+
+def slab_of(ends: torch.Tensor, place: int) -> tuple[int, int]:
+    """(slab, number within it) of the voxel number `place`, where `ends` (X,) counts voxels up to each slab."""
+    slab = int(torch.searchsorted(ends, place, right=True))
+    return slab, place - (int(ends[slab - 1]) if slab else 0)
+
+
+class CropForeground(mt.RandomizableTransform):
+    """Crops around voxels that are foreground, each as likely, or around any where there are none: as MONAI's
+    RandWeightedCropd draws them from a map of ones and zeros, without sums over the whole map.
+    """
+
+    def __init__(self, size: Sequence[int], count: int):
+        super().__init__()
+        self.size, self.count = tuple(size), count
+
+    def __call__(self, data: dict) -> list[dict]:
+        image = data["image"]
+        # Corners that keep a crop inside, and the centres that belong to them.
+        free = [max(1, n - c) for n, c in zip(image.shape[1:], self.size)]
+        starts = [min(c, n) // 2 for n, c in zip(image.shape[1:], self.size)]
+        centres = tuple(slice(o, o + n) for o, n in zip(starts, free))
+        found = is_foreground(image[(slice(None), *centres)]).any(0)
+        ends = found.flatten(1).sum(1).cumsum(0)
+        total = int(ends[-1])
+        if total:
+            drawn = [slab_of(ends, int(r * total)) for r in self.R.random(self.count)]
+            corners = [(slab, *found[slab].nonzero()[inside].tolist()) for slab, inside in drawn]
+        else:
+            corners = [np.unravel_index(i, found.shape) for i in self.R.randint(0, found.numel(), self.count)]
+        boxes = [tuple(slice(o, o + c) for o, c in zip(corner, self.size)) for corner in corners]
+        return [{**data, "image": image[(slice(None), *box)]} for box in boxes]
+
+
+class ClassVoxels:
+    """The flat indices of the voxels of one label number, in order: one is looked up in its slab alone."""
+
+    def __init__(self, label: torch.Tensor, counts: torch.Tensor, number: int):
+        self.label, self.number = label[0], number
+        own = counts[:, number] if number < counts.shape[1] else torch.zeros(len(counts), dtype=torch.long)
+        self.ends = own.cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, place: int) -> int:
+        slab, inside = slab_of(self.ends, place)
+        found = (self.label[slab].flatten() == self.number).nonzero()
+        return slab * self.label[0].numel() + int(found[inside])
+
+
+class CropByClasses(mt.RandCropByLabelClassesd):
+    """MONAI's, with the same draws, but without a list of all voxels of all classes for each crop.
+
+    A sample may bring `class_counts` (`slab_counts` of its label), which are then not counted again.
+    """
+
+    def __call__(self, data: dict, lazy: bool | None = None) -> list[dict]:
+        self.counts = data.get("class_counts")
+        return super().__call__(data, lazy)
+
+    def randomize(self, label: torch.Tensor, indices: Any = None, image: Any = None) -> None:
+        plain = torch.as_tensor(label).as_subclass(torch.Tensor)
+        counts = slab_counts(plain) if self.counts is None else self.counts
+        voxels = [ClassVoxels(plain, counts, number) for number in range(self.cropper.num_classes)]
+        super().randomize(label, voxels if indices is None else indices, image)
 
 
 def _resized_crop(keys: Sequence[str], size: Sequence[int], area: Sequence[float]) -> list:
@@ -230,13 +301,6 @@ class ResizeAll(mt.Transform):
 
 def _flips(keys: Sequence[str], prob: float, axes: Sequence[int]) -> list:
     return [mt.RandFlipd(keys, prob=prob, spatial_axis=axis) for axis in axes] if prob else []
-
-
-class AddForeground(mt.Transform):
-    """Adds `foreground` (1, *spatial): where crops may be centred, from the image alone."""
-
-    def __call__(self, data: dict) -> dict:
-        return {**data, "foreground": is_foreground(data["image"]).any(0, keepdim=True).float()}
 
 
 def to_tensor(data: dict, image: Image.Image) -> torch.Tensor:
