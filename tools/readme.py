@@ -243,6 +243,12 @@ def settings_block(root: Path) -> str:
     return "\n\n".join(f"### {part.stage.iloc[0]}\n\n{_table(part.drop(columns='stage'))}" for part in parts)
 
 
+def speed_block(root: Path) -> str:
+    """Table of `results/bench/speed.csv`."""
+    file = root / "results" / "bench" / "speed.csv"
+    return _table(pd.read_csv(file, comment="#").drop(columns="subject")) + "\n" + _facts(file)
+
+
 def explorer_block(root: Path) -> str:
     """Table of `results/benchmark/explorer.csv`."""
     file = root / "results" / "benchmark" / "explorer.csv"
@@ -257,6 +263,7 @@ BLOCKS: dict[str, dict[str, Callable[[Path], str]]] = {
     "docs/demo.md": {"demo": demo_block, "real": partial(demo_block, name="hippocampus")},
     "docs/real_data.md": {"paper": paper_block},
     "docs/explorer.md": {"explorer": explorer_block},
+    "docs/speed.md": {"speed": speed_block},
     "docs/evidence.md": {
         **{f"main-{name}": partial(main_block, name=name) for name in STUDIES},
         "stopped": stopped_block,

@@ -7,16 +7,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from monai import transforms as mt
 from monai.inferers import sliding_window_inference
 from monai.networks.nets import UNETR as MonaiUNETR
 from monai.networks.nets import MaskedAutoEncoderViT
 from torch import Tensor, nn
 
 from smae_utils.data.tasks import get_task
+from smae_utils.data.transforms import CropByClasses, CropForeground, slab_counts
 from smae_utils.errors import UserError
 from smae_utils.method.mae import MaskedAutoencoder
 from smae_utils.method.patches import patchify
@@ -129,6 +132,28 @@ def window_work(scan: tuple[int, ...], size: tuple[int, ...]) -> Work:
     )  # fmt: skip
 
 
+def crops_work(scan: tuple[int, ...], size: tuple[int, ...], stage: str) -> Work:
+    """Two crops of a scan in memory, of fine-tuning (13 organs of about 10,000 voxels) or of pre-training."""
+    generator = torch.Generator().manual_seed(0)
+    image, label = torch.rand(1, *scan, generator=generator), torch.zeros(1, *scan, dtype=torch.uint8)
+    for organ in range(1, 14):
+        corner = [int(torch.randint(0, n - 25, (1,), generator=generator)) for n in scan]
+        label[(0, *(slice(o, o + 22) for o in corner))] = organ
+    how = {"spatial_size": size, "num_samples": 2}
+    if stage == "finetune":
+        balanced = {**how, "label_key": "label", "num_classes": 14, "warn": False}
+        ours: Any = CropByClasses(["image", "label"], **balanced)
+        theirs: Any = mt.RandCropByLabelClassesd(["image", "label"], **balanced)
+        sample = {"image": image, "label": label}
+        mine = {**sample, "class_counts": slab_counts(label)}
+    else:
+        ours, theirs = CropForeground(size, 2), mt.RandWeightedCropd("image", w_key="foreground", **how)
+        mine = {"image": image}
+        sample = {**mine, "foreground": (image != 0).float()}
+    peer = f"MONAI {type(theirs).__name__}"
+    return Work(f"crops_{stage}_{'x'.join(map(str, scan))}", peer, lambda: ours(mine), lambda: theirs(sample))
+
+
 WORKS: dict[str, Callable[[], Work]] = {
     "mae 96^3 x 1, mask .75": lambda: mae_work((96, 96, 96), 1, 16, 0.75),
     "mae 96^3 x 1, mask .125": lambda: mae_work((96, 96, 96), 1, 16, 0.125),
@@ -136,6 +161,8 @@ WORKS: dict[str, Callable[[], Work]] = {
     "mae 224^2 x 1, mask .75": lambda: mae_work((224, 224), 1, 16, 0.75),
     "unetr 96^3 x 1": lambda: unetr_work((96, 96, 96), 1, 14),
     "unetr 128^3 x 4": lambda: unetr_work((128, 128, 128), 4, 4),
+    "crops of fine-tuning": lambda: crops_work((200, 170, 150), (96, 96, 96), "finetune"),
+    "crops of pre-training": lambda: crops_work((200, 170, 150), (96, 96, 96), "pretrain"),
     "sliding window 192 x 192 x 96": lambda: window_work((192, 192, 96), (96, 96, 96)),
 }
 
@@ -165,6 +192,7 @@ def benchmark_speed(out: str | Path, repeats: int = 5, only: str = "") -> pd.Dat
         raise UserError(
             f"no work begins with {only!r}, or repeats {repeats} < 1: expected some of {', '.join(WORKS)}"
         )
+    Path(out).mkdir(parents=True, exist_ok=True)
     rows = []
     for make in chosen.values():
         work = make()
