@@ -1,6 +1,4 @@
-"""The masked autoencoder (He et al. 2111.06377), in the form that Zhou et al. 2203.05573 pre-train on the
-task's own images.
-"""
+"""The masked autoencoder (He et al. 2111.06377), as Zhou et al. 2203.05573 pre-train it on a task's own images."""
 
 from __future__ import annotations
 
@@ -80,16 +78,12 @@ class MaskedAutoencoder(nn.Module):
         length = self.encoder.pos_embed.shape[1]
         visible_count(length, mask_ratio)
 
-        mlp_ratio, qkv_bias, norm_eps = (
-            encoder.get("mlp_ratio", 4.0),
-            encoder.get("qkv_bias", True),
-            encoder.get("norm_eps", 1e-6),
-        )
+        mlp_ratio, qkv_bias = encoder.get("mlp_ratio", 4.0), encoder.get("qkv_bias", True)
+        norm_eps = encoder.get("norm_eps", 1e-6)
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim).normal_(std=0.02))
-        self.decoder_pos_embed = nn.Parameter(
-            sincos_positions(self.grid, decoder_embed_dim), requires_grad=False
-        )
+        positions = sincos_positions(self.grid, decoder_embed_dim)
+        self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
         self.decoder_blocks = transformer_blocks(
             decoder_embed_dim, decoder_depth, decoder_num_heads, mlp_ratio, qkv_bias, norm_eps, of="decoder_"
         )
@@ -140,22 +134,19 @@ class MaskedAutoencoder(nn.Module):
         return split_by_noise(noise, mask_ratio or self.mask_ratio)
 
     def encode(self, patches: Tensor, visible: Tensor) -> Tensor:
-        """Patches (B, L, p^d * C) and indices (B, V) -> normed tokens of the visible ones (B, prefix_tokens +
-        V, D).
-        """
+        """Patches (B, L, p^d * C), indices (B, V) -> normed tokens of the visible (B, prefix_tokens + V, D)."""
         tokens = self.encoder.embed(gather_tokens(patches, visible), visible)
         for block in self.encoder.blocks:
             tokens = block(tokens)
         return self.encoder.norm(tokens)
 
     def decode(self, latent: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
-        """Tokens of the visible patches (B, prefix_tokens + V, D) -> decoder tokens of all patches (B, L,
-        D_decoder), in their places.
+        """Tokens of the visible patches (B, prefix_tokens + V, D) -> decoder tokens of all, in their places
+        (B, L, D_decoder).
         """
         prefix = self.encoder.prefix_tokens
         tokens = self.decoder_embed(latent)
-        # A learned token stands for each hidden patch; then all go back to where they came from and learn
-        # where that is.
+        # A learned token stands for each hidden patch; then all go back to their places and learn where that is.
         patches = unshuffle(tokens[:, prefix:], self.mask_token, visible, hidden) + self.decoder_pos_embed
         # The class token goes along, without a position, as in facebookresearch/mae and the authors' code.
         tokens = torch.cat([tokens[:, :prefix], patches], 1)
@@ -168,18 +159,14 @@ class MaskedAutoencoder(nn.Module):
         return self.decoder_pred(self.decoder_norm(tokens))
 
     def target(self, patches: Tensor) -> Tensor:
-        """What the prediction is compared with: patches (B, K, p^d * C) as they are, or each with its own
-        mean and spread taken out.
-        """
+        """What is predicted: patches (B, K, p^d * C) as they are, or each without its own mean and spread."""
         if not self.norm_pix_loss:
             return patches
         mean, std = patch_statistics(patches)
         return (patches - mean) / std
 
     def loss(self, pred: Tensor, patches: Tensor) -> Tensor:
-        """Mean squared error of hidden patches (B, H, p^d * C), in fp32 whatever the precision of the
-        network.
-        """
+        """Mean squared error of hidden patches (B, H, p^d * C), in fp32 whatever the network computes in."""
         patches = patches.float()
         error = (pred.float() - self.target(patches)).square().mean(-1)
         if self.air_loss:
