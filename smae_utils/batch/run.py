@@ -115,7 +115,8 @@ class Shown:
     """One moving line a run and one for the whole on a terminal; elsewhere a line for each change."""
 
     def __init__(self, batch: Batch, report: Callable[[str], None]):
-        self.batch, self.report, self.said = batch, report, {}
+        self.batch, self.report = batch, report
+        self.said: dict[str, str] = {}
         self.bars: dict[str, Any] = {}
         self.live = sys.stderr.isatty()
 

@@ -19,7 +19,8 @@ from smae_utils.errors import UserError
 from smae_utils.whole import swap_folder
 from smae_utils.work.run_folder import Run
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def cpu_has_bf16() -> bool:
