@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -86,3 +88,22 @@ def test_the_package_knows_nothing_of_this_repository():
                 else []
             )
             assert not any(module.split(".")[0] in ("tools", "tests") for module in modules), file
+
+
+def test_old_names_of_modules_still_lead_to_what_they_held():
+    code = """
+import warnings
+warnings.simplefilter("error", ImportWarning)
+from smae_utils.settings import make_settings, resolve
+from smae_utils.reading import ReadScan, read_image, read_volume
+from smae_utils.weights import load_weights, save_weights
+from smae_utils.batch import check_parameters, notebook_path
+import smae_utils.large, smae_utils.data.out_of_core, smae_utils.work.presets
+assert smae_utils.large is smae_utils.data.out_of_core and resolve is smae_utils.work.presets.resolve
+try:
+    from smae_utils.settings import nonesuch
+except ImportError as error:
+    assert "nonesuch" in str(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
