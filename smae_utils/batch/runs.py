@@ -219,6 +219,6 @@ def reason(batch: Batch, name: str) -> str:
     if waits := [a for a in run.after if batch.states()[a] != "done"]:
         return f"waits for {', '.join(waits)}"
     log = batch.out / name / "log.txt"
-    lines = log.read_text("utf-8", "replace").split("\n") if log.is_file() else []
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
     last = next((line for line in reversed(lines) if line.strip()), "nothing")
     return f"it ended without a word (killed, or out of memory?); its log {log} ends with: {last[:200]}"

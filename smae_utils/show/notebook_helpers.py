@@ -17,6 +17,7 @@ from smae_utils.data.tasks import Task, get_task
 from smae_utils.data.tasks.lists import is_list
 from smae_utils.data.tasks.mni152 import write_list as write_mni152_list
 from smae_utils.phantoms import DEFAULT_N, write_phantoms
+from smae_utils.places import run_folder as run_folder
 from smae_utils.places import work_root
 from smae_utils.show.linear_probe import linear_probe, read_tokens
 from smae_utils.whole import new_folder
