@@ -157,12 +157,12 @@ def crops_work(scan: tuple[int, ...], size: tuple[int, ...], stage: str) -> Work
 WORKS: dict[str, Callable[[], Work]] = {
     "mae 96^3 x 1, mask .75": lambda: mae_work((96, 96, 96), 1, 16, 0.75),
     "mae 96^3 x 1, mask .125": lambda: mae_work((96, 96, 96), 1, 16, 0.125),
+    "crops of fine-tuning": lambda: crops_work((200, 170, 150), (96, 96, 96), "finetune"),
+    "crops of pre-training": lambda: crops_work((200, 170, 150), (96, 96, 96), "pretrain"),
     "mae 128^3 x 4, mask .75": lambda: mae_work((128, 128, 128), 4, 16, 0.75),
     "mae 224^2 x 1, mask .75": lambda: mae_work((224, 224), 1, 16, 0.75),
     "unetr 96^3 x 1": lambda: unetr_work((96, 96, 96), 1, 14),
     "unetr 128^3 x 4": lambda: unetr_work((128, 128, 128), 4, 4),
-    "crops of fine-tuning": lambda: crops_work((200, 170, 150), (96, 96, 96), "finetune"),
-    "crops of pre-training": lambda: crops_work((200, 170, 150), (96, 96, 96), "pretrain"),
     "sliding window 192 x 192 x 96": lambda: window_work((192, 192, 96), (96, 96, 96)),
 }
 
@@ -193,6 +193,12 @@ def benchmark_speed(out: str | Path, repeats: int = 5, only: str = "") -> pd.Dat
             f"no work begins with {only!r}, or repeats {repeats} < 1: expected some of {', '.join(WORKS)}"
         )
     Path(out).mkdir(parents=True, exist_ok=True)
+    source = provenance()
+    facts = [
+        f"python -m tools benchmark --what speed --repeats {repeats}{f' --only {only!r}' if only else ''}",
+        f"{source['machine']}, {torch.get_num_threads()} threads, fp32 on both sides, {source['date']}, "
+        f"commit {source['commit']}, torch {source['packages']['torch']}, monai {source['packages']['monai']}",
+    ]
     rows = []
     for make in chosen.values():
         work = make()
@@ -203,12 +209,7 @@ def benchmark_speed(out: str | Path, repeats: int = 5, only: str = "") -> pd.Dat
         figures = [statistics.median(ratios), ratios.min(), ratios.max(), *middle]
         rows.append((work.name, "smae_utils", work.peer, *(round(float(v), 3) for v in figures)))
         print(*rows[-1], flush=True)
-    table = pd.DataFrame(rows, columns=COLUMNS)
-    source = provenance()
-    facts = [
-        f"python -m tools benchmark --what speed --repeats {repeats}{f' --only {only!r}' if only else ''}",
-        f"{source['machine']}, {torch.get_num_threads()} threads, fp32 on both sides, {source['date']}, "
-        f"commit {source['commit']}, torch {source['packages']['torch']}, monai {source['packages']['monai']}",
-    ]
-    write_text(Path(out) / "speed.csv", "".join(f"# {fact}\n" for fact in facts) + table.to_csv(index=False))
+        table = pd.DataFrame(rows, columns=COLUMNS)
+        text = "".join(f"# {fact}\n" for fact in facts) + table.to_csv(index=False)
+        write_text(Path(out) / "speed.csv", text)  # after each, since the last ones take minutes
     return table
