@@ -60,6 +60,10 @@ def _ask(*words: str) -> str:
     return subprocess.run(words, capture_output=True, text=True, timeout=30).stdout
 
 
+class NotUp(Exception):
+    """The daemons do not run on this machine, in a container without what they need for instance."""
+
+
 @contextmanager
 def cluster(folder: Path) -> Iterator[Path]:
     """Start one, and stop it afterwards. Programs of SLURM find it by the environment while it is there."""
@@ -86,7 +90,7 @@ def cluster(folder: Path) -> Iterator[Path]:
         while "idle" not in _ask("sinfo", "-h", "-o", "%t"):
             if time.monotonic() > deadline:
                 logs = "".join(p.read_text(errors="replace")[-800:] for p in folder.glob("*.out"))
-                raise RuntimeError(f"SLURM did not come up: {_ask('sinfo')}{logs}")
+                raise NotUp(f"SLURM did not come up: {_ask('sinfo')}{logs}")
             time.sleep(0.5)
         yield folder
     finally:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from slurm_cluster import cluster, why_not
+from slurm_cluster import NotUp, cluster, why_not
 
 from smae_utils.batch.run import run_batch
 from smae_utils.batch.runs import Batch
@@ -46,13 +46,16 @@ def test_jobs_that_are_cancelled_or_run_out_of_time_are_finished(tmp_path):
         ).stdout.split()
         subprocess.run(["scancel", next(name for name in names if name.endswith("_1"))], check=True)
 
-    with cluster(tmp_path / "slurm"):
-        # Two minutes at most; a job is told a minute before, and puts itself back into the queue.
-        parameters = {"timeout_min": 2, "slurm_signal_delay_s": 60, "cpus_per_task": 1}
-        thread = threading.Thread(target=cancel_the_second)
-        thread.start()
-        states = run_batch(file, out, backend="slurm", slurm=parameters)
-        thread.join()
+    try:
+        with cluster(tmp_path / "slurm"):
+            # Two minutes at most; a job is told a minute before, and puts itself back into the queue.
+            parameters = {"timeout_min": 2, "slurm_signal_delay_s": 60, "cpus_per_task": 1}
+            thread = threading.Thread(target=cancel_the_second)
+            thread.start()
+            states = run_batch(file, out, backend="slurm", slurm=parameters)
+            thread.join()
+    except NotUp as error:
+        pytest.skip(f"SLURM is installed and does not start here: {error}")
     assert set(states.values()) == {"done"} == set(Batch.open(out).states().values())
     begun = [len((tmp_path / str(seed)).read_text()) for seed in range(3)]
     assert begun[0] >= 1 and begun[1] >= 2 and begun[2] >= 2  # a machine that is busy may need one more
