@@ -673,6 +673,7 @@ def test_old_names_of_modules_lead_to_the_new_ones_and_say_so():
         f"assert importlib.import_module('smae_utils.{old}') is importlib.import_module('smae_utils.{new}'), "
         f"'{old}'"
         for old, new in MOVED.items()
+        if " " not in new  # of those that were divided see test_architecture.py
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     said = subprocess.run(
