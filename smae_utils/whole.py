@@ -35,8 +35,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def must_be_free(out: Path) -> None:
-    """Raises:
-    UserError: where `out` is a file or a folder that is not empty, so that no result is mixed or overwritten.
+    """Refuse a file, or a folder that is not empty, so that no result is mixed or overwritten.
+
+    Raises:
+        UserError: naming it.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(

@@ -105,10 +105,9 @@ def make_browser() -> str:
     """
     if found := find_browser():
         return found
-    root = hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("apt-get")
     playwright = [str(venv_python()), "-m", "playwright"]
     fetched = subprocess.run([*playwright, "install", "chromium"]).returncode == 0
-    if root and not find_browser():
+    if _may_install() and not find_browser():
         if fetched:  # it is there and lacks libraries of the system
             subprocess.run([*playwright, "install-deps", "chromium"])
         else:  # a network that lets through the packages of the system only
@@ -128,13 +127,17 @@ def make_slurm() -> None:
     Raises:
         UserError: where that failed, with what to run instead.
     """
-    root = hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("apt-get")
-    if not shutil.which("slurmctld") and root:
+    if not shutil.which("slurmctld") and _may_install():
         _install_packages("slurm-wlm", "munge")
     if not shutil.which("slurmctld"):
         raise UserError(
             "no SLURM could be installed: let an administrator run apt-get install slurm-wlm munge"
         )
+
+
+def _may_install() -> bool:
+    """Whether packages of the system can be installed: by root, with apt-get."""
+    return hasattr(os, "geteuid") and os.geteuid() == 0 and bool(shutil.which("apt-get"))
 
 
 def _install_packages(*names: str) -> None:

@@ -18,7 +18,8 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import version
 from pathlib import Path
@@ -58,7 +59,8 @@ class Planned:
         """Changes with the notebook's content, the parameters and the version of this package: what is done with
         another key is not done.
         """
-        said = [self.notebook.read_bytes().hex(), self.parameters, version("smae-utils")]
+        content = _hash_of(self.notebook, self.notebook.stat().st_mtime_ns)
+        said = [content, self.parameters, _version()]
         return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     @property
@@ -68,6 +70,17 @@ class Planned:
             return None
         given = {k: self.parameters[k] for k in ("task", "run_dir", "preset", "seed") if k in self.parameters}
         return run_folder(**given).absolute()
+
+
+@lru_cache
+def _hash_of(file: Path, changed_ns: int) -> str:
+    """Of a file's content, read once for each time it was changed: a batch asks for it all the time."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@lru_cache
+def _version() -> str:
+    return version("smae-utils")
 
 
 def read_batch(file: str | Path) -> list[Planned]:
@@ -125,19 +138,15 @@ def _expand(path: Path, group: str, spec: Any, content: dict) -> list[Planned]:
         notebook = notebook_path(spec["notebook"]).resolve()
     except UserError as error:
         raise UserError(f"{path}: run {group}: {error}") from None
-    fixed, cross = (
-        {
-            **_mapping(path, f"{key!r} of the batch", content.get(key)),
-            **_mapping(path, f"{key!r} of {group}", spec.get(key)),
-        }
-        for key in ("parameters", "cross")
-    )
+    own, own_cross = (_mapping(path, f"{key!r} of {group}", spec.get(key)) for key in ("parameters", "cross"))
+    fixed = {**_mapping(path, "'parameters' of the batch", content.get("parameters")), **own}
+    cross = {**_mapping(path, "'cross' of the batch", content.get("cross")), **own_cross}
     for name, values in cross.items():
         if not isinstance(values, list) or not values or len({str(v) for v in values}) < len(values):
             raise UserError(
                 f"{path}: {name!r} that {group} crosses must be a list of different values, got {values!r}"
             )
-        if name in _mapping(path, "", spec.get("parameters")):
+        if name in own:
             raise UserError(f"{path}: run {group} has {name!r} as a fixed parameter and crosses it: keep one")
     runs = []
     for point in itertools.product(*cross.values()):
@@ -186,7 +195,7 @@ def _joined(path: Path, run: Planned, spec: dict, groups: dict[str, list[Planned
         if not found:
             raise UserError(f"{path}: run {run.name} waits for {group}, of which none has its {run.crossed}")
         names += found
-    return Planned(run.name, run.notebook, run.parameters, run.crossed, tuple(names))
+    return replace(run, after=tuple(names))
 
 
 def _apart(path: Path, runs: list[Planned]) -> None:

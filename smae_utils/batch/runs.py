@@ -47,7 +47,6 @@ class Batch:
                 "parameters": r.parameters,
                 "crossed": r.crossed,
                 "after": r.after,
-                "key": r.key,
             }
             for r in self.runs
         ]
@@ -100,23 +99,20 @@ def read_record(out: Path, run: Planned) -> dict[str, Any]:
 
 def state_of(out: Path, run: Planned) -> str:
     """One of `STATES`, of the run itself."""
-    if ended := end_of(out, run):
-        return ended
+    record = read_record(out, run)
+    if record.get("end_time"):
+        return end_of(out, run, record)
     if is_running(out, run):
         return "running"
-    return "stopped" if read_record(out, run) else "waiting"
+    return "stopped" if record else "waiting"
 
 
-def end_of(out: Path, run: Planned) -> str:
+def end_of(out: Path, run: Planned, record: dict[str, Any]) -> str:
     """ "done" or "failed", and "" of a run that did not come to its end as it is planned now."""
-    record = read_record(out, run)
     if not record.get("end_time"):
         return ""
-    return (
-        "failed"
-        if record.get("exception") or not (out / run.name / f"{run.name}.ipynb").is_file()
-        else "done"
-    )
+    whole = not record.get("exception") and (out / run.name / f"{run.name}.ipynb").is_file()
+    return "done" if whole else "failed"
 
 
 def is_running(out: Path, run: Planned) -> bool:
@@ -142,7 +138,7 @@ def execute(out: str | Path, name: str) -> str:
     folder = batch.out / name
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
-        if end_of(batch.out, run) == "done":
+        if end_of(batch.out, run, read_record(batch.out, run)) == "done":
             return "done"
         record = {"key": run.key, "start_time": now(), "host": platform.node(), "pid": os.getpid()}
         write_text(folder / "run.json", json.dumps(record, indent=1))
@@ -216,7 +212,8 @@ def reason(batch: Batch, name: str) -> str:
     run = batch.of(name)
     if said := read_record(batch.out, run).get("exception"):
         return said
-    if waits := [a for a in run.after if batch.states()[a] != "done"]:
+    states = batch.states()
+    if waits := [a for a in run.after if states[a] != "done"]:
         return f"waits for {', '.join(waits)}"
     log = batch.out / name / "log.txt"
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []

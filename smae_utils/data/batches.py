@@ -101,9 +101,8 @@ def read_middle(
     sample = read_case(transform, case)
     label = sample["label"] if torch.is_tensor(sample.get("label")) else None
     if whole:
-        return ResizeRadiograph(size)(sample)["image"], None if label is None else resize(
-            label, size, label=True
-        )
+        resized = None if label is None else resize(label, size, label=True)
+        return ResizeRadiograph(size)(sample)["image"], resized
     image, *masks = (
         middle(torch.as_tensor(x).as_subclass(Tensor), size)
         for x in (sample["image"], label)

@@ -106,6 +106,11 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def of_main_process(report: Callable[[str], None]) -> Callable[[str], None]:
+    """`report` in the process that reports; what says nothing in the others."""
+    return report if is_main_process() else lambda line: None
+
+
 def in_shares(items: list[Item], work: Callable[[list[Item]], list[Result]]) -> list[Result]:
     """What `work` makes of a list, an entry an item: each of several processes does its share, and all get all."""
     if processes() == 1:

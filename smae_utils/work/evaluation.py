@@ -53,8 +53,7 @@ def evaluate(
         One row a case and class: dsc, hd95_mm (or hd95_px), and whether label and prediction are there; for
             classification target and score.
     """
-    if not devices.is_main_process():
-        report = _silent
+    report = devices.of_main_process(report)
     run = Run.open(run_dir, stage="finetune")
     if split not in ("test", "val"):
         raise UserError(f"split must be test or val, got {split!r}")
@@ -120,10 +119,6 @@ def score_cases(predictor: Predictor, cases: list[Case]) -> float:
 def metrics_file(run_dir: str | Path, split: str = "test") -> Path:
     """Where the figures of a split are."""
     return Run.open(run_dir).path / f"{_of_split('metrics', split)}.json"
-
-
-def _silent(line: str) -> None:
-    """One of several processes says it."""
 
 
 def _of_split(name: str, split: str) -> str:

@@ -114,7 +114,7 @@ class Loop:
                 run.config.get("precision", precision), devices.best_device()
             )
         accelerator, precision = devices.make_accelerator(precision)
-        report = self.report if accelerator.is_main_process else (lambda line: None)
+        report = devices.of_main_process(self.report)
         # Its checks, before a folder is made.
         self._loader(0, 0, accelerator)
         if run.finished:
