@@ -204,10 +204,10 @@ def test_a_kill_leaves_no_orphan_and_the_next_start_finishes(write, tmp_path, vi
 
 
 @pytest.mark.slow
-def test_trainings_of_a_batch_are_found_by_their_figures(tmp_path, write):
+def test_trainings_of_a_batch_are_found_by_their_figures(tmp_path, write, cxr14):
     preset = Path(__file__).parent / "tiny.yaml"
     text = f"""
-parameters: {{task: cxr14, preset: {preset}, run_dir: "{tmp_path}/runs/{{seed}}"}}
+parameters: {{task: cxr14, data_dir: "{cxr14}", preset: {preset}, run_dir: "{tmp_path}/runs/{{seed}}"}}
 cross: {{seed: [3]}}
 runs:
   pretrain: {{notebook: 02_self_pretraining}}

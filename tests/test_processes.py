@@ -60,12 +60,10 @@ def losses(run):
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory):
+def words(cxr14):
     """A command's words about data and settings, for a training of 8 steps that is saved after 4."""
-    data = tmp_path_factory.mktemp("data") / "cxr"
-    assert smae(1, "phantom", "--task", "cxr14", "--out", data, "--n", 60)[0] == 0
     own = ["batch_size=4", "log_every=1", "steps=8", "save_every=4", "val_every=4"]
-    return ["--task", "cxr14", "--data", data, "--preset", TINY, "--set", *own]
+    return ["--task", "cxr14", "--data", cxr14, "--preset", TINY, "--set", *own]
 
 
 @pytest.mark.slow
