@@ -104,7 +104,9 @@ class Unit:
         design = {
             k: v for k, v in self.design.items() if k not in ("pretrain", "finetune")
         } | self.design.get(stage, {})
-        out = {"seed": self.seed, "train_on_val": True, "val_every": 0, "save_every": 10**6, "log_every": 50}
+        # fp32 on every machine, so that rows made on different ones are comparable
+        out: dict[str, Any] = {"seed": self.seed, "precision": "fp32"}
+        out |= {"train_on_val": True, "val_every": 0, "save_every": 10**6, "log_every": 50}
         out |= self.study.all | getattr(self.study, stage) | design | own | (arm or {})
         crops = out.pop("crops", self.study.crops)
         scans = len(self.training if row is None else draw_labelled(self.training, row, self.seed))
