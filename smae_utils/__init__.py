@@ -20,7 +20,7 @@ _DEFINED_IN = {
     "pretrain": "work.pretrain",
     "finetune": "work.finetune",
     "evaluate": "work.evaluation",
-    "compare": "work.evaluation",
+    "compare": "work.comparison",
     "Predictor": "work.predictor",
     "predict": "predict_files",
     "explore": "show.explorer",

@@ -21,14 +21,15 @@ from smae_utils.data.case import Case, case_of
 from smae_utils.data.pictures import read_image
 from smae_utils.data.reading import first_file
 from smae_utils.data.tasks import Task, get_task
-from smae_utils.data.tasks.lists import images_of, is_list
+from smae_utils.data.tasks.list_cases import images_of
+from smae_utils.data.tasks.lists import is_list
 from smae_utils.data.volumes import Volume, read_volume, units_of
+from smae_utils.data.writing import save_nifti, write_mask
 from smae_utils.errors import UserError
 from smae_utils.paths import NIBABEL_ENDINGS, has_ending, split_series
-from smae_utils.show.plots import show_flat_overlay, show_overlay
+from smae_utils.show.result_plots import show_flat_overlay, show_overlay
 from smae_utils.whole import new_folder, write_text
 from smae_utils.work.devices import processes
-from smae_utils.work.evaluation import save_nifti, write_mask
 from smae_utils.work.predictor import Predictor
 from smae_utils.work.progress import Say, WindowProgress, say
 from smae_utils.work.run_folder import Run

@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from smae_utils.cli import main
-from smae_utils.work import check as checking
+from smae_utils.work import check_report
 from smae_utils.work.run_folder import Run
 
 PAGE = Path(__file__).parents[1] / "docs" / "bad_input.md"
@@ -778,7 +778,7 @@ SKIPPED = {
 @contextlib.contextmanager
 def quick() -> Iterator[None]:
     """`check` without its half second of measuring the machine."""
-    with mock.patch.object(checking, "estimate", lambda *_: []):
+    with mock.patch.object(check_report, "estimate", lambda *_: []):
         yield
 
 

@@ -19,7 +19,8 @@ from smae_utils.data import out_of_core
 from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
 from smae_utils.work.build import build_splits, build_transform
-from smae_utils.work.evaluation import compare, evaluate, summarise
+from smae_utils.work.comparison import compare
+from smae_utils.work.evaluation import evaluate, summarise
 from smae_utils.work.finetune import finetune
 from smae_utils.work.grids import region_labels
 from smae_utils.work.metrics import dsc

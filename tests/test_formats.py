@@ -34,12 +34,14 @@ from smae_utils.data.reading import read_channels, read_label, read_mask
 from smae_utils.data.tasks import Task, get_task
 from smae_utils.data.tasks.from_run import record_of, task_from_record
 from smae_utils.data.volumes import Volume, read_volume
+from smae_utils.data.writing import write_mask
 from smae_utils.errors import UserError
 from smae_utils.paths import case_name
 from smae_utils.predict_files import _sizes
 from smae_utils.work import check as checking
+from smae_utils.work import check_report
 from smae_utils.work.build import build_augmentation, build_loss, known_bce
-from smae_utils.work.evaluation import score_masks, write_mask
+from smae_utils.work.evaluation import score_masks
 from smae_utils.work.metrics import mean_auc
 from smae_utils.work.settings import FinetuneSettings
 
@@ -119,7 +121,7 @@ def refused(*words: str):
 
 def checked(file: Path) -> checking.Report:
     """`check` without its half second of measuring the machine."""
-    with mock.patch.object(checking, "estimate", lambda *_: []):
+    with mock.patch.object(check_report, "estimate", lambda *_: []):
         return checking.check(str(file), say=lambda line: None)
 
 

@@ -22,7 +22,9 @@ from smae_utils import predict_files as predict
 from smae_utils.cli import main
 from smae_utils.data.tasks import get_task
 from smae_utils.work import check as checking
+from smae_utils.work import check_report
 from smae_utils.work.build import build_splits, build_transform
+from smae_utils.work.estimate import estimate
 from smae_utils.work.finetune import finetune
 from smae_utils.work.metrics import dsc
 from smae_utils.work.predictor import Predictor
@@ -606,7 +608,7 @@ def spoiled(name: str, folder: Path) -> str:
     "name", ["cut", "nan", "constant", "singular", "channels", "flat", "moved", "values", "shape"]
 )
 def test_check_gives_each_fault_a_line_that_names_the_file(smae, monkeypatch, tmp_path, name):
-    monkeypatch.setattr(checking, "estimate", lambda *_: [])  # measures the machine for seconds
+    monkeypatch.setattr(check_report, "estimate", lambda *_: [])  # measures the machine for seconds
     file = write_list(tmp_path)
     path = spoiled(name, tmp_path)
     code, out, err = smae("check", file)
@@ -641,7 +643,7 @@ def contradictory(path: Path, image: np.ndarray, affine: np.ndarray, sizes) -> s
 def test_a_header_that_contradicts_itself_is_told_and_read_by_its_affine_as_viewers_do(
     trained, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(checking, "estimate", lambda *_: [])
+    monkeypatch.setattr(check_report, "estimate", lambda *_: [])
     image, _ = phantom(3)
     affine = np.array([[-3.0, 0, 0, 20], [0, -3.5, 0, 30], [0, 0, 4, -7], [0, 0, 0, 1]])
     odd = contradictory(tmp_path / "odd.nii.gz", image, affine, (3, 3.7, 4))
@@ -660,7 +662,7 @@ def test_a_header_that_contradicts_itself_is_told_and_read_by_its_affine_as_view
 
 
 def test_check_names_a_qform_that_lies_elsewhere_than_the_sform(tmp_path, monkeypatch):
-    monkeypatch.setattr(checking, "estimate", lambda *_: [])
+    monkeypatch.setattr(check_report, "estimate", lambda *_: [])
     scan = nib.Nifti1Image(phantom()[0], np.diag([*SPACING, 1.0]))
     scan.set_qform(np.array([[3.0, 0, 0, 12], [0, 3.5, 0, 0], [0, 0, 4, 0], [0, 0, 0, 1]]), 1)
     nib.save(scan, tmp_path / "a.nii.gz")
@@ -674,7 +676,7 @@ def test_check_names_a_qform_that_lies_elsewhere_than_the_sform(tmp_path, monkey
 def test_check_looks_at_the_headers_of_masks_and_of_each_channel_and_survives_a_qform_that_is_no_rotation(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(checking, "estimate", lambda *_: [])
+    monkeypatch.setattr(check_report, "estimate", lambda *_: [])
     image, label = phantom()
     affine = np.diag([*SPACING, 1.0])
     write(tmp_path / "a.nii.gz", image, affine)
@@ -703,9 +705,9 @@ def test_check_estimates_the_memory_of_scans_that_are_kept_by_their_own_size(sma
     file = write_list(tmp_path, 4, 0, settings={**small, "spacing_mm": [3, 3, 3]})
     write(tmp_path / "images" / "p0.nii.gz", phantom(0)[0])
     table = checking.check(str(file), preset="demo", say=quiet).table
-    voxels = checking._prepared_voxels(table, get_task(str(file)), "demo")
+    voxels = check_report._prepared_voxels(table, get_task(str(file)), "demo")
     assert voxels == pytest.approx(np.prod(SHAPE) * np.prod(SPACING) / 27)
-    more, less = (checking.estimate(get_task(str(file)), 4, "demo", v)[0] for v in (1e9, 1.0))
+    more, less = (estimate(get_task(str(file)), 4, "demo", v)[0] for v in (1e9, 1.0))
     assert "16.0 GB for scans" in more and "0.0 GB for scans" in less
 
 
@@ -721,7 +723,7 @@ def test_check_proposes_the_spacing_in_the_order_of_axes_that_training_uses(tmp_
 
 
 def test_check_tells_class_one_from_class_eleven(tmp_path, monkeypatch):
-    monkeypatch.setattr(checking, "estimate", lambda *_: [])
+    monkeypatch.setattr(check_report, "estimate", lambda *_: [])
     file = write_list(tmp_path, 1, 0, labels={str(i): f"organ{i}" for i in range(1, 12)})
     write(tmp_path / "labels" / "p0.nii.gz", np.where(phantom(0)[1] == 1, 11, 0).astype(np.uint8))
     remarks = " ".join(checking.check(str(file), say=quiet).remarks)
@@ -788,8 +790,8 @@ def test_a_list_of_dicom_radiographs_is_a_2d_task(tmp_path):
 
 
 def test_a_full_disk_during_predict_leaves_nothing(brats, tiny, bare, tmp_path, monkeypatch):
+    from smae_utils.data import writing as module
     from smae_utils.data.tasks import get_task
-    from smae_utils.work import evaluation as module
     from smae_utils.work.finetune import finetune
     from smae_utils.work.settings import FinetuneSettings
 
@@ -864,7 +866,7 @@ def test_minus_one_is_unknown_and_never_a_class(tmp_path):
 def test_check_and_predict_take_lists_whose_folds_start_at_one_or_whose_masks_are_elsewhere(
     smae, small, trained, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(checking, "estimate", lambda *_: [])
+    monkeypatch.setattr(check_report, "estimate", lambda *_: [])
     file = write_list(tmp_path, 4, 0, settings=small)
     content = json.loads(file.read_text())
     for i, entry in enumerate(content["training"]):
@@ -899,7 +901,7 @@ def test_a_run_on_a_list_like_a_known_task_keeps_the_mean_over_its_subset(tmp_pa
 
 
 def test_unknown_targets_and_ignored_voxels_are_drawn(tmp_path):
-    from smae_utils.show import plots
+    from smae_utils.show import plots, result_plots
 
     figure = plots.show_cases([np.ones((8, 8, 8))], ["c"], [np.full((8, 8, 8), 255, np.uint8)], ("liver",))
     assert figure is not None
@@ -908,5 +910,7 @@ def test_unknown_targets_and_ignored_voxels_are_drawn(tmp_path):
     table = pd.DataFrame(
         {"case": "c", "class": ["a", "b"], "target": pd.array([1, None], dtype="Int64"), "score": [0.5, 0.5]}
     )
-    drawn = plots.show_test_case(task, {"case": "c", "image": str(tmp_path / name)}, {}, {"self": table}, "c")
+    drawn = result_plots.show_test_case(
+        task, {"case": "c", "image": str(tmp_path / name)}, {}, {"self": table}, "c"
+    )
     assert [t.get_text() for t in drawn.axes[1].get_yticklabels()] == ["> a", "b"]

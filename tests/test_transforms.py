@@ -15,13 +15,11 @@ from PIL import Image
 from scipy import ndimage
 
 from smae_utils.data.batches import read_case
+from smae_utils.data.crops import CropByClasses, CropForeground, slab_counts
 from smae_utils.data.tasks import get_task
 from smae_utils.data.transforms import (
-    CropByClasses,
-    CropForeground,
     RandomRadiograph,
     ReadRadiograph,
-    slab_counts,
 )
 from smae_utils.errors import UserError
 from smae_utils.phantoms.shapes import rotation, save_nifti

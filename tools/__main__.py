@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from smae_utils.cli import command_line, run_command
+from smae_utils.command_line import command_line, run_command
 from smae_utils.whole import write_text
 
 

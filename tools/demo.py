@@ -15,7 +15,7 @@ from smae_utils.phantoms import DEFAULT_N, write_phantoms
 from smae_utils.places import need_notebook_packages
 from smae_utils.run_notebook import run_notebook
 from smae_utils.whole import write_text
-from smae_utils.work.evaluation import compare
+from smae_utils.work.comparison import compare
 from smae_utils.work.presets import resolve
 from smae_utils.work.provenance import machine_name, provenance
 from smae_utils.work.run_folder import Run

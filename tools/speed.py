@@ -18,8 +18,8 @@ from monai.networks.nets import UNETR as MonaiUNETR
 from monai.networks.nets import MaskedAutoEncoderViT
 from torch import Tensor, nn
 
+from smae_utils.data.crops import CropByClasses, CropForeground, slab_counts
 from smae_utils.data.tasks import get_task
-from smae_utils.data.transforms import CropByClasses, CropForeground, slab_counts
 from smae_utils.errors import UserError
 from smae_utils.method.mae import MaskedAutoencoder
 from smae_utils.method.patches import patchify

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from smae_utils.data.case import Case, Splits, hold_out
+from smae_utils.data.crops import slab_counts
 from smae_utils.data.tasks import Task
-from smae_utils.data.transforms import ResizeRadiograph, middle, resize, slab_counts
+from smae_utils.data.transforms import ResizeRadiograph, middle, resize
 from smae_utils.errors import UserError
 
 

@@ -4,22 +4,15 @@ on the left, anterior or head up.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
-import nibabel as nib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from nibabel.affines import voxel_sizes
 
 from smae_utils.data.case import IGNORE
-from smae_utils.data.labels import encode_labels
-from smae_utils.data.pictures import read_flat_mask, read_image
-from smae_utils.data.reading import read_channels, read_label, read_mask
-from smae_utils.data.tasks import Task
 from smae_utils.method.mae import MaskedAutoencoder, paste_visible, pixel_mask
 from smae_utils.method.patches import mask_noise, patchify, split_by_noise, unpatchify
 from smae_utils.work.run_folder import Run
@@ -29,7 +22,6 @@ PALETTE = (
     "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#332288", "#88CCEE", "#44AA99", "#999933", "#882255", "#AA4499",
 )  # fmt: skip
 ARM_COLOURS = {"scratch": "#999999", "self": "#0072B2"}
-MOST_NAMES = 14  # in a legend
 PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}
 
 
@@ -55,7 +47,7 @@ def pictures(
     return {name: plane(image, name, at[PLANES[name]]) for name in planes}
 
 
-def _grid(rows: int, columns: int, size: float = 2.2) -> tuple[Figure, np.ndarray]:
+def grid(rows: int, columns: int, size: float = 2.2) -> tuple[Figure, np.ndarray]:
     figure, axes = plt.subplots(
         rows, columns, figsize=(size * columns, size * rows), squeeze=False, layout="constrained"
     )
@@ -81,7 +73,7 @@ def show_cases(
     flat = images[0].ndim == 2
     columns = min(len(images), 4) if flat else 3
     rows = -(-len(images) // columns) if flat else len(images)
-    figure, axes = _grid(rows, columns)
+    figure, axes = grid(rows, columns)
     for i, (image, title) in enumerate(zip(images, titles)):
         at = centre_of(labels[i]) if labels is not None and labels[i].any() else None
         row = axes.flat[i : i + 1] if flat else axes[i]
@@ -137,10 +129,10 @@ def show_masks(
     for ratio in mask_ratios:
         mask = split_by_noise(noise, ratio)[2]
         shown[f"{ratio:.0%} hidden"] = draw_mask(image[None], mask, patch_size)
-    return _show_columns(shown, _scale(image[0].numpy()))
+    return _show_columns(shown, scale_of(image[0].numpy()))
 
 
-def _scale(image: np.ndarray) -> tuple[float, float]:
+def scale_of(image: np.ndarray) -> tuple[float, float]:
     return tuple(np.percentile(image, (1, 99.5)))
 
 
@@ -149,7 +141,7 @@ def _show_columns(shown: dict[str, np.ndarray], scale: tuple[float, float]) -> F
     own.
     """
     flat = next(iter(shown.values())).ndim == 2
-    figure, axes = _grid(1 if flat else 3, len(shown))
+    figure, axes = grid(1 if flat else 3, len(shown))
     for column, (name, image) in enumerate(shown.items()):
         for row, (view, picture) in enumerate(pictures(image).items()):
             axis = axes[row, column]
@@ -189,7 +181,7 @@ def show_reconstruction(
         "visible + predicted": pasted[0, channel].numpy(),
         "error": (pasted - batch).abs()[0, channel].numpy(),
     }
-    figure = _show_columns(shown, _scale(batch[0, channel].numpy()))
+    figure = _show_columns(shown, scale_of(batch[0, channel].numpy()))
     note = "true patch mean and std put back in" if model.norm_pix_loss else "predicted intensities"
     figure.supxlabel(f"loss on hidden patches {out.loss:.3f}; {note}", fontsize=8)
     return figure
@@ -203,7 +195,7 @@ def show_target(model: MaskedAutoencoder, image: torch.Tensor) -> Figure:
         0, 0
     ].numpy()
     original = image[0].numpy()
-    low, high = _scale(original)
+    low, high = scale_of(original)
     # Both on one scale: the target's -2 .. 2 is stretched over the image's range.
     stretched = (np.clip(target, -2, 2) + 2) / 4 * (high - low) + low
     return _show_columns({"image": original, "what the loss sees": stretched}, (low, high))
@@ -217,7 +209,7 @@ def show_positions(model: MaskedAutoencoder, patch: int | None = None) -> Figure
     grid = model.grid
     patch = int(np.ravel_multi_index([g // 2 for g in grid], grid)) if patch is None else patch
     similarity = (table @ table[patch]).reshape(grid).numpy()
-    figure, axes = _grid(1, 1, 3)
+    figure, axes = grid(1, 1, 3)
     picture = similarity if similarity.ndim == 2 else plane(similarity, "axial")
     drawn = axes[0, 0].imshow(picture, cmap="cividis")
     axes[0, 0].set_title(f"positions: similarity to patch {patch}", fontsize=9)
@@ -252,149 +244,4 @@ def show_curves(
     axis.set(xlabel="step", ylabel=ylabel)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, frameon=False)
-    return figure
-
-
-def _legend(figure: Figure, classes: Sequence[str], labels: Iterable[np.ndarray]) -> None:
-    """Names of the classes that are drawn; of more than `MOST_NAMES`, the largest."""
-    counts = sum(
-        np.bincount(values.ravel(), minlength=len(classes) + 1)[: len(classes) + 1] for values in labels
-    )
-    found = [i for i in np.argsort(-counts[1:], kind="stable") if counts[i + 1]]
-    handles = [Patch(color=PALETTE[i % len(PALETTE)], label=classes[i]) for i in sorted(found[:MOST_NAMES])]
-    if len(found) > MOST_NAMES:
-        handles.append(Patch(color="none", label=f"and {len(found) - MOST_NAMES} more"))
-    if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
-
-
-def show_overlay(
-    image: np.ndarray, label: np.ndarray, predictions: dict[str, np.ndarray], classes: Sequence[str], title: str = "",
-    spacing_mm: Sequence[float] = (1.0, 1.0, 1.0), first: str = "label",
-) -> Figure:  # fmt: skip
-    """One scan (X, Y, Z): the label, then each arm's prediction, outlined in the planes with most labelled
-    voxels, in true proportions.
-    """
-    shown = {first: label, **predictions}
-    figure, axes = _grid(len(shown), 3)
-    at = centre_of(label) if label.any() else None
-    low, high = _scale(image)
-    for row, (name, values) in zip(axes, shown.items()):
-        for axis, (view, picture), outline in zip(
-            row, pictures(image, at=at).items(), pictures(values, at=at).values()
-        ):
-            across, up = (spacing_mm[a] for a in range(3) if a != PLANES[view])
-            axis.imshow(
-                picture, cmap="gray", vmin=low, vmax=high, interpolation="nearest", aspect=up / across
-            )
-            draw_outlines(axis, outline, len(classes))
-            axis.set_title(f"{name}, {view}", fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    _legend(figure, classes, shown.values())
-    return figure
-
-
-def show_comparison(table, metric: str) -> Figure:
-    """Bars of a `compare` table, a pair a class."""
-    rows = table[(table["class"] != "mean") & (table.metric == metric)]
-    place = np.arange(len(rows))
-    figure, axis = plt.subplots(figsize=(6.5, 0.32 * len(rows) + 1.2), layout="constrained")
-    for offset, arm in ((0.2, "scratch"), (-0.2, "self")):
-        axis.barh(place + offset, rows[arm], height=0.38, label=arm, color=ARM_COLOURS[arm])
-    # No bar is no figure, not 0: the class cannot be scored.
-    names = [
-        f"{r['class']} (n/a)" if np.isnan(r["scratch"]) or np.isnan(r["self"]) else r["class"]
-        for _, r in rows.iterrows()
-    ]
-    axis.set_yticks(place, names)
-    axis.invert_yaxis()
-    axis.set(xlabel=metric, xlim=(0, 1))
-    axis.grid(axis="x", alpha=0.3)
-    axis.legend(fontsize=8, frameon=False, loc="lower right")
-    return figure
-
-
-def show_flat_overlay(
-    image: np.ndarray,
-    label: np.ndarray,
-    predictions: dict[str, np.ndarray],
-    classes: Sequence[str],
-    title: str = "",
-    first: str = "label",
-) -> Figure:
-    """One 2D image (H, W): the label, then each arm's prediction, outlined."""
-    shown = {first: label, **predictions}
-    figure, axes = _grid(1, len(shown), 3)
-    for axis, (name, values) in zip(axes[0], shown.items()):
-        axis.imshow(image, cmap="gray", interpolation="nearest")
-        draw_outlines(axis, values, len(classes))
-        axis.set_title(name, fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    _legend(figure, classes, shown.values())
-    return figure
-
-
-def show_test_case(task: Task, case: dict, runs: dict[str, Path], tables: dict, title: str) -> Figure:
-    """One test case: the scan with label and each arm's prediction, or the whole image beside targets and
-    scores.
-    """
-    if task.kind == "classification":
-        return _show_scores(task, case, tables, title)
-    label, scan = read_label(case, task)
-    names = task.label_names
-    ending = ".png" if scan is None else ".nii.gz"
-    files = {arm: run / "predictions" / f"{case['case']}{ending}" for arm, run in runs.items()}
-    if scan is None:
-        predicted = {arm: encode_labels(read_flat_mask(file), task, str(file)) for arm, file in files.items()}
-        return show_flat_overlay(
-            np.asarray(read_image(case["image"]).convert("L")), label, predicted, names, title
-        )
-    picture = scan.values[0].astype(np.float32)
-    if task.window:
-        picture = picture.clip(*task.window)
-    predicted = {arm: encode_labels(read_mask(file, scan), task, str(file)) for arm, file in files.items()}
-
-    def canonical(values: np.ndarray) -> nib.Nifti1Image:
-        return nib.as_closest_canonical(nib.Nifti1Image(values, scan.affine))
-
-    drawn = canonical(picture)
-    arms = {arm: np.asarray(canonical(values).dataobj) for arm, values in predicted.items()}
-    return show_overlay(
-        np.asarray(drawn.dataobj),
-        np.asarray(canonical(label).dataobj),
-        arms,
-        names,
-        title,
-        voxel_sizes(drawn.affine),
-    )
-
-
-def _middle_picture(task: Task, case: dict) -> np.ndarray:
-    """A 2D image, or the middle axial plane of a 3D scan, in grey."""
-    if task.spatial_dims == 2:
-        return np.asarray(read_image(case["image"]).convert("L"))
-    scan = read_channels(case["image"])
-    values = np.asarray(
-        nib.as_closest_canonical(nib.Nifti1Image(scan.values[0].astype(np.float32), scan.affine)).dataobj
-    )
-    return plane(values.clip(*task.window) if task.window else values, "axial")
-
-
-def _show_scores(task: Task, case: dict, tables: dict, title: str) -> Figure:
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(7.5, 3.4), layout="constrained", width_ratios=(1, 1.1)
-    )
-    left.imshow(_middle_picture(task, case), cmap="gray")
-    left.set(xticks=[], yticks=[], title=title)
-    place = np.arange(len(task.classes))
-    for offset, (arm, table) in zip((0.2, -0.2), tables.items()):
-        rows = table[table.case == case["case"]].set_index("class").loc[list(task.classes)]
-        right.barh(place + offset, rows.score, height=0.38, label=arm, color=ARM_COLOURS[arm])
-    targets = rows.target.astype(float)
-    right.set_yticks(
-        place, [f"{'> ' if t == 1 else ''}{name}" for name, t in zip(task.classes, targets)], fontsize=7
-    )
-    right.invert_yaxis()
-    right.set(xlabel="predicted probability (> marks findings that are there)", xlim=(0, 1))
-    right.legend(fontsize=7, frameon=False)
     return figure

@@ -1,4 +1,4 @@
-"""Evaluation on the test cases, on each scan's own grid, and the comparison of two arms."""
+"""Evaluation on the test cases, on each scan's own grid."""
 
 from __future__ import annotations
 
@@ -8,29 +8,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 
 from smae_utils.data.batches import read_case
 from smae_utils.data.case import Case
 from smae_utils.data.reading import read_label
 from smae_utils.data.tasks import Task, task_of
 from smae_utils.data.tasks.lists import is_list
-from smae_utils.data.volumes import Volume
+from smae_utils.data.writing import write_mask
 from smae_utils.errors import UserError
 from smae_utils.whole import write_text
 from smae_utils.work import devices
 from smae_utils.work.build import build_splits
+from smae_utils.work.comparison import of_split
 from smae_utils.work.grids import dsc_of_classes, ignoring, label_map
 from smae_utils.work.metrics import dsc, hd95_mm, mean_auc
 from smae_utils.work.predictor import Predictor
 from smae_utils.work.progress import Say, WindowProgress, say
 from smae_utils.work.rebuild import settings_of
 from smae_utils.work.run_data import find_data
-from smae_utils.work.run_folder import FREE_SETTINGS, Run, said_of_list
+from smae_utils.work.run_folder import Run
 from smae_utils.work.settings import FinetuneSettings
 
 
@@ -79,14 +78,12 @@ def evaluate(
     if task.kind == "classification":
         table = _classification_rows(predictor, cases)
     else:
-        masks = run.path / _of_split("predictions", split) if save_masks else None
+        masks = run.path / of_split("predictions", split) if save_masks else None
         table = _segmentation_rows(predictor, cases, masks, report)
     summary = summarise(table, task)
     if devices.is_main_process():
-        write_text(run.path / f"{_of_split('metrics', split)}.csv", table.to_csv(index=False))
-        run.write_json(
-            f"{_of_split('metrics', split)}.json", {"split": split, "cases": len(cases), **summary}
-        )
+        write_text(run.path / f"{of_split('metrics', split)}.csv", table.to_csv(index=False))
+        run.write_json(f"{of_split('metrics', split)}.json", {"split": split, "cases": len(cases), **summary})
     means = "  ".join(f"{k} {v:.4g}" for k, v in summary["mean"].items())
     report(f"{run.path.name}: {len(cases)} {split} cases  {means}  ({time.monotonic() - started:.0f} s)")
     return table
@@ -114,16 +111,6 @@ def score_cases(predictor: Predictor, cases: list[Case]) -> float:
     classes = [column[np.isfinite(column)] for column in np.array(scores, float).T]
     means = [column.mean() for column in classes if len(column)]
     return float(np.mean(means)) if means else float("nan")
-
-
-def metrics_file(run_dir: str | Path, split: str = "test") -> Path:
-    """Where the figures of a split are."""
-    return Run.open(run_dir).path / f"{_of_split('metrics', split)}.json"
-
-
-def _of_split(name: str, split: str) -> str:
-    """Names of results: the test part has the plain ones."""
-    return name if split == "test" else f"{name}_{split}"
 
 
 def _labelled(cases: list[Case] | None, split: str, where: str | Path, report: Say) -> list[Case]:
@@ -214,34 +201,6 @@ def score_masks(
     return rows
 
 
-def write_mask(stem: Path, labels: np.ndarray, task: Task, image: Volume | None) -> Path:
-    """Label numbers -> a file with the values that the task's own masks have: NIfTI on the image's grid, or
-    PNG for 2D.
-    """
-    stored = task.written_labels[labels]
-    if image is None:
-        path = stem.with_name(stem.name + ".png")
-        part = path.with_name(f".part_{path.name}")
-        Image.fromarray(stored if stored.dtype == np.uint8 else stored.astype(np.uint16)).save(
-            part, format="PNG"
-        )
-        part.replace(path)
-        return path
-    path = stem.with_name(stem.name + ".nii.gz")
-    save_nifti(path, stored, image.affine, image.units, "labels: see labels.json")
-    return path
-
-
-def save_nifti(path: Path, values: np.ndarray, affine: np.ndarray, units: tuple[str, str], text: str) -> None:
-    """Write a NIfTI; a kill leaves no half file."""
-    image = nib.Nifti1Image(values, affine)
-    image.header.set_xyzt_units(*(u if u != "unknown" else None for u in units))
-    image.header["descrip"] = text[:79]
-    part = path.with_name(f".part_{path.name}")
-    nib.save(image, part)
-    part.replace(path)
-
-
 def summarise(table: pd.DataFrame, task: Task) -> dict[str, Any]:
     """Per class and mean figures of a per-case table. Means are over the classes' means; what is NaN is left
     out.
@@ -287,72 +246,3 @@ def summarise(table: pd.DataFrame, task: Task) -> dict[str, Any]:
 def _mean(values) -> float:
     finite = [v for v in values if np.isfinite(v)]
     return float(np.mean(finite)) if finite else float("nan")
-
-
-def per_class(run_dir: str | Path) -> pd.DataFrame:
-    """The figures of each class of an evaluated run, a row a class."""
-    return pd.DataFrame(read_metrics(run_dir)["classes"]).T.astype(float).round(3)
-
-
-def read_metrics(run_dir: str | Path, split: str = "test") -> dict[str, Any]:
-    """metrics.json of an evaluated run, or that of another split."""
-    import json
-
-    file = metrics_file(run_dir, split)
-    if not file.is_file():
-        raise UserError(f"{file} does not exist: run 'python -m smae_utils evaluate' on this run first")
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def _precisions(config: dict) -> set[str]:
-    """In which precisions a run was computed: its first sitting's, and those it went on in."""
-    return {config.get("precision", ""), *(sitting["precision"] for sitting in config.get("segments", ()))}
-
-
-def compare(scratch: str | Path, self_pretrained: str | Path) -> pd.DataFrame:
-    """The table scratch | self pre-trained | difference, a row a mean figure and class.
-
-    Raises:
-        UserError: if the runs differ in task, test cases or settings other than what the arms may have of
-            their own.
-    """
-    runs = [Run.open(p, "finetune").config for p in (scratch, self_pretrained)]
-    free = ("lr", "base_lr", "layer_decay", "encoder_lr")
-    for what in ("task", "cases"):
-        one, other = (
-            (said_of_list(config) or config["task"]) if what == "task" else config[what] for config in runs
-        )
-        if one != other:  # of a list what it says counts, not where it lay
-            raise UserError(
-                f"{scratch} and {self_pretrained} differ in {what}: only runs on the same cases can be "
-                "compared"
-            )
-    free_too = (*free, *FREE_SETTINGS)
-    different = [
-        k for k, v in runs[0]["settings"].items() if v != runs[1]["settings"].get(k) and k not in free_too
-    ]
-    if different or _precisions(runs[0]) != _precisions(runs[1]):
-        names = ", ".join(different or ["precision"])
-        raise UserError(
-            f"{scratch} and {self_pretrained} differ in {names}: only {', '.join(free)} may differ between "
-            "arms"
-        )
-    a, b = (read_metrics(p) for p in (scratch, self_pretrained))
-    if a["split"] != b["split"]:
-        raise UserError(
-            f"{scratch} was scored on {a['split']} cases, {self_pretrained} on {b['split']}: evaluate both "
-            "on the same"
-        )
-    inits = [config["init"] == "scratch" for config in runs]
-    if inits == [False, True]:
-        raise UserError(
-            f"{scratch} is the self pre-trained run, {self_pretrained} the one from scratch: give scratch "
-            "first"
-        )
-    key = "auc" if "mauc" in a["mean"] else "dsc"
-    rows = [("mean", metric, a["mean"][metric], b["mean"][metric]) for metric in a["mean"]]
-    rows += [(name, key, a["classes"][name][key], b["classes"][name][key]) for name in a["classes"]]
-    table = pd.DataFrame(rows, columns=["class", "metric", "scratch", "self"]).astype(
-        {"scratch": float, "self": float}
-    )
-    return table.assign(difference=table["self"] - table["scratch"])

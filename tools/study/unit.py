@@ -21,8 +21,9 @@ from smae_utils.method.checkpoints.save import WEIGHTS
 from smae_utils.show.linear_probe import effective_rank, linear_probe, read_tokens
 from smae_utils.whole import new_file
 from smae_utils.work.build import build_model
+from smae_utils.work.comparison import read_metrics
 from smae_utils.work.cost import crop_cost
-from smae_utils.work.evaluation import evaluate, read_metrics
+from smae_utils.work.evaluation import evaluate
 from smae_utils.work.finetune import finetune
 from smae_utils.work.pretrain import pretrain
 from smae_utils.work.provenance import provenance

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from smae_utils.data.case import Splits
+from smae_utils.data.tasks.list_cases import no_reader, splits_of_list
 from smae_utils.data.tasks.list_files import read_list
-from smae_utils.data.tasks.lists import no_reader, splits_of_list
 from smae_utils.data.tasks.record import Task
 
 FIELDS = (

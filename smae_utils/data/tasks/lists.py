@@ -21,22 +21,19 @@ CSV:
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from smae_utils.data.case import Case, Splits, files_of, hold_out
+from smae_utils.data.case import files_of
+from smae_utils.data.tasks.list_cases import no_reader, splits_of_list
 from smae_utils.data.tasks.list_files import read_list
-from smae_utils.data.tasks.list_labels import class_names, class_vector, mask_classes
+from smae_utils.data.tasks.list_labels import class_names, mask_classes
 from smae_utils.data.tasks.record import Task
 from smae_utils.data.tasks.registry import named_task
 from smae_utils.errors import UserError
-from smae_utils.paths import FLAT_ENDINGS, VOLUME_ENDINGS, case_name, is_dicom, split_series
+from smae_utils.paths import FLAT_ENDINGS, VOLUME_ENDINGS, is_dicom
 
 SIDES = re.compile(r"(?:^|[^a-z])(?:left|right|[lr]h?)(?:[^a-z]|$)", re.IGNORECASE)
 
@@ -263,161 +260,3 @@ def _guess_task(path: Path, content: dict[str, Any]) -> Task:
     return Task(
         "", "", "classification", dims, channels, class_names(path, content, labels), no_reader, **shared
     )
-
-
-def no_reader(*_) -> Splits:
-    raise NotImplementedError
-
-
-def splits_of_list(
-    path: Path,
-    cases: dict[str, list[dict]],
-    task: Task,
-    data_dir: Path,
-    seed: int = 0,
-    fold: int | None = 0,
-    strict: bool = True,
-) -> Splits:
-    """Paths relative to `data_dir`, or to the list file where that is its own folder; a tenth of the patients
-    is held out when nothing is.
-
-    Args:
-        strict: refuse class names that the task does not have; else they are left out (the list has got new
-            ones since a run).
-    """
-    root = path.parent if str(data_dir) in ("", ".") else Path(data_dir)
-    cases = _by_fold(path, cases, fold)
-    out: Splits = {}
-    seen: dict[str, str] = {}
-    files: dict[str, str] = {}
-    every = [entry for entries in cases.values() for entry in entries]
-    _all_there(path, root, every, task.kind)
-    names = dict(zip(map(id, every), _names(every)))
-    for split, entries in cases.items():
-        out[split] = []
-        for entry in entries:
-            case = _case(path, root, {"case": names[id(entry)], **entry}, task, strict)
-            if case["case"].casefold() in seen:
-                where = f"{seen[case['case'].casefold()]} and {split}"
-                raise UserError(
-                    f"{path} lists {case['case']} twice ({where}): each scan once; add 'case' where names "
-                    "clash"
-                )
-            seen[case["case"].casefold()] = split
-            for file in files_of(case["image"]):
-                place = _resolved(file)
-                if place in files:
-                    raise UserError(
-                        f"{path} lists {file} twice, as {files[place]} and as {case['case']}: each scan once"
-                    )
-                files[place] = case["case"]
-            out[split].append(case)
-    patients = {split: {c["patient"] for c in cases} for split, cases in out.items()}
-    for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
-        if shared := patients[a] & patients[b]:
-            raise UserError(
-                f"{path}: patient {min(shared)} is in {a} and in {b}: the figures would flatter; keep a "
-                "patient in one split"
-            )
-    if not out["val"] and len(patients["train"]) > 1:
-        out["train"], out["val"] = hold_out(out["train"], 0.1, seed)
-    return out
-
-
-def _names(entries: list[dict]) -> list[str]:
-    """A name for each entry: its own `case`, or its file's; files of one name in several folders
-    (`p1/t1.nii`, `p2/t1.nii`) get as much of their folders before it as tells them apart."""
-    images = [entry["image"][0] if isinstance(entry["image"], list) else entry["image"] for entry in entries]
-    names = [str(entry.get("case") or case_name(image)) for entry, image in zip(entries, images)]
-    for depth in range(2, 8):
-        counts = Counter(name.casefold() for name in names)
-        for i, (entry, image) in enumerate(zip(entries, images)):
-            if counts[names[i].casefold()] > 1 and "case" not in entry:
-                folders = [part for part in Path(image).parts[-depth:-1] if part not in ("..", ".", "/")]
-                names[i] = "_".join([*folders, case_name(image)])
-    return names
-
-
-def _by_fold(path: Path, cases: dict[str, list[dict]], fold: int | None) -> dict[str, list[dict]]:
-    """MONAI's lists give training entries a fold; one fold validates, the others train. None: nobody trains,
-    so all stay where they are.
-    """
-    folds = {e["fold"] for e in cases["train"] if "fold" in e}
-    if not folds or cases["val"] or fold is None:
-        return cases
-    if fold not in folds:
-        raise UserError(
-            f"{path}: no training entry has fold {fold}: there are {', '.join(map(str, sorted(folds)))}; "
-            "choose by --set fold=N"
-        )
-    train = [e for e in cases["train"] if e.get("fold") != fold]
-    return {
-        "train": train,
-        "val": [e for e in cases["train"] if e.get("fold") == fold],
-        "test": cases["test"],
-    }
-
-
-def images_of(path: str | Path) -> list[Case]:
-    """All images that a list names, whatever their split, for prediction: masks and patients are not looked
-    at.
-
-    Raises:
-        UserError: naming the images that are not there.
-    """
-    path = Path(path)
-    every = [
-        {k: v for k, v in e.items() if k != "label"}
-        for entries in read_list(path)["cases"].values()
-        for e in entries
-    ]
-    _all_there(path, path.parent, every, "")
-    bare = Task("", "", "segmentation", 3, (), (), no_reader)
-    return [
-        _case(path, path.parent, {"case": name, **entry}, bare, False)
-        for name, entry in zip(_names(every), every)
-    ]
-
-
-def _resolved(file: str) -> str:
-    """Where a file really lies: links and `..` followed."""
-    folder, series = split_series(file)
-    return f"{folder.resolve()}#{series}"
-
-
-def _all_there(path: Path, root: Path, entries: Iterable[dict], kind: str) -> None:
-    """Refuse a list whose files are not all there, naming them: a mistake in a path is seldom alone."""
-    missing = []
-    for entry in entries:
-        names = files_of(entry["image"])
-        missing += [str(root / n) for n in names if not split_series(root / n)[0].exists()]
-        if "label" in entry and kind == "segmentation" and not (root / str(entry["label"])).is_file():
-            missing.append(str(root / str(entry["label"])))
-    if missing := list(dict.fromkeys(missing)):
-        some = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise UserError(
-            f"{path} names {some}, which {'does' if len(missing) == 1 else 'do'} not exist: paths are "
-            f"relative to {root}"
-        )
-
-
-def _case(path: Path, root: Path, entry: dict, task: Task, strict: bool) -> Case:
-    images = [str(root / name) for name in files_of(entry["image"])]
-    case: Case = {"case": str(entry["case"]), "image": images if len(images) > 1 else images[0]}
-    if not case["case"] or "/" in case["case"] or "\\" in case["case"]:
-        raise UserError(
-            f"{path}: 'case' names files of results, so it can hold no slash, got {case['case']!r}"
-        )
-    case["patient"] = str(entry.get("patient", case["case"]))
-    if "label" not in entry:
-        return case
-    if task.kind == "segmentation":
-        case["label"] = str(root / str(entry["label"]))
-        return case
-    case["label"] = class_vector(path, case["case"], entry["label"], task.classes, strict)
-    if np.isnan(case["label"]).all():
-        del case["label"]
-    return case
-
-
-__all__ = ["is_list", "task_from_list"]

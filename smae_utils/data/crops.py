@@ -1,0 +1,90 @@
+"""Random crops around foreground and around classes, with MONAI's own draws, but without lists of all voxels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai import transforms as mt
+
+
+def slab_counts(label: torch.Tensor) -> torch.Tensor:
+    """(X, K) voxels of each label number in each slab label[0, x] of (1, X, ...); K is one more than the largest."""
+    flat = label[0].flatten(1).long()
+    kinds = int(flat.max()) + 1
+    places = flat + kinds * torch.arange(len(flat))[:, None]
+    return torch.bincount(places.flatten(), minlength=len(flat) * kinds).view(len(flat), kinds)
+
+
+def slab_of(ends: torch.Tensor, place: int) -> tuple[int, int]:
+    """(slab, number within it) of the voxel number `place`, where `ends` (X,) counts voxels up to each slab."""
+    slab = int(torch.searchsorted(ends, place, right=True))
+    return slab, place - (int(ends[slab - 1]) if slab else 0)
+
+
+class CropForeground(mt.RandomizableTransform):
+    """Crops around voxels that are foreground, each as likely, or around any where there are none: as MONAI's
+    RandWeightedCropd draws them from a map of ones and zeros, without sums over the whole map.
+    """
+
+    def __init__(self, size: Sequence[int], count: int):
+        super().__init__()
+        self.size, self.count = tuple(size), count
+
+    def __call__(self, data: dict) -> list[dict]:
+        image = data["image"]
+        # Corners that keep a crop inside, and the centres that belong to them.
+        free = [max(1, n - c) for n, c in zip(image.shape[1:], self.size)]
+        starts = [min(c, n) // 2 for n, c in zip(image.shape[1:], self.size)]
+        centres = tuple(slice(o, o + n) for o, n in zip(starts, free))
+        found = is_foreground(image[(slice(None), *centres)]).any(0)
+        ends = found.flatten(1).sum(1).cumsum(0)
+        total = int(ends[-1])
+        if total:
+            drawn = [slab_of(ends, int(r * total)) for r in self.R.random(self.count)]
+            corners = [(slab, *found[slab].nonzero()[inside].tolist()) for slab, inside in drawn]
+        else:
+            corners = [np.unravel_index(i, found.shape) for i in self.R.randint(0, found.numel(), self.count)]
+        boxes = [tuple(slice(o, o + c) for o, c in zip(corner, self.size)) for corner in corners]
+        return [{**data, "image": image[(slice(None), *box)]} for box in boxes]
+
+
+class ClassVoxels:
+    """The flat indices of the voxels of one label number, in order: one is looked up in its slab alone."""
+
+    def __init__(self, label: torch.Tensor, counts: torch.Tensor, number: int):
+        self.label, self.number = label[0], number
+        own = counts[:, number] if number < counts.shape[1] else torch.zeros(len(counts), dtype=torch.long)
+        self.ends = own.cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, place: int) -> int:
+        slab, inside = slab_of(self.ends, place)
+        found = (self.label[slab].flatten() == self.number).nonzero()
+        return slab * self.label[0].numel() + int(found[inside])
+
+
+class CropByClasses(mt.RandCropByLabelClassesd):
+    """MONAI's, with the same draws, but without a list of all voxels of all classes for each crop.
+
+    A sample may bring `class_counts` (`slab_counts` of its label), which are then not counted again.
+    """
+
+    def __call__(self, data: dict, lazy: bool | None = None) -> list[dict]:
+        self.counts = data.get("class_counts")
+        return super().__call__(data, lazy)
+
+    def randomize(self, label: torch.Tensor, indices: Any = None, image: Any = None) -> None:
+        plain = torch.as_tensor(label).as_subclass(torch.Tensor)
+        counts = slab_counts(plain) if self.counts is None else self.counts
+        voxels = [ClassVoxels(plain, counts, number) for number in range(self.cropper.num_classes)]
+        super().randomize(label, voxels if indices is None else indices, image)
+
+
+def is_foreground(image: torch.Tensor) -> torch.Tensor:
+    """Voxels that hold something: not the value to which the normalisation maps air and empty background."""
+    return image != 0

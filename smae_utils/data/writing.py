@@ -1,0 +1,40 @@
+"""Files of predictions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from PIL import Image
+
+from smae_utils.data.tasks import Task
+from smae_utils.data.volumes import Volume
+
+
+def write_mask(stem: Path, labels: np.ndarray, task: Task, image: Volume | None) -> Path:
+    """Label numbers -> a file with the values that the task's own masks have: NIfTI on the image's grid, or
+    PNG for 2D.
+    """
+    stored = task.written_labels[labels]
+    if image is None:
+        path = stem.with_name(stem.name + ".png")
+        part = path.with_name(f".part_{path.name}")
+        Image.fromarray(stored if stored.dtype == np.uint8 else stored.astype(np.uint16)).save(
+            part, format="PNG"
+        )
+        part.replace(path)
+        return path
+    path = stem.with_name(stem.name + ".nii.gz")
+    save_nifti(path, stored, image.affine, image.units, "labels: see labels.json")
+    return path
+
+
+def save_nifti(path: Path, values: np.ndarray, affine: np.ndarray, units: tuple[str, str], text: str) -> None:
+    """Write a NIfTI; a kill leaves no half file."""
+    image = nib.Nifti1Image(values, affine)
+    image.header.set_xyzt_units(*(u if u != "unknown" else None for u in units))
+    image.header["descrip"] = text[:79]
+    part = path.with_name(f".part_{path.name}")
+    nib.save(image, part)
+    part.replace(path)
