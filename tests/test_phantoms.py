@@ -81,7 +81,8 @@ def test_btcv_scans_are_int16_hu_with_labels_on_the_same_grid_in_several_orienta
 
 
 def test_organs_of_a_group_cannot_be_told_apart_by_their_hu():
-    from smae_utils.phantoms.ct import ORGANS, make_case
+    from smae_utils.phantoms.ct import make_case
+    from smae_utils.phantoms.ct_anatomy import ORGANS
 
     groups = (
         ("liver", "spleen"),
@@ -176,7 +177,7 @@ def test_every_tumour_region_occurs(brats):
 
 def test_prevalence_of_each_finding_lies_between_10_and_25_percent():
     from smae_utils.phantoms.shapes import case_rng
-    from smae_utils.phantoms.xray import draw_findings
+    from smae_utils.phantoms.xray_findings import draw_findings
 
     drawn = [draw_findings(case_rng(0, patient, 1), case_rng(0, patient, 2)) for patient in range(1500)]
     names = get_task("cxr14").classes

@@ -20,64 +20,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from smae_utils.phantoms import mri_head as head
+from smae_utils.phantoms.mri_head import TISSUES, Canvas, Latents
+from smae_utils.phantoms.mri_tumour import Decoys, Tumour, draw_decoys, draw_tumour, paint_tumour
 from smae_utils.phantoms.shapes import (
     case_rng,
-    coverage,
-    ellipsoid,
     grid_mm,
     rotation,
     save_nifti,
     to_body,
-    tube,
 )
 
 AXCODES = ("RAS", "LPS", "LAS", "RPS", "LPI", "PSR")
-EDEMA, NON_ENHANCING, ENHANCING = 1, 2, 3
-WEAK_SHARE = 0.15  # of patients, whose tumour enhances little and on one side only
-
-TISSUES = {  # brightness in FLAIR, T1w, T1gd, T2w, with white matter in T1w as 1
-    "csf": (0.14, 0.25, 0.25, 1.00),
-    "grey": (0.64, 0.72, 0.75, 0.62),
-    "white": (0.52, 1.00, 1.01, 0.44),
-    "deep grey": (0.60, 0.82, 0.85, 0.52),
-    "vein": (0.22, 0.42, 1.45, 0.20),  # flowing blood is dark but for the contrast medium
-    "old fluid": (
-        0.46,
-        0.42,
-        0.44,
-        0.94,
-    ),  # with protein, so that FLAIR does not darken it: the same as in a tumour
-    "gliosis": (0.86, 0.76, 0.77, 0.78),
-    "edema": (0.86, 0.76, 0.77, 0.78),
-    "non-enhancing": (0.48, 0.43, 0.46, 0.92),
-    "enhancing": (0.76, 0.66, 1.20, 0.69),
-    "weakly enhancing": (0.76, 0.64, 1.04, 0.72),
-}
-
-
-class Latents(NamedTuple):
-    """What makes a patient, each number in -1..1."""
-
-    size: float
-    aspect: float
-    turn_x: float
-    turn_y: float
-    turn_z: float
-    asymmetry: float
-    ventricles: float
-    atrophy: float
-    fold: float
-    tumour_azimuth: float  # sign: the side; magnitude: from the back of the brain to the front
-    tumour_height: float
-    tumour_size: float
-
-    @property
-    def scale(self) -> float:
-        return 0.95 + 0.1 * self.size
-
-    @property
-    def angles(self) -> tuple[float, float, float]:
-        return 0.15 * self.turn_x, 0.15 * self.turn_y, 0.3 * self.turn_z
 
 
 class Case(NamedTuple):
@@ -90,243 +44,6 @@ class Case(NamedTuple):
     spacing_mm: tuple[float, float, float]
 
 
-class Tumour(NamedTuple):
-    """Lengths in body mm. `lobes` (3, 4): for core, ring and edema, a direction and a phase that make the
-    surface irregular.
-    """
-
-    centre: tuple[float, float, float]
-    radii: tuple[float, float, float]
-    turn: np.ndarray
-    ring: float
-    edema: float
-    push: float
-    lobes: np.ndarray
-    weak: bool
-
-    @property
-    def side(self) -> float:
-        return float(np.sign(self.centre[0]))
-
-    def polar(self, p) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Distance from the centre (mm), directions (3 arrays, length 1), and the radius of the smooth
-        ellipsoid that way (mm).
-        """
-        q = [c - o for c, o in zip(p, self.centre)]
-        r = np.sqrt(sum(c**2 for c in q)) + np.float32(1e-3)
-        n = [sum(np.float32(self.turn[j, i]) * q[j] for j in range(3)) / r for i in range(3)]
-        return r, n, 1 / np.sqrt(sum((c / a) ** 2 for c, a in zip(n, self.radii)))
-
-    def lobe(self, n, which: int) -> np.ndarray:
-        """-1..1 by direction, three lumps or so around the tumour."""
-        *k, phase = self.lobes[which].tolist()
-        return np.sin(sum(np.float32(a) * c for a, c in zip(k, n)) + np.float32(phase))
-
-    def displace(self, p, depth) -> tuple:
-        """Where the tissue seen at `p` lay before the tumour grew; tissue at the skull (`depth` 0) and far
-        away stays in place.
-        """
-        r, _, radius = self.polar(p)
-        share = (
-            self.push * np.exp(-((r / (1.45 * radius)) ** 2)) * (1 - np.exp(-np.clip(depth, 0, None) / 12))
-        )
-        return tuple(c - share * (c - np.float32(o)) for c, o in zip(p, self.centre))
-
-
-def _egg(p, centre, radii) -> np.ndarray:
-    """As `ellipsoid`, but divided by the slope: mm near the surface in every direction, so that the cortex is
-    even.
-    """
-    q = [c - o for c, o in zip(p, centre)]
-    level = np.sqrt(sum((c / r) ** 2 for c, r in zip(q, radii)))
-    return (level - 1) * level / (np.sqrt(sum((c / r**2) ** 2 for c, r in zip(q, radii))) + np.float32(1e-6))
-
-
-def _cerebrum(p) -> np.ndarray:
-    """Distance to both hemispheres as one: an ellipsoid, narrower in front, with a flat base, and two
-    temporal lobes.
-    """
-    x, y, z = p
-    narrow = np.abs(x) * (1 + 0.0014 * np.clip(y + 10, 0, None))
-    base = -20 + 0.0015 * (y - 20) ** 2 - z
-    dome = np.maximum(_egg((narrow, y, z), (0, 0, 12), (67, 85, 52)), base)
-    return np.minimum(dome, _egg((np.abs(x), y, z), (41, -2, -19), (24, 46, 22)))
-
-
-def _cerebellum(p) -> np.ndarray:
-    return _egg((np.abs(p[0]), p[1], p[2]), (14, -50, -37), (36, 30, 22))
-
-
-def _stem(p) -> np.ndarray:
-    return tube(p, ((0, -10, -8), (0, -14, -28), (0, -23, -60)), (14, 15, 9))
-
-
-def _cisterns(p) -> np.ndarray:
-    """Distance to the CSF around the brain stem and above the pituitary: it fills the gaps between the lobes
-    at the base.
-    """
-    return np.minimum(_egg(p, (0, 6, -22), (22, 18, 12)), _egg(p, (0, -30, -24), (34, 32, 20)))
-
-
-def _folds(p, phase) -> np.ndarray:
-    """Distance in mm to the nearest sheet of a gyroid, three crossed gratings: the sulci, 15 mm apart, as a
-    labyrinth.
-
-    `phase` in -1..1, a number or an array, moves the pattern.
-    """
-    turn = np.float32(2 * np.pi / 42)
-    a, b, c = (turn * (axis + 5 * np.sin(other / 19)) for axis, other in zip(p, (p[1], p[2], p[0])))
-    a, b, c = a + 3.1 * phase, b - 2.0 * phase, c + 1.3 * phase
-    return np.abs(np.sin(a) * np.cos(b) + np.sin(b) * np.cos(c) + np.sin(c) * np.cos(a)) / (1.35 * turn)
-
-
-def _pia(p, outer, fold_phase) -> np.ndarray:
-    """Depth in mm under the surface of the brain, which goes down into sulci, Sylvian fissures and between
-    the hemispheres.
-
-    `p` with |x| for x; `outer` is the depth under the smooth outline.
-    """
-    x, y, z = p
-    core = ellipsoid((y, z), (-2, 2), (42, 25))  # corpus callosum and below: here the hemispheres are joined
-    depth = np.minimum(outer, np.hypot(x, np.clip(-core, 0, None)))
-    sheet, inward, along = (
-        0.94 * (z + 4 - 0.3 * np.abs(y - 20)),
-        np.clip(36 - x, 0, None),
-        np.clip(np.abs(y - 4) - 34, 0, None),
-    )
-    sylvian = np.sqrt(sheet**2 + inward**2 + along**2)
-    sulci = np.hypot(_folds(p, fold_phase), np.clip(depth - 15, 0, None))
-    return np.minimum.reduce([depth, sylvian, sulci])
-
-
-def _ventricle(p, grow_mm) -> np.ndarray:
-    """Distance to the lateral and third ventricles; `p` with |x| for x."""
-    horns = (
-        ((9, 33, 4), (10, 20, 13), (13, -10, 18), (22, -34, 8), (31, -20, -10), (33, 2, -16)),
-        ((22, -34, 8), (23, -56, 4)),
-    )
-    radii = ((5, 6, 6, 7.5, 4, 3), (7, 3))
-    lateral = np.minimum.reduce([tube(p, points, radius) for points, radius in zip(horns, radii)]) - grow_mm
-    return np.minimum(lateral, ellipsoid(p, (0, -4, 0), (2.5, 15, 11)) - 0.3 * grow_mm)
-
-
-def _deep_grey(p) -> np.ndarray:
-    """Distance to thalamus, caudate and lentiform nucleus; `p` with |x| for x."""
-    caudate = tube(p, ((15, 27, 6), (19, 10, 16), (22, -12, 19)), (8, 5, 3))
-    return np.minimum.reduce([caudate, _egg(p, (13, -11, 3), (10, 16, 10)), _egg(p, (27, 7, 1), (8, 18, 12))])
-
-
-def _veins(p) -> np.ndarray:
-    """Distance to the sagittal, straight and transverse sinuses and the middle cerebral vessels; `p` with |x|
-    for x.
-    """
-    arc = np.linspace(0.6, 3.35, 9)
-    sagittal = np.stack([0 * arc, 82 * np.cos(arc), 12 + 49 * np.sin(arc)], 1)
-    return np.minimum.reduce(
-        [
-            tube(p, sagittal, np.linspace(2.5, 5, len(arc))),
-            tube(p, ((0, -32, 10), (0, -78, 2)), 3),
-            tube(p, ((0, -80, 0), (30, -70, -13), (46, -46, -17)), 4),
-            tube(p, ((10, 8, -20), (38, 14, -10), (50, 6, 0), (54, -18, 4)), (3, 3, 2.5, 2)),
-        ]
-    )
-
-
-class Canvas:
-    """One slab being painted: brightness (X, Y, Z, 4) float32 and labels (X, Y, Z) uint8; edges are
-    `width_mm` soft.
-
-    `levels` is the table of tissues as it is in this patient.
-    """
-
-    def __init__(self, shape, width_mm: float, levels: dict[str, np.ndarray]):
-        self.image = np.empty((*shape, 4), np.float32)
-        self.image[:] = levels["white"]
-        self.levels = levels
-        self.label = np.zeros(shape, np.uint8)
-        self.width_mm = width_mm
-
-    def paint(self, distance, tissue: str, label: int | None = None) -> None:
-        near = distance < 2 * self.width_mm  # beyond, the share is below 0.0004
-        under = self.image[near]
-        self.image[near] = under + coverage(distance[near], self.width_mm)[:, None] * (
-            self.levels[tissue] - under
-        )
-        if label is not None:
-            self.label[distance < 0] = label
-
-
-def _draw_tumour(own: Latents, scale: float, rng: np.random.Generator, context: float) -> Tumour:
-    """A tumour from the latents; `rng` gives what nothing else in the patient depends on. No mass effect at
-    `context` 0.
-    """
-    side, front = np.sign(own.tumour_azimuth), 2 * abs(own.tumour_azimuth) - 1
-    centre = (side * 33.0, -6 + 36.0 * front, 15 + 9.0 * own.tumour_height)
-    mean = (30.4 + 1.9 * own.tumour_size) / scale
-    stretch = rng.uniform(1.0, 1.07)
-    lobes = np.concatenate(
-        [rng.uniform(1.5, 3, (3, 3)) * rng.choice((-1, 1), (3, 3)), rng.uniform(-np.pi, np.pi, (3, 1))], 1
-    )
-    turn = rotation((rng.uniform(-0.5, 0.5), 0, rng.uniform(-0.3, 0.3)))
-    return Tumour(
-        centre,
-        (0.95 * mean, mean * stretch, mean / stretch),
-        turn,
-        ring=rng.uniform(12.8, 13.8) / scale,
-        edema=rng.uniform(9, 17) / scale,
-        push=context * (0.55 + 0.12 * own.tumour_size),
-        lobes=lobes,
-        weak=rng.random() < WEAK_SHARE,
-    )
-
-
-def _paint_tumour(canvas: Canvas, tumour: Tumour, p, x_side, outer, white, keep_out) -> None:
-    """Edema in white matter, then the enhancing ring, then what it encloses; inside the skull and on one side
-    of the midline.
-
-    `x_side` is the distance from the midline into the tumour's hemisphere, `white` that into white matter,
-    `keep_out` that from ventricles and deep grey matter.
-    """
-    r, n, radius = tumour.polar(p)
-    radius = radius * (1 + 0.09 * tumour.lobe(n, 0))
-    ring = tumour.ring * (1 + 0.1 * tumour.lobe(n, 1))
-    if tumour.weak:  # a crescent instead of a ring
-        ring = ring * np.clip(1.6 * tumour.lobe(n, 2) - 0.5, 0, 1)
-    limit = np.maximum(2.5 - outer, 2 - x_side)
-    core = np.maximum(r - radius, limit)
-    reach = radius + tumour.edema * (1 + 0.5 * tumour.lobe(n, 2) + 0.3 * np.abs(n[1]))
-    spared = -white - 7 * np.exp(
-        -np.clip(r - radius, 0, None) / 7
-    )  # the cortex stays free of edema but where it touches the tumour
-    canvas.paint(np.maximum.reduce([r - reach, spared, -keep_out, limit]), "edema", EDEMA)
-    canvas.paint(core, "weakly enhancing" if tumour.weak else "enhancing", ENHANCING)
-    canvas.paint(np.maximum(r - radius + ring, limit + 0.7 * ring), "non-enhancing", NON_ENHANCING)
-
-
-class Decoys(NamedTuple):
-    """What looks like tumour and is not, each a centre and a radius in body mm, or nothing."""
-
-    cyst: tuple | None
-    scar: tuple | None
-    meningioma: tuple | None
-
-
-def _draw_decoys(own: Latents, side: float, rng: np.random.Generator) -> Decoys:
-    """Each in half of the patients: a cyst at a temporal pole and, on the side without the tumour, an old
-    scar and a meningioma.
-
-    The scar is fluid in a bright rim. The meningioma enhances as the tumour does, but sits on the skull, is
-    solid and has no edema.
-    """
-    turn = rng.uniform(-0.9, 0.9)
-    drawn = (
-        ((rng.choice((-1.0, 1.0)) * 43, 33.0, -22.0), 15 + 3 * own.atrophy),
-        ((-side * rng.uniform(32, 38), rng.uniform(-45, -20), rng.uniform(18, 32)), 11 + 2 * own.ventricles),
-        ((-side * 56 * np.cos(turn), 10 + 62 * np.sin(turn), 24.0), 14 + 3 * own.fold),
-    )
-    return Decoys(*(decoy if there else None for decoy, there in zip(drawn, rng.random(3) < 0.5)))
-
-
 def _paint_head(
     canvas: Canvas, still, latents: dict[str, Latents], tumour: Tumour, decoys: Decoys
 ) -> np.ndarray:
@@ -335,7 +52,7 @@ def _paint_head(
     The skull holds the outline, so it is drawn in place; what is inside is drawn where the tumour has pushed
     it.
     """
-    outer = -_cerebrum(still)
+    outer = -head.cerebrum(still)
     moved = tumour.displace(still, outer)
     p = (np.abs(moved[0]), *moved[1:])
 
@@ -346,9 +63,9 @@ def _paint_head(
 
     atrophy, fold = of_side("atrophy"), of_side("fold")
     pia, ventricle, deep = (
-        _pia(p, outer, fold),
-        _ventricle(p, 0.5 + 2.2 * of_side("ventricles")),
-        _deep_grey(p),
+        head.pia(p, outer, fold),
+        head.ventricle(p, 0.5 + 2.2 * of_side("ventricles")),
+        head.deep_grey(p),
     )
     sulcus = 1.3 + 0.6 * atrophy  # half its width in mm
     white = pia - sulcus - 3.6
@@ -359,32 +76,34 @@ def _paint_head(
     canvas.paint(ventricle - 0.5 - (5.5 + 1.5 * atrophy) * tips, "gliosis")
     canvas.paint(deep, "deep grey")
     canvas.paint(np.minimum(ventricle, pia - sulcus), "csf")
-    canvas.paint(_egg(p, (23, -33, 6), (4.5, 7, 6)), "enhancing")  # choroid plexus
+    canvas.paint(head.egg(p, (23, -33, 6), (4.5, 7, 6)), "enhancing")  # choroid plexus
 
-    cerebellum, stem = _cerebellum(still), _stem(still)
-    canvas.paint(_cisterns(still), "csf")
+    cerebellum, stem = head.cerebellum(still), head.stem(still)
+    canvas.paint(head.cisterns(still), "csf")
     canvas.paint(cerebellum - 2.5, "csf")  # a cleft under the tentorium
     canvas.paint(cerebellum, "grey")
-    canvas.paint(np.maximum(cerebellum + 6, _folds((p[0], still[1], 1.3 * still[2]), fold) - 2.2), "white")
+    canvas.paint(
+        np.maximum(cerebellum + 6, head.folds((p[0], still[1], 1.3 * still[2]), fold) - 2.2), "white"
+    )
     canvas.paint(stem, "white")
-    canvas.paint(_egg(still, (0, -34, -36), (7, 6, 9)), "csf")  # fourth ventricle
+    canvas.paint(head.egg(still, (0, -34, -36), (7, 6, 9)), "csf")  # fourth ventricle
     if decoys.scar:
         centre, radius = decoys.scar
-        scar = _egg(moved, centre, (radius, 1.3 * radius, radius))
+        scar = head.egg(moved, centre, (radius, 1.3 * radius, radius))
         canvas.paint(scar - 4, "gliosis")
         canvas.paint(scar, "old fluid")
     if decoys.cyst:
         centre, radius = decoys.cyst
-        canvas.paint(_egg(still, centre, (radius, radius, radius)), "old fluid")
+        canvas.paint(head.egg(still, centre, (radius, radius, radius)), "old fluid")
     if decoys.meningioma:
         centre, radius = decoys.meningioma
-        canvas.paint(_egg(still, centre, (radius, radius, radius)), "enhancing")
-    canvas.paint(_veins(p), "vein")
+        canvas.paint(head.egg(still, centre, (radius, radius, radius)), "enhancing")
+    canvas.paint(head.veins(p), "vein")
 
     below = np.minimum(cerebellum, stem) - 3
     inside = np.minimum(outer, below)  # the tumour stays above the tentorium
-    _paint_tumour(canvas, tumour, still, tumour.side * moved[0], inside, white, np.minimum(ventricle, deep))
-    return np.minimum.reduce([-outer, cerebellum, stem, _cisterns(still)]) < 0
+    paint_tumour(canvas, tumour, still, tumour.side * moved[0], inside, white, np.minimum(ventricle, deep))
+    return np.minimum.reduce([-outer, cerebellum, stem, head.cisterns(still)]) < 0
 
 
 def _draw_latents(rng: np.random.Generator, context: float) -> dict[str, Latents]:
@@ -439,8 +158,8 @@ def make_case(seed: int, case: int, size: str = "demo", context: float = 1.0, cl
     rng, noise = case_rng(seed, case), case_rng(seed, case, 2)
     latents = _draw_latents(rng, context)
     body = latents["body"]
-    tumour = _draw_tumour(latents["tumour"], body.scale, rng, context)
-    decoys = _draw_decoys(latents["decoys"], tumour.side, rng)
+    tumour = draw_tumour(latents["tumour"], body.scale, rng, context)
+    decoys = draw_decoys(latents["decoys"], tumour.side, rng)
     shift_mm = rng.uniform(-12, 12, 3)
     gains = rng.uniform(300, 700, 4).astype(np.float32)
     levels = {

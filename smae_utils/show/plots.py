@@ -47,7 +47,7 @@ def pictures(
     return {name: plane(image, name, at[PLANES[name]]) for name in planes}
 
 
-def grid(rows: int, columns: int, size: float = 2.2) -> tuple[Figure, np.ndarray]:
+def axes_grid(rows: int, columns: int, size: float = 2.2) -> tuple[Figure, np.ndarray]:
     figure, axes = plt.subplots(
         rows, columns, figsize=(size * columns, size * rows), squeeze=False, layout="constrained"
     )
@@ -73,7 +73,7 @@ def show_cases(
     flat = images[0].ndim == 2
     columns = min(len(images), 4) if flat else 3
     rows = -(-len(images) // columns) if flat else len(images)
-    figure, axes = grid(rows, columns)
+    figure, axes = axes_grid(rows, columns)
     for i, (image, title) in enumerate(zip(images, titles)):
         at = centre_of(labels[i]) if labels is not None and labels[i].any() else None
         row = axes.flat[i : i + 1] if flat else axes[i]
@@ -141,7 +141,7 @@ def _show_columns(shown: dict[str, np.ndarray], scale: tuple[float, float]) -> F
     own.
     """
     flat = next(iter(shown.values())).ndim == 2
-    figure, axes = grid(1 if flat else 3, len(shown))
+    figure, axes = axes_grid(1 if flat else 3, len(shown))
     for column, (name, image) in enumerate(shown.items()):
         for row, (view, picture) in enumerate(pictures(image).items()):
             axis = axes[row, column]
@@ -209,7 +209,7 @@ def show_positions(model: MaskedAutoencoder, patch: int | None = None) -> Figure
     grid = model.grid
     patch = int(np.ravel_multi_index([g // 2 for g in grid], grid)) if patch is None else patch
     similarity = (table @ table[patch]).reshape(grid).numpy()
-    figure, axes = grid(1, 1, 3)
+    figure, axes = axes_grid(1, 1, 3)
     picture = similarity if similarity.ndim == 2 else plane(similarity, "axial")
     drawn = axes[0, 0].imshow(picture, cmap="cividis")
     axes[0, 0].set_title(f"positions: similarity to patch {patch}", fontsize=9)

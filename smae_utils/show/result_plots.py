@@ -20,9 +20,9 @@ from smae_utils.show.plots import (
     ARM_COLOURS,
     PALETTE,
     PLANES,
+    axes_grid,
     centre_of,
     draw_outlines,
-    grid,
     pictures,
     plane,
     scale_of,
@@ -52,7 +52,7 @@ def show_overlay(
     voxels, in true proportions.
     """
     shown = {first: label, **predictions}
-    figure, axes = grid(len(shown), 3)
+    figure, axes = axes_grid(len(shown), 3)
     at = centre_of(label) if label.any() else None
     low, high = scale_of(image)
     for row, (name, values) in zip(axes, shown.items()):
@@ -100,7 +100,7 @@ def show_flat_overlay(
 ) -> Figure:
     """One 2D image (H, W): the label, then each arm's prediction, outlined."""
     shown = {first: label, **predictions}
-    figure, axes = grid(1, len(shown), 3)
+    figure, axes = axes_grid(1, len(shown), 3)
     for axis, (name, values) in zip(axes[0], shown.items()):
         axis.imshow(image, cmap="gray", interpolation="nearest")
         draw_outlines(axis, values, len(classes))
