@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from smae_utils.data.batches import Scans, derive_seed
-from smae_utils.data.case import Case
 from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
 from smae_utils.method.checkpoints.load import (
@@ -31,6 +30,8 @@ from smae_utils.work.presets import resolve
 from smae_utils.work.progress import Say, say
 from smae_utils.work.run_folder import Run
 from smae_utils.work.start import check_unseen, config_of, facts_of, is_scratch, tell_notes
+
+Item = TypeVar("Item")
 
 
 @kept_generators()
@@ -135,8 +136,8 @@ def finetune(
     return loop.run(resume, validate if splits["val"] else None, best=settings.select == "best")
 
 
-def few_labelled(cases: list[Case], count: int, seed: int) -> list[Case]:
-    """`count` of the cases, drawn by `seed`, in their old order; with the same seed fewer are a part of
-    more."""
-    order = np.random.default_rng([derive_seed(seed, 40)]).permutation(len(cases))[:count]
-    return [cases[i] for i in sorted(order)]
+def few_labelled(items: list[Item], count: int, seed: int) -> list[Item]:
+    """`count` of the cases (or of the patients), drawn by `seed`, in their old order; with the same seed fewer
+    are a part of more."""
+    order = np.random.default_rng([derive_seed(seed, 40)]).permutation(len(items))[:count]
+    return [items[i] for i in sorted(order)]

@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock
 
-from smae_utils.data.batches import derive_seed
 from smae_utils.data.case import Case
 from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
 from smae_utils.whole import write_text
+from smae_utils.work.finetune import few_labelled
 from tools.study.plan import Row, Study
 
 
@@ -75,24 +75,19 @@ def parts(
 
 
 def draw_labelled(cases: list[Case], row: Row, seed: int) -> list[Case]:
-    """As many cases as `row` says, drawn patient by patient in an order of the seed's own: fewer are always a
-    part of more.
+    """As many cases as `row` says, or all cases of a share of the patients; fewer are always a part of more.
 
     Raises:
         UserError: when there are not so many.
     """
-    patients = sorted({case["patient"] for case in cases})
-    order = [patients[i] for i in np.random.default_rng([derive_seed(seed, 40)]).permutation(len(patients))]
-    if isinstance(row, str):
-        kept = set(order[: max(1, round(float(row.rstrip("%")) / 100 * len(order)))])
-        return [case for case in cases if case["patient"] in kept]
-    if row > len(cases):
+    if isinstance(row, int) and row > len(cases):
         raise UserError(f"{row} labelled cases were asked for, there are {len(cases)}")
-    rank = {patient: place for place, patient in enumerate(order)}
-    return sorted(
-        sorted(cases, key=lambda case: (rank[case["patient"]], case["case"]))[:row],
-        key=lambda case: case["case"],
-    )
+    if isinstance(row, int):
+        return few_labelled(sorted(cases, key=lambda case: case["case"]), row, seed)
+    patients = sorted({case["patient"] for case in cases})
+    count = max(1, round(float(row.rstrip("%")) / 100 * len(patients)))
+    kept = few_labelled(patients, count, seed)
+    return [case for case in cases if case["patient"] in kept]
 
 
 def write_list(file: Path, about: dict, training: list[Case], test: list[Case], labels: bool = True) -> Path:
