@@ -69,6 +69,22 @@ def _parser() -> argparse.ArgumentParser:
         "--quick", type=int, default=1, help="divide steps by this: for tests, such figures mean nothing"
     )
 
+    command = add(
+        "faults",
+        _faults,
+        "kill works and fill their disk at random moments; each must finish as if undisturbed",
+    )
+    command.add_argument("--kills", type=int, default=100)
+    command.add_argument(
+        "--full-disks", type=int, default=20, help="needs the right to mount (root); 0: none"
+    )
+    command.add_argument(
+        "--work", nargs="*", default=[], help="only these: pretrain, finetune, evaluate, predict, batch"
+    )
+    command.add_argument("--seed", type=int, default=0, help="draws the moments")
+    command.add_argument("--out", type=Path, default=Path("build/faults"))
+    command.add_argument("--results", type=Path, default=Path("results/faults"), help="folder of the table")
+
     command = add("readme", _readme, "write the figures of README.md and docs/ anew from results/")
     command.add_argument(
         "--picture",
@@ -134,6 +150,12 @@ def _study(args) -> None:
         args.jobs,
         args.quick,
     )
+
+
+def _faults(args) -> None:
+    from tools.faults import WORKS, try_faults
+
+    try_faults(args.out, args.results, args.kills, args.full_disks, tuple(args.work) or WORKS, args.seed)
 
 
 def _benchmark(args) -> None:

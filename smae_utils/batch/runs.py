@@ -19,10 +19,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from smae_utils.batch.plan import Planned
 from smae_utils.errors import UserError
+from smae_utils.locks import Timeout, held
 from smae_utils.run_notebook import run_notebook
 from smae_utils.whole import write_text
 from smae_utils.work.provenance import now
@@ -121,7 +120,7 @@ def is_running(out: Path, run: Planned) -> bool:
     if not file.exists():
         return False
     try:
-        with FileLock(file, timeout=0):
+        with held(file, timeout=0):
             return False
     except Timeout:
         return True
@@ -137,7 +136,7 @@ def execute(out: str | Path, name: str) -> str:
     run = batch.of(name)
     folder = batch.out / name
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
+    with held(folder / ".lock"):
         if end_of(batch.out, run, read_record(batch.out, run)) == "done":
             return "done"
         record = {"key": run.key, "start_time": now(), "host": platform.node(), "pid": os.getpid()}

@@ -9,21 +9,20 @@ see `only_process`
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from smae_utils.data.tasks.lists import is_list
 from smae_utils.errors import UserError
+from smae_utils.locks import Timeout, held
 from smae_utils.method.checkpoints.save import WEIGHTS
 from smae_utils.whole import newest_folder, write_text
 from smae_utils.yaml_text import read_yaml, write_yaml
@@ -72,29 +71,15 @@ def only_process(path: str | Path) -> Iterator[None]:
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, timeout=0)
-    held = True
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UserError(
-            f"{folder} is being trained by another process: wait until it has ended or end it, or choose "
-            "another --out"
-        ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        held = False  # a file system that has no locks
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(folder / LOCK, timeout=0))
+        except Timeout:
+            raise UserError(
+                f"{folder} is being trained by another process: wait until it has ended or end it, or choose "
+                "another --out"
+            ) from None
         yield
-    finally:
-        if os.name != "nt":  # removed while it is held: whoever waits for this file finds that it is gone
-            (folder / LOCK).unlink(missing_ok=True)
-        if held:
-            lock.release()
-        if os.name == "nt":  # there an open file cannot be removed
-            with suppress(OSError):
-                (folder / LOCK).unlink(missing_ok=True)
 
 
 class Run:

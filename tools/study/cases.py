@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock
 
 from smae_utils.data.case import Case
 from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
+from smae_utils.locks import held
 from smae_utils.whole import write_text
 from smae_utils.work.finetune import few_labelled
 from tools.study.plan import Row, Study
@@ -103,7 +103,7 @@ def write_list(file: Path, about: dict, training: list[Case], test: list[Case], 
     }
     text = json.dumps(content, indent=0)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{file}.lock"):  # two processes of the study may come at once
+    with held(Path(f"{file}.lock")):  # two processes of the study may come at once
         if not file.exists():
             write_text(file, text)
         elif file.read_text(encoding="utf-8") != text:

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from smae_utils.data.batches import derive_seed
 from smae_utils.data.tasks import get_task
+from smae_utils.locks import held
 from smae_utils.method.checkpoints.load import load_weights
 from smae_utils.method.checkpoints.save import WEIGHTS
 from smae_utils.show.linear_probe import effective_rank, linear_probe, read_tokens
@@ -127,7 +127,7 @@ class Unit:
             f"pretrain-{name}" + (f"-{images}".replace("%", "percent") if images is not None else "")
         )
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
+        with held(Path(f"{folder}.lock")):
             pretrain(
                 self.list_of(images),
                 "",

@@ -1,0 +1,41 @@
+"""Locks between processes, through files. The one place that knows filelock."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+__all__ = ["Timeout", "held"]
+
+
+@contextmanager
+def held(file: Path, timeout: float = -1) -> Iterator[None]:
+    """Within it this process alone holds the lock `file`, which is gone afterwards. The system frees the lock of
+    a killed process; its file goes when the next one is through. Without effect where files have no locks.
+
+    Args:
+        timeout: seconds to wait for another process; -1: as long as it takes.
+
+    Raises:
+        Timeout: when another process held it all that time.
+    """
+    lock = FileLock(file, timeout=timeout)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if isinstance(error, Timeout) or error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+    try:
+        yield
+    finally:
+        if os.name != "nt":  # removed while it is held: whoever waits for this file finds that it is gone
+            file.unlink(missing_ok=True)
+        lock.release()
+        if os.name == "nt":  # there an open file cannot be removed
+            with suppress(OSError):
+                file.unlink(missing_ok=True)

@@ -1,0 +1,442 @@
+"""Kill a work, or fill its disk, at a random moment; start the same command again; and compare what comes out with
+what comes out undisturbed. `python -m tools faults` writes `results/faults/faults.csv`.
+
+The moments are drawn from a work's whole time, so a short one ends before its kill now and then: the table tells.
+Commands of one process start as a fork of this one, which has imported everything: the time is spent on the work.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+from safetensors import safe_open
+
+from smae_utils.errors import UserError
+from smae_utils.whole import write_text
+from smae_utils.work.provenance import provenance
+
+TINY = """
+all:
+  {crop_size: [24, 24, 24], spacing_mm: [7.0, 7.0, 7.0], patch_size: 8, embed_dim: 48, depth: 3, num_heads: 2}
+pretrain: {decoder_embed_dim: 24, decoder_depth: 1, decoder_num_heads: 2, steps: 30, batch_size: 2}
+finetune: {feature_size: 4, steps: 20, batch_size: 2, overlap: 0.25}
+"""
+STAGES = ["log_every=1", "save_every=2", "val_every=5"]
+NOTEBOOK = """
+from smae_utils import pretrain
+pretrain(task, data_dir, f"{run_dir}/pretrain", preset, {"seed": seed, "save_every": 2, "val_every": 5}, resume=True)
+"""
+PARAMETERS = 'task: str = ""\ndata_dir: str = ""\nrun_dir: str = ""\npreset: str = ""\nseed: int = 0'
+PATIENCE = 300.0  # seconds that a work may take
+WORKS = ("pretrain", "finetune", "evaluate", "predict", "batch")
+DISK_MB = 64
+LEFT_BEHIND = ("*.part", ".part_*", "*.new", "*.old", ".lock", "*.lock", "*.tmp")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Something that may be killed.
+
+    Attributes:
+        words: of the command line, with PLACE for the folder that it writes to.
+        before: what has to be in that folder, copied there.
+        result: digest of what came out.
+        forks: whether it is one process, started as a fork of this one.
+    """
+
+    words: list[str]
+    result: Callable[[Path], str]
+    before: Path | None = None
+    forks: bool = True
+
+
+@dataclass
+class Tried:
+    """One trial; the columns of the table."""
+
+    work: str
+    fault: str
+    moment: float  # share of the work's time, or of the disk it needs
+    ended: str  # of the disturbed start: killed, or its exit code
+    again: int  # exit code of the second start
+    equal: bool
+    left_behind: str = ""
+    orphans: int = 0
+    said: str = field(default="")
+
+    @property
+    def right(self) -> bool:
+        return self.again == 0 and self.equal and not self.left_behind and not self.orphans
+
+
+def try_faults(
+    out: Path,
+    results: Path | None,
+    kills: int = 100,
+    full_disks: int = 20,
+    works: tuple[str, ...] = WORKS,
+    seed: int = 0,
+    report: Callable[[str], None] = print,
+) -> pd.DataFrame:
+    """Disturb each work in turn, and write a row a trial.
+
+    Args:
+        out: folder for phantoms and runs, made anew.
+        results: folder of the table; None: none is written.
+        kills, full_disks: trials, shared out among the works.
+        works: some of `WORKS`.
+        seed: draws moments and victims.
+
+    Raises:
+        UserError: for an unknown work, and at the end when a trial went wrong.
+    """
+    if unknown := set(works) - set(WORKS):
+        raise UserError(f"unknown work {min(unknown)!r}: expected some of {', '.join(WORKS)}")
+    out = Path(out).resolve()
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    all_works, rng, rows = _prepare(out), random.Random(seed), []
+    undisturbed = {name: _undisturbed(all_works[name], out / f"plain-{name}") for name in works}
+    for kind, trials in (("kill", kills), ("full disk", full_disks)):
+        for number in range(trials):
+            name = works[number % len(works)]
+            work, (wanted, seconds, size) = all_works[name], undisturbed[name]
+            place = out / f"{kind.replace(' ', '-')}-{number}"
+            if kind == "kill":
+                tried = _killed(name, work, place, wanted, seconds, rng)
+            else:
+                tried = _on_a_full_disk(name, work, place, wanted, size, rng)
+            rows.append(tried)
+            report(
+                f"{number + 1}/{trials} {kind} of {name} at {tried.moment:.0%}: {tried.ended}, then {_in_words(tried)}"
+            )
+            if tried.right:
+                shutil.rmtree(place, ignore_errors=True)
+    table = pd.DataFrame([vars(row) for row in rows])
+    if results:
+        _write(
+            table, results, f"python -m tools faults --kills {kills} --full-disks {full_disks} --seed {seed}"
+        )
+    wrong = [
+        f"{row.work}, {row.fault} at {row.moment:.0%}: {_in_words(row)}" for row in rows if not row.right
+    ]
+    if wrong:
+        raise UserError(f"{len(wrong)} of {len(rows)} trials went wrong: {'; '.join(wrong[:5])}")
+    return table
+
+
+def _in_words(tried: Tried) -> str:
+    if tried.right:
+        return "the same result"
+    said = f"exit code {tried.again}" + ("" if tried.equal else ", another result")
+    said += f", left behind {tried.left_behind}" if tried.left_behind else ""
+    return (
+        said
+        + (f", {tried.orphans} orphans" if tried.orphans else "")
+        + (f" ({tried.said})" if tried.said else "")
+    )
+
+
+def _write(table: pd.DataFrame, results: Path, command: str) -> None:
+    made = provenance()
+    Path(results).mkdir(parents=True, exist_ok=True)
+    torch = made["packages"]["torch"]
+    head = f"# {command}\n# {made['machine']}, commit {made['commit']}, torch {torch}, {made['date'][:10]}\n"
+    write_text(
+        Path(results) / "faults.csv",
+        head + table.drop(columns="said").to_csv(index=False, float_format="%.3f"),
+    )
+
+
+def _prepare(out: Path) -> dict[str, Work]:
+    """Phantoms, a preset, a notebook, and a run to evaluate and to predict with."""
+    data, preset, notebook = out / "data", out / "tiny.yaml", out / "train.ipynb"
+    # Also imports what the forks need. No training in this process: forks of one that has trained would hang.
+    from smae_utils.phantoms import write_phantoms
+
+    write_phantoms("brats", data, 8, 0, "demo", 1.0)
+    preset.write_text(_preset(), encoding="utf-8")
+    cells = [
+        nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(NOTEBOOK),
+    ]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), notebook)
+    batch = f"""
+parameters: {{task: brats, data_dir: "{data}", preset: "{preset}", run_dir: "PLACE/runs-{{seed}}"}}
+cross: {{seed: [0, 1]}}
+runs: {{train: {{notebook: "{notebook}"}}}}
+"""
+    (out / "batch.yaml").write_text(batch, encoding="utf-8")
+    start = ["--task", "brats", "--data", str(data), "--preset", str(preset)]
+    goes_on = ["--out", "PLACE/run", "--resume", "--set", *STAGES]
+    scans = [str(f) for f in sorted((data / "Task01_BrainTumour" / "imagesTr").glob("BRATS_*.nii.gz"))[:3]]
+    tuned = out / "tuned"
+    works = {
+        "pretrain": Work(["pretrain", *start, *goes_on, "num_workers=1"], _weights),
+        "finetune": Work(["finetune", *start, *goes_on], _weights),
+    }
+    if _end(_start(works["finetune"], tuned)) != 0:
+        raise UserError(f"the fine-tuning that is evaluated failed: {_last_line(tuned)}")
+    works["evaluate"] = Work(["evaluate", "PLACE/run"], _scores, before=tuned / "run")
+    works["predict"] = Work(
+        ["predict", str(tuned / "run"), *scans, "--probabilities", "--out", "PLACE/out"], _masks
+    )
+    works["batch"] = Work(
+        ["batch", str(out / "batch.yaml"), "--jobs", "2", "--out", "PLACE/batch"], _weights, forks=False
+    )
+    return works
+
+
+def _preset() -> str:
+    """The tiny settings with those of a stage below `all`, where presets have them."""
+    import yaml
+
+    said = yaml.safe_load(TINY)
+    return yaml.safe_dump({"all": {**said.pop("all"), **said}})
+
+
+# What comes out.
+
+
+def _digest(files: dict[str, bytes]) -> str:
+    return hashlib.sha256(
+        repr([(k, hashlib.sha256(v).hexdigest()) for k, v in sorted(files.items())]).encode()
+    ).hexdigest()
+
+
+def _contents(place: Path, pattern: str) -> dict[str, bytes]:
+    out = {}
+    for file in place.rglob(pattern):
+        content = file.read_bytes()
+        out[str(file.relative_to(place))] = gzip.decompress(content) if file.suffix == ".gz" else content
+    return out
+
+
+def _weights(place: Path) -> str:
+    """Final weights, bit by bit, with what the files say of them, and the losses of each step."""
+    content = {
+        str(f.parent.relative_to(place)): str(
+            pd.read_json(f, lines=True).drop(columns="seconds", errors="ignore").to_dict("list")
+        ).encode()
+        for f in place.rglob("log.jsonl")
+    }
+    for file in place.rglob("model.safetensors"):
+        with safe_open(file, framework="np") as handle:  # the order of entries in the file is not its content
+            tensors = {key: handle.get_tensor(key).tobytes() for key in sorted(handle.keys())}  # noqa: SIM118
+            said = sorted((handle.metadata() or {}).items())
+        content[str(file.relative_to(place))] = repr((_digest(tensors), said)).encode()
+    return _digest(content)
+
+
+def _scores(place: Path) -> str:
+    return _digest(
+        {**_contents(place, "metrics.csv"), **_contents(place / "run" / "predictions", "*.nii.gz")}
+    )
+
+
+def _masks(place: Path) -> str:
+    return _digest({**_contents(place, "*.nii.gz"), **_contents(place, "volumes.csv")})
+
+
+# Starting, killing, waiting.
+
+
+def _start(work: Work, place: Path) -> int:
+    """Start a work in a session of its own; what it says goes to PLACE/../NAME.log. Returns its process id."""
+    place.mkdir(parents=True, exist_ok=True)
+    if work.before and not (place / work.before.name).exists():
+        shutil.copytree(work.before, place / work.before.name)
+    words = [w.replace("PLACE", str(place)) for w in work.words]
+    if work.words[0] == "batch":
+        file = place.with_name(place.name + ".yaml")
+        file.write_text(
+            Path(words[1]).read_text(encoding="utf-8").replace("PLACE", str(place)), encoding="utf-8"
+        )
+        words[1] = str(file)
+    log = os.open(place.with_name(place.name + ".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    if not work.forks:
+        return subprocess.Popen(
+            [sys.executable, "-m", "smae_utils", *words], stdout=log, stderr=log, start_new_session=True
+        ).pid
+    pid = os.fork()
+    if pid == 0:
+        code = 70
+        try:
+            os.setsid()
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            import torch
+
+            from smae_utils.cli import main
+
+            torch.set_num_threads(1)
+            code = main(words)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    os.close(log)
+    return pid
+
+
+def _end(pid: int) -> int:
+    """Exit code of a process, or minus the signal that ended it."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return -signal.SIGALRM
+
+
+def _last_line(place: Path) -> str:
+    log = place.with_name(place.name + ".log")
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
+    return lines[-1][:300] if lines else ""
+
+
+def _undisturbed(work: Work, place: Path) -> tuple[str, float, int]:
+    """Result, seconds, and bytes on the disk."""
+    begin = time.monotonic()
+    if code := _end(_start(work, place)):
+        raise UserError(
+            f"{' '.join(work.words[:1])} fails undisturbed (exit code {code}): {_last_line(place)}"
+        )
+    return (
+        work.result(place),
+        time.monotonic() - begin,
+        sum(f.stat().st_size for f in place.rglob("*") if f.is_file()),
+    )
+
+
+def _killed(name: str, work: Work, place: Path, wanted: str, seconds: float, rng: random.Random) -> Tried:
+    moment = rng.random()
+    pid = _start(work, place)
+    deadline = time.monotonic() + moment * seconds
+    code = None
+    while code is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+        done, status = os.waitpid(pid, os.WNOHANG)
+        code = os.waitstatus_to_exitcode(status) if done else None
+    if code is None:
+        victims = [pid]
+        if (
+            not work.forks
+        ):  # the runner, one of the processes that it started, or all at once, as a machine dies
+            others = [p for p in _processes_of(place) if p != pid]
+            victims = rng.choice([[pid], [rng.choice(others)] if others else [pid], [pid, *others]])
+        for victim in victims:
+            try:
+                os.kill(victim, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        code = _end(pid)  # the runner of a batch whose run was killed goes on
+    ended = "killed" if code == -signal.SIGKILL else str(code)
+    return _again(Tried(name, "kill", moment, ended, 0, False), work, place, wanted)
+
+
+def _again(tried: Tried, work: Work, place: Path, wanted: str) -> Tried:
+    """Start it again and look at what is there then."""
+    _wait_until_alone(place)
+    if (
+        work.words[0] != "predict" or not (place / "out").exists()
+    ):  # predict refuses to overwrite what is whole
+        tried.again = _end(_start(work, place))
+    tried.said = _last_line(place) if tried.again else ""
+    tried.orphans = len(_wait_until_alone(place))
+    tried.equal = work.result(place) == wanted
+    left = {str(f.relative_to(place)) for pattern in LEFT_BEHIND for f in place.rglob(pattern)}
+    tried.left_behind = " ".join(sorted(left))
+    return tried
+
+
+def _processes_of(place: Path) -> list[int]:
+    """Processes that work in a folder: it is in their command line, or they have a file of it open."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            pid = int(entry.name)
+            if pid == os.getpid() or (entry / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                continue
+            opened = [os.readlink(f) for f in (entry / "fd").iterdir()]
+            words = (entry / "cmdline").read_bytes().decode(errors="replace")
+            # A log of another trial begins with the same letters: only its own and what is below the folder counts.
+            own = (f"{place}/", f"{place}.log", f"{place}.yaml")
+            if any(text in words for text in own) or any(f.startswith(own) for f in opened):
+                found.append(pid)
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def _wait_until_alone(place: Path, seconds: float = 30.0) -> list[int]:
+    """Processes of a folder that are still there after a while; loading processes see the death of theirs in 5 s."""
+    deadline = time.monotonic() + seconds
+    while (found := _processes_of(place)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
+# A disk that is full.
+
+
+@contextmanager
+def small_disk(place: Path) -> Iterator[Path]:
+    """A disk of `DISK_MB` at the folder `place`, in memory, while this lasts.
+
+    Raises:
+        UserError: where this user may mount none.
+    """
+    place.mkdir(parents=True)
+    words = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(place)]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True)
+        why = done.stderr.strip() if done.returncode else ""
+    except FileNotFoundError as error:
+        why = str(error)
+    if why:
+        raise UserError(
+            f"no small disk can be mounted here ({why}): root may, or leave it out by --full-disks 0"
+        )
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], capture_output=True)
+
+
+def _on_a_full_disk(name: str, work: Work, place: Path, wanted: str, size: int, rng: random.Random) -> Tried:
+    """Let a work run on a disk that has room for a part of what it writes; then make room, and start it again."""
+    moment = rng.random()
+    with small_disk(place):
+        if work.before:
+            shutil.copytree(work.before, place / work.before.name)
+        status = os.statvfs(place)
+        already = sum(f.stat().st_size for f in place.rglob("*") if f.is_file())
+        room = int(moment * max(size - already, 4096))
+        ballast = place / "ballast"
+        with ballast.open("wb") as handle:
+            os.posix_fallocate(handle.fileno(), 0, max(4096, status.f_bavail * status.f_frsize - room))
+        code = _end(_start(work, place))
+        ballast.unlink()
+        tried = Tried(name, "full disk", moment, str(code), 0, False)
+        if code not in (0, 2):  # what is full is told in a line, and is no fault of the package
+            tried.left_behind = f"exit code {code}: {_last_line(place)}"
+            return tried
+        return _again(tried, work, place, wanted)
