@@ -4,6 +4,7 @@ Standard library only.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,13 +19,28 @@ def new_file(path: Path) -> Iterator[Path]:
     """Yields a path beside `path` to write to; it takes the place of `path` when nothing was raised, and is
     removed otherwise.
     """
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f".part_{path.name}")  # with its ending, by which libraries know what to write
     try:
-        yield part
+        with telling_of_a_full_disk(path):
+            yield part
         os.replace(part, path)
     except BaseException:
         with suppress(OSError):
             part.unlink()
+        raise
+
+
+@contextmanager
+def telling_of_a_full_disk(path: Path) -> Iterator[None]:
+    """Within it, what torch and safetensors raise in their own words on a full disk becomes the OSError that it is."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        # torch's writer, whose own text only says at which byte it stopped; safetensors quotes the system.
+        if "inline_container" in str(error) or os.strerror(errno.ENOSPC) in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
 
 

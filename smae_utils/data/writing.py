@@ -10,6 +10,7 @@ from PIL import Image
 
 from smae_utils.data.tasks import Task
 from smae_utils.data.volumes import Volume
+from smae_utils.whole import new_file
 
 
 def write_mask(stem: Path, labels: np.ndarray, task: Task, image: Volume | None) -> Path:
@@ -17,24 +18,20 @@ def write_mask(stem: Path, labels: np.ndarray, task: Task, image: Volume | None)
     PNG for 2D.
     """
     stored = task.written_labels[labels]
-    if image is None:
-        path = stem.with_name(stem.name + ".png")
-        part = path.with_name(f".part_{path.name}")
-        Image.fromarray(stored if stored.dtype == np.uint8 else stored.astype(np.uint16)).save(
-            part, format="PNG"
-        )
-        part.replace(path)
+    if image is not None:
+        path = stem.with_name(stem.name + ".nii.gz")
+        save_nifti(path, stored, image.affine, image.units, "labels: see labels.json")
         return path
-    path = stem.with_name(stem.name + ".nii.gz")
-    save_nifti(path, stored, image.affine, image.units, "labels: see labels.json")
+    path = stem.with_name(stem.name + ".png")
+    with new_file(path) as part:
+        Image.fromarray(stored if stored.dtype == np.uint8 else stored.astype(np.uint16)).save(part)
     return path
 
 
 def save_nifti(path: Path, values: np.ndarray, affine: np.ndarray, units: tuple[str, str], text: str) -> None:
-    """Write a NIfTI; a kill leaves no half file."""
+    """Write a NIfTI; a kill leaves no half file of its name."""
     image = nib.Nifti1Image(values, affine)
     image.header.set_xyzt_units(*(u if u != "unknown" else None for u in units))
     image.header["descrip"] = text[:79]
-    part = path.with_name(f".part_{path.name}")
-    nib.save(image, part)
-    part.replace(path)
+    with new_file(path) as part:
+        nib.save(image, part)

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import gather_object
 
 from smae_utils.errors import UserError
-from smae_utils.whole import swap_folder
+from smae_utils.whole import swap_folder, telling_of_a_full_disk, write_text
 from smae_utils.work.run_folder import Run
 
 Item = TypeVar("Item")
@@ -146,10 +146,15 @@ def save_state(accelerator: Accelerator, run: Run, state: dict[str, Any]) -> Non
     if accelerator.is_main_process:
         shutil.rmtree(new, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(new))
+    try:
+        with telling_of_a_full_disk(new):
+            accelerator.save_state(str(new))
+    except OSError:
+        shutil.rmtree(new, ignore_errors=True)  # the disk is full: the last whole state stays
+        raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        write_text(new / "state.json", json.dumps(state))
         swap_folder(new, run.path / "last")
     accelerator.wait_for_everyone()
 

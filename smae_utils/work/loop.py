@@ -25,7 +25,7 @@ from smae_utils.work import devices
 from smae_utils.work.build import build_optimizer
 from smae_utils.work.progress import Say
 from smae_utils.work.provenance import commit, now
-from smae_utils.work.run_folder import Run, only_process
+from smae_utils.work.run_folder import Run, forget_dead_lock, only_process
 from smae_utils.work.settings import Settings, as_dict, learning_rate, total_steps
 
 Validate = Callable[[nn.Module], dict[str, float]]  # network -> figures of the validation cases
@@ -118,6 +118,7 @@ class Loop:
         # Its checks, before a folder is made.
         self._loader(0, 0, accelerator)
         if run.finished:
+            forget_dead_lock(self.out)
             report(f"{run.path} is already finished")
             return run
         if line:

@@ -82,6 +82,14 @@ def only_process(path: str | Path) -> Iterator[None]:
         yield
 
 
+def forget_dead_lock(path: str | Path) -> None:
+    """Remove the lock that a process left which was killed after its last step, where this can be done."""
+    lock = Path(path) / LOCK
+    if lock.exists():
+        with suppress(Timeout, OSError), held(lock, timeout=0):
+            pass
+
+
 class Run:
     """A run folder opened for reading or writing."""
 
