@@ -56,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
             help="override settings of the preset",
         )
         command.add_argument("--resume", action="store_true", help="go on where the run folder stopped")
+        command.add_argument(
+            "--track", nargs="+", default=[], metavar="NAME", help="also log to tensorboard, wandb or mlflow"
+        )
         start = {
             "pretrain": "weights to go on from: the encoder, and the decoder where it fits",
             "finetune": "where the encoder comes from",
@@ -179,11 +182,17 @@ def _phantom(args) -> None:
     print(f"wrote {len(files)} {args.size} phantoms of {args.task} to {args.out}")
 
 
-def _pretrain(args) -> None:
-    from smae_utils.work.pretrain import pretrain
+def _overrides(args) -> dict:
+    """What --set and --track say."""
     from smae_utils.work.settings import parse_overrides
 
-    overrides = parse_overrides(args.set)
+    return parse_overrides(args.set) | ({"track": args.track} if args.track else {})
+
+
+def _pretrain(args) -> None:
+    from smae_utils.work.pretrain import pretrain
+
+    overrides = _overrides(args)
     pretrain(
         args.task, args.data, args.out, args.preset, overrides, args.resume, init=args.init, adapt=args.adapt
     )
@@ -191,7 +200,6 @@ def _pretrain(args) -> None:
 
 def _finetune(args) -> None:
     from smae_utils.work.finetune import finetune
-    from smae_utils.work.settings import parse_overrides
 
     finetune(
         args.task,
@@ -199,7 +207,7 @@ def _finetune(args) -> None:
         args.out,
         args.init,
         args.preset,
-        parse_overrides(args.set),
+        _overrides(args),
         args.resume,
         adapt=args.adapt,
     )

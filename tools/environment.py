@@ -59,7 +59,7 @@ def make_environment() -> None:
         "--constraint",
         str(ROOT / "constraints.txt"),
         "--editable",
-        f"{ROOT}[examples,dicom,itk,medmnist,notebooks,slurm,test,browser]",
+        f"{ROOT}[examples,dicom,itk,medmnist,notebooks,slurm,tensorboard,test,browser]",
     )
     stamp.write_text(digest, encoding="utf-8")
 

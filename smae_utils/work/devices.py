@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
 
 from smae_utils.errors import UserError
 from smae_utils.whole import swap_folder, telling_of_a_full_disk, write_text
 from smae_utils.work.run_folder import Run
 
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -87,13 +89,42 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def make_accelerator(precision: str) -> tuple[Accelerator, str]:
-    """An accelerator for training in this process, and the precision it computes in ("fp32" or "bf16")."""
+def make_accelerator(
+    precision: str, track: Sequence[str] = (), folder: Path | None = None
+) -> tuple[Accelerator, str]:
+    """An accelerator for training in this process, and the precision it computes in ("fp32" or "bf16").
+
+    Args:
+        track: names of trackers that will be started, see `track_run`.
+        folder: of the run, below which trackers that need a folder write.
+
+    Raises:
+        UserError: for a tracker that is unknown or not installed.
+    """
+    installed = {str(name) for name in get_available_trackers()} if track else set()
+    for name in track:
+        if name not in TRACKERS:
+            raise UserError(f"unknown tracker {name!r}: expected some of {', '.join(TRACKERS)}")
+        if name not in installed:
+            raise UserError(
+                f"track={name} needs {name}, which is not installed: pip install {name}, or leave it out"
+            )
     chosen = pick_precision(precision, best_device())
     # accelerate keeps its first precision for the whole process; a notebook may want another one in the next
     # cell.
     AcceleratorState._reset_state()
-    return Accelerator(mixed_precision="bf16" if chosen == "bf16" else "no"), chosen
+    own = {"log_with": list(track), "project_dir": str(folder)} if track else {}
+    return Accelerator(mixed_precision="bf16" if chosen == "bf16" else "no", **own), chosen
+
+
+def track_run(accelerator: Accelerator, run: Run) -> None:
+    """Start the trackers that the accelerator was made with; without any this does nothing."""
+    settings = {
+        k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in run.config["settings"].items()
+    }
+    name = run.path.name
+    own = {"wandb": {"name": name, "dir": str(run.path)}, "mlflow": {"run_name": name}}
+    accelerator.init_trackers("smae", config=settings, init_kwargs=own)
 
 
 def processes() -> int:

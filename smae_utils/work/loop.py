@@ -77,6 +77,12 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+def in_parts(batch: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """A batch as `count` smaller ones, of crops in their order."""
+    size = len(batch["image"]) // count
+    return [{k: v[i * size : (i + 1) * size] for k, v in batch.items()} for i in range(count)]
+
+
 class Loop:
     """Schedule, clipping, logging, checks and state around one step, see `run`."""
 
@@ -113,7 +119,8 @@ class Loop:
             precision, line = devices.usable_precision(
                 run.config.get("precision", precision), devices.best_device()
             )
-        accelerator, precision = devices.make_accelerator(precision)
+        track = self.settings.track
+        accelerator, precision = devices.make_accelerator(precision, track, run.path)
         report = devices.of_main_process(self.report)
         # Its checks, before a folder is made.
         self._loader(0, 0, accelerator)
@@ -128,7 +135,10 @@ class Loop:
             if accelerator.is_main_process:
                 Run.start(self.out, self.config, resume, defaults)
             accelerator.wait_for_everyone()
-            self._train(run, accelerator, precision, report, validate, best)
+            try:
+                self._train(run, accelerator, precision, report, validate, best)
+            finally:
+                accelerator.end_training()
         return run
 
     def _train(
@@ -182,13 +192,18 @@ class Loop:
         batch["image"] = batch["image"].contiguous(
             memory_format=devices.memory_format(batch["image"].ndim - 2)
         )
-        with accelerator.autocast():
-            loss = self.loss_of(model, batch)
-        value = accelerator.gather(loss.detach().reshape(1)).mean().item()
+        parts, total = in_parts(batch, self.settings.accumulate), torch.zeros(1, device=accelerator.device)
+        optimizer.zero_grad()
+        for number, part in enumerate(parts, start=1):
+            # Several processes share their gradients once a step, with those of the last part.
+            with nullcontext() if number == len(parts) else accelerator.no_sync(model):
+                with accelerator.autocast():
+                    loss = self.loss_of(model, part) / len(parts)
+                accelerator.backward(loss)
+            total += loss.detach()
+        value = accelerator.gather(total).mean().item()
         if not math.isfinite(value):
             raise UserError(self._diverged("loss", value, step, batch))
-        optimizer.zero_grad()
-        accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(model.parameters(), self.settings.clip_grad or math.inf)
         if not math.isfinite(float(norm)):
             raise UserError(self._diverged("gradient", float(norm), step, batch))
@@ -210,6 +225,11 @@ class Loop:
     def _loader(self, start: int, stop: int, accelerator) -> Iterable[dict]:
         """Batches of this process for steps `start` .. `stop` - 1."""
         ours = (self.settings.num_workers, accelerator.process_index, accelerator.num_processes)
+        scans, parts = self.settings.batch_size // accelerator.num_processes, self.settings.accumulate
+        if scans % parts:
+            raise UserError(
+                f"accumulate={parts} must divide the {scans} scans of a step{' in each process' if ours[2] > 1 else ''}"
+            )
         return training_loader(
             self.scans, self.augment, self.settings.seed, self.settings.batch_size, start, stop, *ours
         )
@@ -243,6 +263,8 @@ class Loop:
             )
             # `precision` stays that of the first sitting; what each computed in is in `segments`.
             run.note(**{**sitting, "precision": run.config.get("precision", precision)}, steps=self.steps)
+        accelerator.wait_for_everyone()
+        devices.track_run(accelerator, run)
         crops = f"{self.settings.batch_size} scans x {self.settings.crops_per_scan} crops"
         report(
             f"{self.config['stage']} {self.config['task']}: {len(self.scans)} training scans, {self.steps} "
@@ -291,6 +313,7 @@ class Loop:
             return
         entry = {"step": step, "loss": sum(state["losses"]) / len(state["losses"]), **scores, "lr": lr}
         state["losses"] = []
+        accelerator.log({k: v for k, v in entry.items() if k != "step"}, step=step)
         if accelerator.is_main_process:
             run.log(**entry, seconds=round(state["seconds"], 2))
         shown = "  ".join(f"{k} {v:.4f}" for k, v in entry.items() if k not in ("step", "lr"))

@@ -87,6 +87,9 @@ class Settings:
     warmup_steps: int = option(0, "steps of linear warm-up", least=0)
     warmup_epochs: int = option(0, "the same in epochs", least=0)
     batch_size: int = option(6, "scans of a step, over all processes", "scans", 1)
+    accumulate: int = option(
+        1, "parts of a batch that are computed one after the other: less memory for the same step", least=1
+    )
     crops_per_scan: int = option(1, "crops of each scan", least=1)
     lr: float = option(1.5e-4, "learning rate after the warm-up; it falls as a cosine", "", 0)
     base_lr: float = option(
@@ -99,6 +102,9 @@ class Settings:
     betas: tuple[float, ...] = option((0.9, 0.95), "of AdamW", "", 0, 0.999999)
     clip_grad: float = option(1.0, "largest gradient norm; 0: no clipping", "", 0)
     precision: str = option("auto", "auto, fp32 or bf16")
+    track: tuple[str, ...] = option(
+        (), "also log to these, where they are installed: tensorboard (in the run folder), wandb, mlflow"
+    )
     log_every: int = option(50, "a line of progress", "steps", 1)
     save_every: int = option(500, "a state to go on from", "steps", 1)
     val_every: int = option(0, "validation; 0: never", "steps", 0)
