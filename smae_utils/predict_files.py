@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -28,8 +29,8 @@ from smae_utils.data.writing import save_nifti, write_mask
 from smae_utils.errors import UserError
 from smae_utils.paths import NIBABEL_ENDINGS, has_ending, split_series
 from smae_utils.show.result_plots import show_flat_overlay, show_overlay
-from smae_utils.whole import new_folder, write_text
-from smae_utils.work.devices import processes
+from smae_utils.whole import write_text
+from smae_utils.work.devices import in_shares, is_main_process, of_main_process, one_folder
 from smae_utils.work.predictor import Predictor
 from smae_utils.work.progress import Say, WindowProgress, say
 from smae_utils.work.run_folder import Run
@@ -61,8 +62,7 @@ def predict(
     Raises:
         UserError: for a run or a scan that cannot be used; nothing is left half-written.
     """
-    if processes() > 1:
-        raise UserError("predict runs as one process: start it without torchrun or accelerate launch")
+    report = of_main_process(report)
     run = Run.open(run_dir, stage="finetune")
     predictor = Predictor.from_run(run, report=report)
     task = predictor.task
@@ -72,7 +72,7 @@ def predict(
             f"{task.kind}: leave it out"
         )
     cases = collect(scans, task, report)
-    with new_folder(Path(out)) as part:
+    with one_folder(Path(out)) as part:
         if task.kind == "classification":
             table = _classify(
                 predictor, cases, part, run.config["settings"]["patch_size"] if occlusion else 0, report
@@ -170,10 +170,11 @@ def _segment(
     predictor: Predictor, cases: list[Case], out: Path, probabilities: bool, report: Say
 ) -> pd.DataFrame:
     task = predictor.task
-    for case in cases:  # a scan that cannot be used shows before anything is written
-        predictor.check(case)
-    rows, started = [], time.monotonic()
-    for number, case in enumerate(cases, start=1):
+    # A scan that cannot be used shows before anything is written.
+    in_shares(cases, lambda share: [predictor.check(case) for case in share])
+    started = time.monotonic()
+
+    def one(case: Case, number: int, count: int) -> dict[str, Any]:
         values, affine, probs = predictor.segment(
             case, keep=probabilities, progress=WindowProgress(case["case"], report)
         )
@@ -189,14 +190,19 @@ def _segment(
         elif probs is not None:
             np.save(out / f"{case['case']}_probabilities.npy", probs)
         sizes = _sizes(values, affine, task)
-        rows.append({"case": case["case"], **sizes, "image": str(first_file(case["image"]))})
         _picture(case, values, affine, task, out / f"{case['case']}.png")
         found = sum(v > 0 for v in sizes.values())
         report(
-            f"{case['case']}  ({number}/{len(cases)})  {found} of {len(sizes)} structures  "
+            f"{case['case']}  ({number}/{count})  {found} of {len(sizes)} structures  "
             f"{time.monotonic() - started:.0f} s"
         )
-    table = pd.DataFrame(rows)
+        return {"case": case["case"], **sizes, "image": str(first_file(case["image"]))}
+
+    table = pd.DataFrame(
+        in_shares(cases, lambda share: [one(case, n, len(share)) for n, case in enumerate(share, start=1)])
+    )
+    if not is_main_process():
+        return table
     write_text(out / ("volumes.csv" if task.spatial_dims == 3 else "areas.csv"), table.to_csv(index=False))
     write_text(
         out / "labels.json",
@@ -283,13 +289,15 @@ def _classify(predictor: Predictor, cases: list[Case], out: Path, patch: int, re
     """Probabilities of each class; with `patch` pixels (0: without) also pictures of what speaks for the
     likeliest.
     """
-    task, scores = predictor.task, predictor.classify(cases)
+    task, scores = predictor.task, np.stack(in_shares(cases, lambda share: list(predictor.classify(share))))
     table = pd.DataFrame(scores.round(4), columns=list(task.classes))
     table.insert(0, "case", [c["case"] for c in cases])
     table["image"] = [str(first_file(c["image"])) for c in cases]
-    write_text(out / "probabilities.csv", table.to_csv(index=False))
-    if patch:
-        for case, row in zip(cases, scores):
+    if is_main_process():
+        write_text(out / "probabilities.csv", table.to_csv(index=False))
+
+    def draw(share: list[tuple[Case, np.ndarray]]) -> list[None]:
+        for case, row in share:
             best = int(row.argmax())
             heat = predictor.occlusion_map(case, patch, best)
             _draw_occlusion(
@@ -299,6 +307,10 @@ def _classify(predictor: Predictor, cases: list[Case], out: Path, patch: int, re
                 out / f"{case['case']}_occlusion.png",
             )
             report(f"{case['case']}  {task.classes[best]} {row[best]:.2f}")
+        return [None] * len(share)
+
+    if patch:
+        in_shares(list(zip(cases, scores)), draw)
     return table
 
 

@@ -62,6 +62,11 @@ def must_be_free(out: Path) -> None:
         )
 
 
+def part_of_folder(out: Path) -> Path:
+    """Where `new_folder` keeps what is not whole yet."""
+    return out.with_name(out.name + ".part")
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """Yields a folder beside `out` to fill; it becomes `out` when nothing was raised, and is removed
@@ -71,7 +76,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         UserError: where `out` is not free (`must_be_free`).
     """
     must_be_free(out)
-    part = out.with_name(out.name + ".part")
+    part = part_of_folder(out)
     shutil.rmtree(part, ignore_errors=True)  # of an attempt that was killed
     part.mkdir(parents=True)
     try:

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import MODEL, STAGE, TASK
 
 TINY = Path(__file__).parent / "tiny.yaml"
 ROOT = TINY.parent.parent
 
 
+TINY_3D = {**TASK["brats"], **MODEL, **STAGE["finetune"], "steps": 2}
 # The command line, with a fault at the fifth step of a training, in one of the processes or in all.
 FAULTY = """
 import os, sys
@@ -43,7 +45,6 @@ def smae(processes, *words, faulty=""):
         command = [sys.executable, *(launch if processes > 1 else []), *program, *map(str, words)]
         own = {
             "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "true",
             "PYTHONPATH": str(ROOT),
             "FAULTY": faulty,
         }
@@ -62,7 +63,8 @@ def losses(run):
 @pytest.fixture(scope="module")
 def words(cxr14):
     """A command's words about data and settings, for a training of 8 steps that is saved after 4."""
-    own = ["batch_size=4", "log_every=1", "steps=8", "save_every=4", "val_every=4"]
+    # fp32: where a processor has bf16, its rounding alone is above 1e-4
+    own = ["batch_size=4", "precision=fp32", "log_every=1", "steps=8", "save_every=4", "val_every=4"]
     return ["--task", "cxr14", "--data", cxr14, "--preset", TINY, "--set", *own]
 
 
@@ -94,5 +96,36 @@ def test_two_processes_fine_tune_and_score_each_case_once(words, tmp_path):
     one, two = tables
     assert list(one.case) == list(two.case) and not two.duplicated(["case", "class"]).any()
     assert two.score.to_numpy() == pytest.approx(one.score.to_numpy(), abs=1e-6)
-    code, text = smae(2, "predict", run, run, "--out", tmp_path / "out")
-    assert code != 0 and "predict runs as one process" in text
+
+
+@pytest.mark.slow
+def test_two_processes_predict_what_one_does(words, cxr14, brats, bare, tmp_path):
+    images = sorted(cxr14.rglob("*.png"))[:5]
+    code, text = smae(1, "finetune", *words, "--out", tmp_path / "flat")
+    assert code == 0, text
+    tiny = [f"{k}={v}" for k, v in TINY_3D.items()]
+    own = ["--task", "brats", "--data", brats, "--preset", bare, "--set", *tiny, "--out", tmp_path / "deep"]
+    code, text = smae(1, "finetune", *own)
+    assert code == 0, text
+    scans = sorted(brats.rglob("imagesTr/BRATS*.nii.gz"))[:3]
+    for kind, given, more in (
+        ("flat", images, "--occlusion"),
+        ("deep", scans, "--probabilities"),
+        ("deep", scans[:1], ""),
+    ):
+        outs = [tmp_path / f"{kind}{len(given)}-{count}" for count in (1, 2)]
+        for count, out in zip((1, 2), outs):
+            code, text = smae(
+                count, "predict", tmp_path / kind, *given, *([more] if more else []), "--out", out
+            )
+            assert code == 0 and text.count("wrote the results") == 1, text
+            if kind == "deep":  # how many scans the process that reports has for itself
+                assert f"(1/{-(-len(given) // count)})" in text, text
+        one, two = ({f.name: f.read_bytes() for f in sorted(out.iterdir())} for out in outs)
+        assert one.keys() == two.keys() and len(one) > len(given)
+        same = [name for name in one if name.endswith((".nii.gz", ".csv", ".json"))]
+        assert same and all(one[name] == two[name] for name in same)
+    code, text = smae(
+        2, "predict", tmp_path / "deep", *scans, scans[0].with_name("none.nii.gz"), "--out", tmp_path / "no"
+    )
+    assert code != 0 and "none.nii.gz does not exist" in text and not list(tmp_path.glob("no*"))

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
 
 from smae_utils.errors import UserError
-from smae_utils.whole import swap_folder, telling_of_a_full_disk, write_text
+from smae_utils.whole import new_folder, part_of_folder, swap_folder, telling_of_a_full_disk, write_text
 from smae_utils.work.run_folder import Run
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
@@ -114,7 +114,8 @@ def make_accelerator(
     # cell.
     AcceleratorState._reset_state()
     own = {"log_with": list(track), "project_dir": str(folder)} if track else {}
-    return Accelerator(mixed_precision="bf16" if chosen == "bf16" else "no", **own), chosen
+    cpu = best_device().type == "cpu"  # else accelerate takes processes on a CPU for strangers to each other
+    return Accelerator(mixed_precision="bf16" if chosen == "bf16" else "no", cpu=cpu, **own), chosen
 
 
 def track_run(accelerator: Accelerator, run: Run) -> None:
@@ -146,12 +147,27 @@ def in_shares(items: list[Item], work: Callable[[list[Item]], list[Result]]) -> 
     """What `work` makes of a list, an entry an item: each of several processes does its share, and all get all."""
     if processes() == 1:
         return work(items)
-    state = PartialState()
-    parts = gather_object([work(items[state.process_index :: state.num_processes])])
+    state = PartialState(cpu=best_device().type == "cpu")
+    share = items[state.process_index :: state.num_processes]
+    parts = gather_object([work(share) if share else []])
     out: list[Any] = [None] * len(items)
     for rank, part in enumerate(parts):
         out[rank :: state.num_processes] = part
     return out
+
+
+@contextmanager
+def one_folder(out: Path) -> Iterator[Path]:
+    """`new_folder`, which several processes fill together: it becomes `out` when all of them are through."""
+    if processes() == 1:
+        with new_folder(out) as part:
+            yield part
+        return
+    state = PartialState(cpu=best_device().type == "cpu")
+    with new_folder(out) if state.is_main_process else nullcontext(part_of_folder(out)) as part:
+        state.wait_for_everyone()
+        yield part
+        state.wait_for_everyone()
 
 
 def device_name(device: torch.device) -> str:
