@@ -22,7 +22,8 @@ def why_not() -> str:
     return "" if os.geteuid() == 0 else "SLURM's daemons need root"
 
 
-def _configuration(folder: Path, host: str, cpus: int) -> str:
+def _configuration(folder: Path, host: str, cpus: int, nodes: list[str]) -> str:
+    ports = f"[16818-{16817 + len(nodes)}]" if len(nodes) > 1 else "16818"
     return f"""
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -32,13 +33,12 @@ CredType=cred/munge
 SlurmUser=root
 SlurmdUser=root
 SlurmctldPort=16817
-SlurmdPort=16818
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -51,8 +51,8 @@ OverTimeLimit=0
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=4000 State=UNKNOWN
-PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
+NodeName={",".join(nodes)} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports} CPUs={cpus} RealMemory=4000 State=UNKNOWN
+PartitionName=all Nodes={",".join(nodes)} Default=YES MaxTime=INFINITE State=UP
 """
 
 
@@ -65,13 +65,20 @@ class NotUp(Exception):
 
 
 @contextmanager
-def cluster(folder: Path) -> Iterator[Path]:
-    """Start one, and stop it afterwards. Programs of SLURM find it by the environment while it is there."""
+def cluster(folder: Path, nodes: int = 1) -> Iterator[Path]:
+    """Start one, and stop it afterwards. Programs of SLURM find it by the environment while it is there.
+
+    Args:
+        nodes: how many; each is a slurmd of this machine with a name of its own.
+    """
     host = socket.gethostname().split(".")[0]
-    for name in ("state", "spool", "munge"):
+    names = [f"node{i}" for i in range(1, nodes + 1)]
+    for name in ("state", "munge", *(f"spool/{node}" for node in names)):
         (folder / name).mkdir(parents=True)
     file = folder / "slurm.conf"
-    file.write_text(_configuration(folder, host, os.cpu_count() or 1), encoding="utf-8")
+    file.write_text(
+        _configuration(folder, host, max(1, (os.cpu_count() or 1) // nodes), names), encoding="utf-8"
+    )
     (folder / "munge.key").write_bytes(os.urandom(1024))
     (folder / "munge.key").chmod(0o400)
     folder.chmod(0o755)
@@ -82,12 +89,12 @@ def cluster(folder: Path) -> Iterator[Path]:
     os.environ["SLURM_CONF"] = str(file)
     daemons = []
     try:
-        for command in (munge, ["slurmctld", "-D", "-c"], ["slurmd", "-D", "-N", host]):
-            log = open(folder / f"{command[0]}.out", "wb")  # noqa: SIM115 (closed with the daemon)
+        for command in (munge, ["slurmctld", "-D", "-c"], *(["slurmd", "-D", "-N", name] for name in names)):
+            log = open(folder / f"{command[0]}-{command[-1].strip('-')[:8]}.out", "wb")  # noqa: SIM115 (closed with the daemon)
             daemons.append((subprocess.Popen(command, stdout=log, stderr=log), log))
             time.sleep(1)
         deadline = time.monotonic() + 60
-        while "idle" not in _ask("sinfo", "-h", "-o", "%t"):
+        while _ask("sinfo", "-h", "-N", "-o", "%t").split() != ["idle"] * nodes:
             if time.monotonic() > deadline:
                 logs = "".join(p.read_text(errors="replace")[-800:] for p in folder.glob("*.out"))
                 raise NotUp(f"SLURM did not come up: {_ask('sinfo')}{logs}")

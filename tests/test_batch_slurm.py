@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,7 +17,11 @@ from slurm_cluster import NotUp, cluster, why_not
 
 from smae_utils.batch.run import run_batch
 from smae_utils.batch.runs import Batch
+from smae_utils.cli import main
 from smae_utils.errors import UserError
+from smae_utils.work.run_folder import Run
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # The first time it takes long, as a training that is cut off; the second time it is soon through.
 CODE = """
@@ -67,6 +74,38 @@ def test_jobs_that_are_cancelled_or_run_out_of_time_are_finished(tmp_path):
     assert set(states.values()) == {"done"} == set(Batch.open(out).states().values())
     begun = [len((tmp_path / str(seed)).read_text()) for seed in range(3)]
     assert begun[0] >= 1 and begun[1] >= 2 and begun[2] >= 2  # a machine that is busy may need one more
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
+def test_the_script_of_the_documentation_trains_on_two_nodes(tmp_path, cxr14):
+    text = (ROOT / "docs" / "processes.md").read_text(encoding="utf-8")
+    script = re.search(r"```bash\n(#!/bin/bash.*?)```", text, re.S).group(1)
+    settings = ["batch_size=4", "steps=6", "log_every=1", "save_every=3", "precision=fp32"]
+    own = f"--task cxr14 --data {cxr14} --preset {ROOT}/tests/tiny.yaml --set {' '.join(settings)}"
+    script = script.replace("--task my_scans.json --preset small", own)
+    for old, new in (
+        ("torchrun", f"{sys.executable} -m torch.distributed.run"),
+        ("runs/pretrain", f"{tmp_path}/two"),
+    ):
+        assert old in script
+        script = script.replace(old, new)
+    (tmp_path / "two_nodes.sh").write_text(script, encoding="utf-8")
+    own_environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    try:
+        with cluster(tmp_path / "slurm", nodes=2):
+            job = ["sbatch", "--wait", f"--output={tmp_path}/job.txt", str(tmp_path / "two_nodes.sh")]
+            environment = {**own_environment, "SLURM_CONF": os.environ["SLURM_CONF"]}
+            done = subprocess.run(job, env=environment, timeout=300, capture_output=True, text=True)
+    except NotUp as error:
+        pytest.skip(f"SLURM is installed and does not start here: {error}")
+    said = (tmp_path / "job.txt").read_text()
+    assert done.returncode == 0, said + done.stderr
+    assert said.count("6 steps of 4 scans") == 1 and Run(tmp_path / "two").config["processes"] == 2
+    words = [w.replace(f"{tmp_path}/two", f"{tmp_path}/one") for w in script.split("smae_utils")[1].split()]
+    assert main(words) == 0
+    one, two = ([line["loss"] for line in Run(tmp_path / name).read_log()] for name in ("one", "two"))
+    assert len(two) == 6 and two == pytest.approx(one, abs=1e-4)
 
 
 def test_a_backend_or_a_parameter_that_is_not_there_is_told(tmp_path, monkeypatch):
