@@ -28,7 +28,7 @@ from tools.__main__ import main
 from tools.study import tables
 from tools.study.cases import all_cases, draw_labelled, parts
 from tools.study.plan import read_study
-from tools.study.run import spread
+from tools.study.run import Job, spread
 from tools.study.unit import Place, Unit
 
 STUDY = """
@@ -286,12 +286,9 @@ def test_one_command_runs_goes_on_and_changes_nothing_when_run_again(dots, tmp_p
     assert capsys.readouterr().out == "" and all(
         file.read_bytes() == content for file, content in before.items()
     )
-    assert (
-        smae(
-            study, data, tmp_path, "--quick", "10", "--seeds", "102", "--labelled", "50%", "--arm", "scratch"
-        )
-        == 0
-    )  # rows are added
+    more = ["--quick", "10", "--seeds", "102", "--labelled", "50%", "--arm", "scratch", "--jobs", "2"]
+    assert smae(study, data, tmp_path, *more) == 0  # rows are added, by runs of a batch
+    assert len(list((tmp_path / "out" / "study" / "batch-main").glob("102-*/result.json"))) == 3
     assert len(pd.read_csv(folder / "main.csv", comment="#")) == len(first["main.csv"]) + 3
     assert smae(study, data, tmp_path, "--seeds", "101", "--labelled", "100%", "--arm", "scratch") == 2
     assert "quick run" in capsys.readouterr().err
@@ -310,12 +307,8 @@ def test_a_run_that_spends_the_compute_of_pre_training_takes_more_steps(dots, tm
 
 def test_a_unit_makes_its_pre_training_first_beside_what_needs_none():
     study = read_study("hippocampus")
-    jobs = [
-        (name, None, (None, None, None, None, None, arm))
-        for name, arm in study.arms.items()
-        for _ in range(2)
-    ]
-    order = [name for name, *_ in spread(jobs)]
+    jobs = [Job({}, {"arm": arm, "seed": 1}) for arm in study.arms for _ in range(2)]
+    order = [job.call["arm"] for job in spread(study, jobs)]
     assert order[:2] == ["self", "self_all"] or order[0] == "self"
     assert order.index("scratch") > order.index("self_all") and order.index("cnn") < len(order) - 1 - order[
         ::-1

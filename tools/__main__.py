@@ -64,7 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--results", type=Path, default=Path("results/evidence/real"), help="folder of the tables"
     )
-    command.add_argument("--jobs", type=int, default=1, help="processes at a time; they share the cores")
+    command.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, as a batch; they share the cores"
+    )
+    command.add_argument("--backend", default="local", help="where batches run: local or slurm")
+    command.add_argument("--slurm", nargs="+", default=[], metavar="key=value", help="see docs/batch.md")
     command.add_argument(
         "--quick", type=int, default=1, help="divide steps by this: for tests, such figures mean nothing"
     )
@@ -136,6 +140,7 @@ def _row(text: str) -> int | str:
 
 
 def _study(args) -> None:
+    from smae_utils.work.settings import parse_overrides
     from tools.study.run import run_study
 
     run_study(
@@ -149,6 +154,8 @@ def _study(args) -> None:
         args.arm,
         args.jobs,
         args.quick,
+        args.backend,
+        parse_overrides(args.slurm),
     )
 
 

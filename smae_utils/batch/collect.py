@@ -57,7 +57,7 @@ def collect(out: str | Path) -> pd.DataFrame:
     for row in status(out).itertuples():
         run = batch.of(row.run)
         figures = _figures(run.trains_in, read_record(batch.out, run)) if row.state == "done" else []
-        about = {"run": run.name, "notebook": run.notebook.stem, **run.parameters}
+        about = {"run": run.name, "notebook": run.program, **run.parameters}
         rows += [{**about, **figure} for figure in figures]
         page = batch.out / run.name / f"{run.name}.html"
         shown.append(

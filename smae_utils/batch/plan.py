@@ -38,28 +38,37 @@ OF_A_RUN = ("notebook", "parameters", "cross", "after")
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of a batch.
+    """One run of a batch: of a notebook, or of a function.
 
     Attributes:
         name: of the run and of its folder: its group, and what it crosses.
-        notebook: the file that is executed.
+        notebook: the file that is executed; None where a function is.
         parameters: all that are given, in the types that the notebook declares.
         crossed: those of them that tell this run from its siblings.
         after: names of the runs that must be done before it.
+        function: "module:name" of what is called with the parameters, in place of a notebook; what it returns is
+            kept as JSON. Files name none: for programs that bring runs of their own, see `run.run_planned`.
     """
 
     name: str
-    notebook: Path
+    notebook: Path | None
     parameters: dict[str, Any]
     crossed: dict[str, Any]
     after: tuple[str, ...] = ()
+    function: str = ""
+
+    @property
+    def program(self) -> str:
+        """What is executed, in a word."""
+        return self.notebook.stem if self.notebook else self.function
 
     @property
     def key(self) -> str:
         """Changes with the notebook's content, the parameters and the version of this package: what is done with
         another key is not done.
         """
-        content = _hash_of(self.notebook, self.notebook.stat().st_mtime_ns)
+        file = self.notebook
+        content = _hash_of(file, file.stat().st_mtime_ns) if file else self.function
         said = [content, self.parameters, _version()]
         return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -201,14 +210,14 @@ def _joined(path: Path, run: Planned, spec: dict, groups: dict[str, list[Planned
 def _apart(path: Path, runs: list[Planned]) -> None:
     """Refuse two runs that would write to one place."""
     names: dict[str, Planned] = {}
-    folders: dict[tuple[Path, Path], Planned] = {}
+    folders: dict[tuple[str, Path], Planned] = {}
     for run in runs:
         if run.name.casefold() in names:
             raise UserError(f"{path}: two runs would be called {run.name}: give their groups other names")
         names[run.name.casefold()] = run
         if run.trains_in is None:
             continue
-        other = folders.setdefault((run.notebook, run.trains_in), run)
+        other = folders.setdefault((str(run.notebook), run.trains_in), run)
         if other is not run:
             raise UserError(
                 f"{path}: {other.name} and {run.name} would both train in {run.trains_in}: give run_dir with "

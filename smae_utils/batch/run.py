@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from smae_utils.batch.local import LocalProcesses
-from smae_utils.batch.plan import read_batch
+from smae_utils.batch.plan import Planned, read_batch
 from smae_utils.batch.runs import Batch, line_of, reason
 from smae_utils.errors import UserError
 
@@ -55,11 +55,22 @@ def run_batch(
     Raises:
         UserError: for a batch that cannot run, before anything starts; and at the end when runs failed.
     """
-    if jobs < 1:
-        raise UserError(f"--jobs must be at least 1, got {jobs}")
-    if backend not in BACKENDS:
-        raise UserError(f"unknown backend {backend!r}: expected one of {', '.join(BACKENDS)}")
-    batch = Batch(Path(out).absolute(), tuple(read_batch(file)))
+    check_place(jobs, backend)
+    return run_planned(read_batch(file), out, jobs, gpus, backend, slurm, report)
+
+
+def run_planned(
+    runs: Sequence[Planned],
+    out: str | Path,
+    jobs: int = 1,
+    gpus: Sequence[str] = (),
+    backend: str = "local",
+    slurm: dict[str, Any] | None = None,
+    report: Callable[[str], None] = print,
+    done: Callable[[Batch, str], None] | None = None,
+) -> dict[str, str]:
+    """As `run_batch`, with runs that need no file; `done` gets each as it is done, with its name."""
+    batch = Batch(Path(out).absolute(), tuple(runs))
     batch.save()
     if backend == "slurm":
         from smae_utils.batch.slurm import SlurmJobs
@@ -67,7 +78,7 @@ def run_batch(
         place: Backend = SlurmJobs(batch, slurm or {})
     else:
         place = LocalProcesses(batch, jobs, gpus)
-    states = _loop(batch, place, report)
+    states = _loop(batch, place, report, done or (lambda batch, name: None))
     wrong = [name for name, state in states.items() if state != "done"]
     if wrong:
         reasons = [f"{name} {states[name]}: {reason(batch, name)}" for name in wrong]
@@ -75,7 +86,18 @@ def run_batch(
     return states
 
 
-def _loop(batch: Batch, place: Backend, report: Callable[[str], None]) -> dict[str, str]:
+def check_place(jobs: int, backend: str) -> None:
+    """Refuse what no batch can be executed by."""
+    if jobs < 1:
+        raise UserError(f"--jobs must be at least 1, got {jobs}")
+    if backend not in BACKENDS:
+        raise UserError(f"unknown backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+
+
+def _loop(
+    batch: Batch, place: Backend, report: Callable[[str], None], done: Callable[[Batch, str], None]
+) -> dict[str, str]:
+    told: set[str] = set()
     shown = Shown(batch, report)
     attempts = dict.fromkeys((run.name for run in batch.runs), 0)
     alive: set[str] = set()
@@ -89,6 +111,9 @@ def _loop(batch: Batch, place: Backend, report: Callable[[str], None]) -> dict[s
                 elif state == "failed" and not attempts[name]:  # of an earlier sitting
                     states[name] = "waiting"
             shown.update(states)
+            for name in (n for n, state in states.items() if state == "done" and n not in told):
+                told.add(name)
+                done(batch, name)
             ready = [
                 run.name
                 for run in batch.runs

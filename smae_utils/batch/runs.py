@@ -1,17 +1,19 @@
 """One run of a batch: its folder, its state, and the process that executes it.
 
 OUT/NAME/run.json      key, state, start and end, host, why it failed
-OUT/NAME/NAME.ipynb    the executed notebook, and NAME.html
+OUT/NAME/NAME.ipynb    the executed notebook, and NAME.html; of a function result.json
 OUT/NAME/log.txt       what it printed
 OUT/batch.json         the runs as they were planned; see `Batch`
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
 import signal
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from smae_utils.whole import write_text
 from smae_utils.work.provenance import now
 
 # Of a run: waits, is executed, was killed or interrupted, failed, is done; or it waits for one that failed.
+RESULT = "result.json"  # of a function
 STATES = ("waiting", "running", "stopped", "failed", "done", "blocked")
 
 
@@ -42,7 +45,8 @@ class Batch:
         rows = [
             {
                 "name": r.name,
-                "notebook": str(r.notebook),
+                "notebook": str(r.notebook or ""),
+                "function": r.function,
                 "parameters": r.parameters,
                 "crossed": r.crossed,
                 "after": r.after,
@@ -62,10 +66,7 @@ class Batch:
         file = Path(out) / "batch.json"
         try:
             rows = json.loads(file.read_text(encoding="utf-8"))["runs"]
-            runs = [
-                Planned(r["name"], Path(r["notebook"]), r["parameters"], r["crossed"], tuple(r["after"]))
-                for r in rows
-            ]
+            runs = [_planned(row) for row in rows]
         except FileNotFoundError:
             raise UserError(f"{out} holds no batch: start one with `batch FILE.yaml --out {out}`") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -85,6 +86,12 @@ class Batch:
                 state = "blocked"
             out[run.name] = state
         return out
+
+
+def _planned(row: dict[str, Any]) -> Planned:
+    notebook = Path(row["notebook"]) if row["notebook"] else None
+    after = tuple(row["after"])
+    return Planned(row["name"], notebook, row["parameters"], row["crossed"], after, row["function"])
 
 
 def read_record(out: Path, run: Planned) -> dict[str, Any]:
@@ -110,7 +117,8 @@ def end_of(out: Path, run: Planned, record: dict[str, Any]) -> str:
     """ "done" or "failed", and "" of a run that did not come to its end as it is planned now."""
     if not record.get("end_time"):
         return ""
-    whole = not record.get("exception") and (out / run.name / f"{run.name}.ipynb").is_file()
+    made = out / run.name / (f"{run.name}.ipynb" if run.notebook else RESULT)
+    whole = not record.get("exception") and made.is_file()
     return "done" if whole else "failed"
 
 
@@ -143,13 +151,30 @@ def execute(out: str | Path, name: str) -> str:
         write_text(folder / "run.json", json.dumps(record, indent=1))
         with _told_to_stop() as told:
             try:
-                run_notebook(run.notebook, folder, run.parameters, name)
-            except UserError as error:
+                if run.notebook:
+                    run_notebook(run.notebook, folder, run.parameters, name)
+                else:
+                    write_text(folder / RESULT, json.dumps(_call(run)))
+            except Exception as error:
                 if told():  # the kernel was told too, and its end is no failure of the notebook
                     raise KeyboardInterrupt from error
-                record["exception"] = str(error)
+                if not isinstance(error, UserError):
+                    traceback.print_exc()
+                known = isinstance(error, (UserError, OSError))
+                record["exception"] = str(error) if known else f"{type(error).__name__}: {error}"
         write_text(folder / "run.json", json.dumps({**record, "end_time": now()}, indent=1))
     return "failed" if "exception" in record else "done"
+
+
+def _call(run: Planned) -> Any:
+    """What the function of a run returns."""
+    module, _, name = run.function.partition(":")
+    return getattr(importlib.import_module(module), name)(**run.parameters)
+
+
+def result_of(batch: Batch, name: str) -> Any:
+    """What the function of a run that is done returned."""
+    return json.loads((batch.out / name / RESULT).read_text(encoding="utf-8"))
 
 
 @contextmanager

@@ -4,25 +4,37 @@ hold is not run again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+import itertools
+import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from smae_utils.batch.plan import Planned
+from smae_utils.batch.run import check_place, run_planned
+from smae_utils.batch.runs import Batch, result_of
 from smae_utils.errors import UserError
 from tools.study.figures import draw
-from tools.study.plan import Arm, Row, Study, read_study, shortened
+from tools.study.plan import Row, Study, read_study, shortened
 from tools.study.tables import Results, said
-from tools.study.unit import Made, Place, Unit
+from tools.study.unit import Place, Unit
 
 PARTS = ("room", "probe", "recipe", "tune", "main")
-Rows = list[dict[str, Any]]
-Answer = tuple[
-    Rows, Rows, Made
-]  # rows of the table, scores of cases for intervals by patients, where the run was made
+
+
+class Job(NamedTuple):
+    """One run of a study: the key of its rows in the tables, and what `run_job` is called with."""
+
+    key: dict[str, Any]
+    call: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of its folder in a batch."""
+        words = [str(self.call["seed"]), *(str(v) for k, v in self.key.items() if k != "seed")]
+        return "".join(c if c.isalnum() or c in "-." else "_" for c in "-".join(words))
 
 
 def run_study(
@@ -36,6 +48,8 @@ def run_study(
     arms: Iterable[str] = (),
     jobs: int = 1,
     quick: int = 1,
+    backend: str = "local",
+    slurm: dict[str, Any] | None = None,
 ) -> None:
     """Run a study, or parts of it, and write its tables and its figure.
 
@@ -47,7 +61,9 @@ def run_study(
         parts: "room" (designs, scratch alone), "probe" (what a linear model reads off tokens), "recipe"
             (kinds of pre-training), "tune" (rates), all on the development seed, and "main".
         seeds, labelled, arms: only these of the main table; all when empty.
-        jobs: processes at a time, which share the threads that torch may take (`OMP_NUM_THREADS`).
+        jobs: runs at a time, as runs of a batch, which share the threads that torch may take
+            (`OMP_NUM_THREADS`); 1: in this process.
+        backend, slurm: where batches run, see `smae_utils.batch.run.run_batch`.
         quick: divides steps; such figures mean nothing and are refused beside others.
 
     Raises:
@@ -66,9 +82,9 @@ def run_study(
                     f"the study {study.name} has no {what} {wrong!r}: expected some of "
                     f"{', '.join(map(str, known))}"
                 )
-    for option, value in (("jobs", jobs), ("quick", quick)):
-        if value < 1:
-            raise UserError(f"--{option} must be at least 1, got {value}")
+    check_place(jobs, backend)
+    if quick < 1:
+        raise UserError(f"--quick must be at least 1, got {quick}")
     words = {
         "--part": parts,
         "--seeds": seeds,
@@ -84,174 +100,173 @@ def run_study(
     )
     tables = Results(Path(results) / study.name, command, quick)
     tables.check()
-    if quick > 1:
-        study = shortened(study, quick)
-    place = Place(str(Path(data).resolve()), Path(out), max(1, torch.get_num_threads() // jobs))
-    Unit(study, place, study.dev_seed)  # wrong data are told before processes start
+    threads = max(1, torch.get_num_threads() // jobs)
+    common = {
+        "study": name,
+        "quick": quick,
+        "data": str(Path(data).resolve()),
+        "out": str(Path(out).resolve()),
+    }
+    whole = _study(name, quick)
+    Unit(
+        whole, Place(common["data"], Path(out)), study.dev_seed
+    )  # wrong data are told before processes start
     for part in PARTS:
-        if part in parts:
-            missing = [
-                job
-                for job in _jobs(part, study, place, tables, seeds, labelled, arms)
-                if not tables.has(part, job[0])
+        if part not in parts:
+            continue
+        todo = {
+            job.name: job
+            for job in jobs_of(part, whole, tables, seeds, labelled, arms)
+            if not tables.has(part, job.key)
+        }
+        if jobs == 1 and backend == "local":
+            for job in todo.values():
+                tables.add(part, job.key, run_job(**common, **job.call))
+        elif todo:
+            runs = [
+                Planned(
+                    job.name,
+                    None,
+                    {**common, "threads": threads, **job.call},
+                    {},
+                    function=f"{__name__}:run_job",
+                )
+                for job in todo.values()
             ]
-            run_jobs(jobs, missing, lambda key, answer, part=part: tables.add(part, key, answer))
-    draw(tables.folder, study)
+
+            def add(batch: Batch, name: str, part: str = part, todo: dict[str, Job] = todo) -> None:
+                tables.add(part, todo[name].key, result_of(batch, name))
+
+            place = Path(out) / study.name / f"batch-{part}"
+            run_planned(runs, place, jobs, (), backend, slurm, done=add)
+    draw(tables.folder, whole)
 
 
-def _jobs(
-    part: str,
-    study: Study,
-    place: Place,
-    tables: Results,
-    seeds: tuple[int, ...],
-    labelled: list[Row],
-    arms: list[str],
-) -> list[tuple]:
-    """(key of the row, function, arguments) of each run of a part, in the order in which they are started."""
-    scratch, dev = study.arms["scratch"], study.dev_seed
+def _study(name: str, quick: int) -> Study:
+    return shortened(read_study(name), quick) if quick > 1 else read_study(name)
+
+
+def jobs_of(
+    part: str, study: Study, tables: Results, seeds: tuple[int, ...], labelled: list[Row], arms: list[str]
+) -> list[Job]:
+    """The runs of a part, in the order in which they are started."""
+    main, dev = study.recipe_arm, {"seed": study.dev_seed}
+    jobs = []
     if part == "room":
         first = study.grids["scratch"][0]
-        return [
-            (
-                {"design": name, "labelled": row, "setup": study.setup("scratch", first, design)},
-                run_one,
-                (study, place, dev, 0, "scratch", scratch, row, first, design, f"design-{name}"),
-            )
-            for name, design in study.designs.items()
-            for row in study.design_rows
-        ]
+        for (name, design), row in itertools.product(study.designs.items(), study.design_rows):
+            key = {"design": name, "labelled": row, "setup": study.setup("scratch", first, design)}
+            call = {
+                "arm": "scratch",
+                "row": row,
+                "tuned": first,
+                "design": design,
+                "folder": f"design-{name}",
+            }
+            jobs.append(Job(key, {**dev, **call}))
+        return jobs
     if part == "probe":
-        arm = study.arms[study.recipe_arm]
-        return [
-            (
-                {
-                    "design": name,
-                    "encoder": encoder,
-                    "labelled": row,
-                    "setup": study.setup(study.recipe_arm, {}, design),
-                },
-                probe_one,
-                (
-                    study,
-                    place,
-                    dev,
-                    arm if encoder == "pre-trained" else scratch,
-                    row,
-                    design,
-                    f"probe-{name}",
-                ),
-            )
-            for name, design in study.probes.items()
-            for encoder in ("random", "pre-trained")
-            for row in study.recipe_rows
-        ]
+        for (name, design), row in itertools.product(study.probes.items(), study.recipe_rows):
+            for encoder, arm in (("random", "scratch"), ("pre-trained", main)):
+                setup = study.setup(main, {}, design)
+                key = {"design": name, "encoder": encoder, "labelled": row, "setup": setup}
+                call = {"arm": arm, "row": row, "design": design, "folder": f"probe-{name}", "probe": True}
+                jobs.append(Job(key, {**dev, **call}))
+        return jobs
     if part == "recipe":
-        main = study.recipe_arm
         first = study.grids[study.arms[main].tuned_as or main][0]
-        return [
-            (
-                {"recipe": name, "labelled": row, "setup": study.setup(main, first, more)},
-                run_one,
-                (study, place, dev, 0, main, study.arms[main], row, first, more, f"recipe-{name}"),
-            )
-            for name, more in study.recipes.items()
-            for row in study.recipe_rows
-        ]
+        for (name, design), row in itertools.product(study.recipes.items(), study.recipe_rows):
+            key = {"recipe": name, "labelled": row, "setup": study.setup(main, first, design)}
+            call = {"arm": main, "row": row, "tuned": first, "design": design, "folder": f"recipe-{name}"}
+            jobs.append(Job(key, {**dev, **call}))
+        return jobs
     if part == "tune":
-        return spread(
-            (
-                {"arm": name, "setting": said(setting), "setup": study.setup(name, setting)},
-                run_one,
-                (
-                    study,
-                    place,
-                    dev,
-                    0,
-                    f"tune-{name}-{said(setting).replace(' ', '-')}",
-                    study.arms[name],
-                    study.tune_row,
-                    setting,
-                ),
-            )
-            for name, grid in study.grids.items()
-            for setting in grid
-        )
-    if dev in seeds:
+        for arm, setting in ((arm, setting) for arm, grid in study.grids.items() for setting in grid):
+            key = {"arm": arm, "setting": said(setting), "setup": study.setup(arm, setting)}
+            name = f"tune-{arm}-{said(setting).replace(' ', '-')}"
+            jobs.append(Job(key, {**dev, "arm": arm, "name": name, "row": study.tune_row, "tuned": setting}))
+        return spread(study, jobs)
+    return _main_jobs(study, tables, seeds, labelled, arms)
+
+
+def _main_jobs(
+    study: Study, tables: Results, seeds: tuple[int, ...], labelled: list[Row], arms: list[str]
+) -> list[Job]:
+    if study.dev_seed in seeds:
         raise UserError(
-            f"seed {dev} is the development seed, on which rates were chosen: it has no place in the main "
+            f"seed {study.dev_seed} is the development seed, on which rates were chosen: it has no place in the main "
             "table"
         )
-    tuned = tables.tuned(
-        study, {arm.tuned_as or name for name, arm in study.arms.items() if not arms or name in arms}
-    )
-    chosen: list[tuple[str, Arm]] = [
-        (name, arm) for name, arm in study.arms.items() if not arms or name in arms
-    ]
+    chosen = {name: arm for name, arm in study.arms.items() if not arms or name in arms}
+    tuned = tables.tuned(study, {arm.tuned_as or name for name, arm in chosen.items()})
     jobs = []
     for seed, fold in study.units(seeds):
-        jobs += spread(
-            (
-                {
-                    "labelled": row,
-                    "arm": name,
-                    "seed": seed,
-                    "fold": fold,
-                    "setup": study.setup(name, tuned[arm.tuned_as or name]),
-                },
-                run_one,
-                (study, place, seed, fold, name, arm, row, tuned[arm.tuned_as or name]),
-            )
-            for name, arm in chosen
-            for row in labelled or study.labelled
-            if not arm.rows or row in arm.rows
-        )
+        of_unit = []
+        for (name, arm), row in itertools.product(chosen.items(), labelled or study.labelled):
+            if arm.rows and row not in arm.rows:
+                continue
+            rates = tuned[arm.tuned_as or name]
+            key = {
+                "labelled": row,
+                "arm": name,
+                "seed": seed,
+                "fold": fold,
+                "setup": study.setup(name, rates),
+            }
+            of_unit.append(Job(key, {"seed": seed, "fold": fold, "arm": name, "row": row, "tuned": rates}))
+        jobs += spread(study, of_unit)
     return jobs
 
 
-def spread(jobs: Iterable[tuple]) -> list[tuple]:
+def spread(study: Study, jobs: list[Job]) -> list[Job]:
     """The jobs of a unit in an order that keeps processes busy: one of each pre-training, which makes it,
     then those that need none, then the others.
     """
-    jobs = list(jobs)
-    arms = [job[2][5] for job in jobs]
+    arms = [job.call["arm"] for job in jobs]
     rank = [
-        1 if arm.init == "scratch" else 0 if arms.index(arm) == place else 2 for place, arm in enumerate(arms)
+        1 if study.arms[arm].init == "scratch" else 0 if arms.index(arm) == place else 2
+        for place, arm in enumerate(arms)
     ]
     return [job for _, job in sorted(zip(rank, jobs), key=lambda pair: pair[0])]
 
 
-def run_one(study, place, seed, fold, name, arm, row, tuned, design=None, folder="") -> Answer:
-    """One arm of one unit, in this process with its share of the cores."""
-    torch.set_num_threads(place.threads)
-    means, table, made = Unit(study, place, seed, fold, design, folder).run_arm(name, arm, row, tuned)
+def run_job(
+    study: str,
+    data: str,
+    out: str,
+    seed: int,
+    arm: str,
+    row: Row,
+    tuned: dict[str, Any] | None = None,
+    fold: int = 0,
+    name: str = "",
+    design: dict[str, Any] | None = None,
+    folder: str = "",
+    probe: bool = False,
+    quick: int = 1,
+    threads: int = 0,
+) -> dict[str, Any]:
+    """One arm of one unit, or with `probe` what a linear model reads off its encoder's tokens, in this process.
+
+    Args:
+        study, data, out, quick, threads: see `run_study`; 0 threads: as many as torch takes.
+        name: of the run's folder; the arm's when empty.
+        design, folder: see `Unit`.
+
+    Returns:
+        `rows` of the table, `scores` of cases for intervals by patients, and where it was `made`.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    made_of = _study(study, quick)
+    unit = Unit(made_of, Place(data, Path(out)), seed, fold, design, folder)
+    scores = []
+    if probe:
+        means, made = unit.probe(made_of.arms[arm], row)
+    else:
+        means, table, made = unit.run_arm(name or arm, made_of.arms[arm], row, tuned or {})
+        if made_of.metric == "mauc":
+            wanted = ["patient", "case", "class", "target", "score"]
+            scores = json.loads(table[wanted].to_json(orient="records", double_precision=15))
     rows = [{"metric": metric, "value": value} for metric, value in means.items()]
-    scores = (
-        table[["patient", "case", "class", "target", "score"]].to_dict("records")
-        if study.metric == "mauc"
-        else []
-    )
-    return rows, scores, made
-
-
-def probe_one(study, place, seed, arm, row, design, folder) -> Answer:
-    """What a linear model reads off an encoder's tokens."""
-    torch.set_num_threads(place.threads)
-    means, made = Unit(study, place, seed, 0, design, folder).probe(arm, row)
-    return [{"metric": metric, "value": value} for metric, value in means.items()], [], made
-
-
-def run_jobs(jobs: int, todo: list[tuple], receive: Callable[[dict, Answer], None]) -> None:
-    """Run each, `jobs` at a time in processes of their own; `receive` gets each answer as it comes."""
-    if jobs == 1:
-        for key, function, arguments in todo:
-            receive(key, function(*arguments))
-        return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(function, *arguments): key for key, function, arguments in todo}
-        try:
-            for future in as_completed(futures):
-                receive(futures[future], future.result())
-        except BaseException:  # said at once, not after hours of the others
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    return {"rows": rows, "scores": scores, "made": made._asdict()}

@@ -77,19 +77,19 @@ class Results:
             (table.reindex(columns=list(key)).astype(str) == [str(v) for v in key.values()]).all(axis=1).any()
         )
 
-    def add(self, part: str, key: dict[str, Any], answer: tuple) -> None:
-        """Figures of one run, and of the main table the scores of its cases where intervals by patients are
+    def add(self, part: str, key: dict[str, Any], answer: dict[str, Any]) -> None:
+        """Figures of one run, as `run.run_job` returns them, and of the main table the scores of its cases where intervals by patients are
         made of them.
 
         Those hold labels of the data set: `cases.csv` stays on the machine, `patients.csv` made of it is
         committed.
         """
-        rows, cases, made = answer
+        rows, cases, made = answer["rows"], answer["scores"], answer["made"]
         self._write(part, [{**key, **row} for row in rows], [*KEYS[part], "metric"], made)
         if part == "main" and cases:
             self._write("cases", [{**key, **row} for row in cases], [*KEYS[part], "case", "class"], made)
 
-    def _write(self, name: str, rows: list[dict], keys: list[str], made) -> None:
+    def _write(self, name: str, rows: list[dict], keys: list[str], made: dict[str, str]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"{name}.csv"
         head = (
@@ -105,10 +105,10 @@ class Results:
             .drop_duplicates(keys, keep="last")
             .sort_values(keys, kind="stable")
         )
-        where = f"{made.machine}, commit {made.commit}, torch {made.torch}, {made.device}, {made.precision}"
+        where = "{machine}, commit {commit}, torch {torch}, {device}, {precision}".format(**made)
         write_text(
             file,
-            "".join(f"# {line}\n" for line in _places(head, self.command, where, made.date))
+            "".join(f"# {line}\n" for line in _places(head, self.command, where, made["date"]))
             + table.to_csv(index=False, float_format="%.5g"),
         )
 

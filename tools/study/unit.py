@@ -50,11 +50,10 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a study's data and runs lie, and how many threads a run may take."""
+    """Where a study's data and runs lie."""
 
     data: str
     out: Path
-    threads: int = 1
 
 
 class Unit:
