@@ -37,9 +37,9 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "benchmark",
         _benchmark,
-        "two steps of each paper preset at batch 1 on full-size phantoms; the explorer's speed; or speed beside MONAI",
+        "two steps of each paper preset at batch 1 on full-size phantoms; the explorer's speed; speed beside MONAI; or one and two processes",
     )
-    command.add_argument("--what", choices=["paper", "explorer", "speed"], default="paper")
+    command.add_argument("--what", choices=["paper", "explorer", "speed", "processes"], default="paper")
     command.add_argument("--repeats", type=int, default=5, help="of speed: pairs of calls")
     command.add_argument("--only", default="", help="of speed: works whose name begins so")
     command.add_argument("--task", nargs="*", default=[])
@@ -170,6 +170,10 @@ def _benchmark(args) -> None:
 
     if args.what == "explorer":
         benchmark_explorer(args.out)
+    elif args.what == "processes":
+        from tools.scaling import benchmark_processes
+
+        benchmark_processes(args.out)
     elif args.what == "speed":
         from tools.speed import benchmark_speed
 

@@ -249,6 +249,25 @@ def speed_block(root: Path) -> str:
     return _table(pd.read_csv(file, comment="#").drop(columns="subject")) + "\n" + _facts(file)
 
 
+def processes_block(root: Path) -> str:
+    """Table of `results/bench/processes.csv`."""
+    file = root / "results" / "bench" / "processes.csv"
+    return (
+        _table(pd.read_csv(file, comment="#").astype({"times as fast as one": str}).replace("nan", ""))
+        + "\n"
+        + _facts(file)
+    )
+
+
+def faults_block(root: Path) -> str:
+    """Trials of `results/faults/faults.csv`, a row a work and fault."""
+    file = root / "results" / "faults" / "faults.csv"
+    table = pd.read_csv(file, comment="#", keep_default_na=False, na_values=[])
+    table["right"] = (table.again == 0) & table.equal & (table.left_behind == "") & (table.orphans == 0)
+    rows = table.groupby(["fault", "work"], sort=False).agg({"moment": "size", "right": "sum"})
+    return _table(rows.rename(columns={"moment": "trials"}).reset_index()) + "\n" + _facts(file)
+
+
 def explorer_block(root: Path) -> str:
     """Table of `results/benchmark/explorer.csv`."""
     file = root / "results" / "benchmark" / "explorer.csv"
@@ -264,6 +283,8 @@ BLOCKS: dict[str, dict[str, Callable[[Path], str]]] = {
     "docs/real_data.md": {"paper": paper_block},
     "docs/explorer.md": {"explorer": explorer_block},
     "docs/speed.md": {"speed": speed_block},
+    "docs/faults.md": {"faults": faults_block},
+    "docs/processes.md": {"processes": processes_block},
     "docs/evidence.md": {
         **{f"main-{name}": partial(main_block, name=name) for name in STUDIES},
         "stopped": stopped_block,
