@@ -22,8 +22,22 @@ def why_not() -> str:
     return "" if os.geteuid() == 0 else "SLURM's daemons need root"
 
 
+def free_ports(count: int) -> int:
+    """The first of so many ports in a row that nothing listens on: several clusters may run at a time."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as one:
+            first = one.getsockname()[1]
+        try:
+            for port in range(first, first + count):
+                socket.create_server(("", port)).close()
+        except (OSError, OverflowError):
+            continue
+        return first
+
+
 def _configuration(folder: Path, host: str, cpus: int, nodes: list[str]) -> str:
-    ports = f"[16818-{16817 + len(nodes)}]" if len(nodes) > 1 else "16818"
+    port = free_ports(1 + len(nodes))
+    ports = f"[{port + 1}-{port + len(nodes)}]" if len(nodes) > 1 else str(port + 1)
     return f"""
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -32,7 +46,7 @@ AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
 SlurmUser=root
 SlurmdUser=root
-SlurmctldPort=16817
+SlurmctldPort={port}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/slurmctld.pid

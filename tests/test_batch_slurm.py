@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from slurm_cluster import NotUp, cluster, why_not
+from slurm_cluster import NotUp, cluster, free_ports, why_not
 
 from smae_utils.batch.run import run_batch
 from smae_utils.batch.runs import Batch
@@ -87,6 +87,7 @@ def test_the_script_of_the_documentation_trains_on_two_nodes(tmp_path, cxr14):
     for old, new in (
         ("torchrun", f"{sys.executable} -m torch.distributed.run"),
         ("runs/pretrain", f"{tmp_path}/two"),
+        (":29500", f":{free_ports(1)}"),
     ):
         assert old in script
         script = script.replace(old, new)
@@ -96,7 +97,11 @@ def test_the_script_of_the_documentation_trains_on_two_nodes(tmp_path, cxr14):
         with cluster(tmp_path / "slurm", nodes=2):
             job = ["sbatch", "--wait", f"--output={tmp_path}/job.txt", str(tmp_path / "two_nodes.sh")]
             environment = {**own_environment, "SLURM_CONF": os.environ["SLURM_CONF"]}
-            done = subprocess.run(job, env=environment, timeout=300, capture_output=True, text=True)
+            try:
+                done = subprocess.run(job, env=environment, timeout=300, capture_output=True, text=True)
+            except subprocess.TimeoutExpired:
+                told = [tmp_path / "job.txt", *(tmp_path / "slurm").glob("*.log")]
+                pytest.fail("".join(f"{p}:\n{p.read_text()[-2000:]}\n" for p in told if p.exists()))
     except NotUp as error:
         pytest.skip(f"SLURM is installed and does not start here: {error}")
     said = (tmp_path / "job.txt").read_text()

@@ -77,6 +77,7 @@ def rewrite(run: Path, **entries) -> None:
 @pytest.mark.slow
 def test_what_changes_nothing_of_the_result_may_change(interrupted, brats, tiny, bare, tmp_path):
     new = {"num_workers": 1, "log_every": 2, "save_every": 3, "cache_rate": 0.0, "keep_every": 5}
+    new["track"] = ["tensorboard"]
     assert set(new) == set(FREE_SETTINGS)
     run = interrupted(**new)
     assert {k: run.config["settings"][k] for k in new} == new
@@ -140,7 +141,7 @@ def test_the_precision_of_the_first_sitting_is_kept_where_the_device_has_it(
 ):
     asked = []
     make = devices.make_accelerator
-    monkeypatch.setattr(loop.devices, "make_accelerator", lambda p: asked.append(p) or make("fp32"))
+    monkeypatch.setattr(loop.devices, "make_accelerator", lambda p, *more: asked.append(p) or make("fp32"))
     rewrite(tmp_path / "run", precision="bf16")
     monkeypatch.setattr(devices, "computes_bf16", lambda device: True)
     said = []

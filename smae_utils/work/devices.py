@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -143,11 +145,21 @@ def of_main_process(report: Callable[[str], None]) -> Callable[[str], None]:
     return report if is_main_process() else lambda line: None
 
 
+@cache
+def _together() -> PartialState:
+    """This process among those it was launched with. Their connection is closed at the end of the program:
+    one that is left open now and then aborts an interpreter that was through with everything.
+    """
+    state = PartialState(cpu=best_device().type == "cpu")
+    atexit.register(state.destroy_process_group)
+    return state
+
+
 def in_shares(items: list[Item], work: Callable[[list[Item]], list[Result]]) -> list[Result]:
     """What `work` makes of a list, an entry an item: each of several processes does its share, and all get all."""
     if processes() == 1:
         return work(items)
-    state = PartialState(cpu=best_device().type == "cpu")
+    state = _together()
     share = items[state.process_index :: state.num_processes]
     parts = gather_object([work(share) if share else []])
     out: list[Any] = [None] * len(items)
@@ -163,7 +175,7 @@ def one_folder(out: Path) -> Iterator[Path]:
         with new_folder(out) as part:
             yield part
         return
-    state = PartialState(cpu=best_device().type == "cpu")
+    state = _together()
     with new_folder(out) if state.is_main_process else nullcontext(part_of_folder(out)) as part:
         state.wait_for_everyone()
         yield part

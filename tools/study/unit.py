@@ -144,6 +144,8 @@ class Unit:
         """
         source = self.pretrained(name, row) / WEIGHTS
         target = self.runs / f"scaled-{name}-{row}.safetensors".replace("%", "percent")
+        if target.is_file():  # the same tensors written again are another file, which no run would go on with
+            return target
         torch.manual_seed(derive_seed(self.seed, 20))
         fresh = build_model(get_task(self.list_of(row)), finetuning).state_dict()
         with safe_open(source, framework="pt") as handle:
