@@ -174,6 +174,7 @@ def test_intervals_are_those_of_a_paired_t_test():
     expected = stats.ttest_rel(b, a).confidence_interval(0.95)
     assert (made.low, made.high) == pytest.approx((expected.low, expected.high))
     assert made.difference == pytest.approx((b - a).mean()) and made.units == 5
+    assert made.above == (b > a).sum()
 
 
 def test_patients_are_resampled_as_rows_repeated_would_be():

@@ -84,19 +84,18 @@ def _figure(root: Path, name: str, up: str) -> str:
     return f"![{words}]({up}{file.as_posix()})\n\n" if (root / file).is_file() else ""
 
 
-def main_block(root: Path, name: str, arms: Iterable[str] = (), up: str = "../") -> str:
+def main_block(root: Path, name: str) -> str:
     """The figure, and each arm beside scratch, by labelled cases, from the study's `main.csv`."""
     study, folder = read_study(name), root / "results" / "evidence" / "real" / name
     main = Results(folder).counted(study)
     patients = Results(folder).read("patients")
-    parts = [_figure(root, name, up)]
+    parts = [_figure(root, name, "../")]
     for metric in study.metrics:
         table = _order(study, intervals(main[main.metric == metric])) if len(main) else main
-        rows = [row for row in table.itertuples() if not arms or row.arm in arms]
-        if not rows:
+        if table.empty:
             return "Not run yet."
         parts.append(
-            f"{NAMES[metric]}{'' if metric == study.metric else ' (less is better)'}\n\n{_table(pd.DataFrame([_line(row, patients) for row in rows]))}\n\n"
+            f"{NAMES[metric]}{'' if metric == study.metric else ' (less is better)'}\n\n{_table(pd.DataFrame([_line(row, patients) for row in table.itertuples()]))}\n\n"
         )
     return "".join(parts).rstrip() + _details([folder / "main.csv"])
 
@@ -108,11 +107,11 @@ def _line(row, patients: pd.DataFrame) -> dict[str, object]:
     line = {
         "labelled": row.labelled,
         "arm": row.arm,
-        "units": row.units,
         "scratch": row.scratch,
         "arm's": row.value,
     }
     line |= {"difference": f"{row.difference:+.3f}", "95 % interval": _span(row.low, row.high)}
+    line["above scratch in"] = f"{row.above} of {row.units} units"
     if not patients.empty:
         own = patients[(patients.labelled == row.labelled) & (patients.arm == row.arm)]
         line["by patients"] = _span(*own[["low", "high"]].to_numpy()[0]) if len(own) else "not made"
@@ -120,18 +119,34 @@ def _line(row, patients: pd.DataFrame) -> dict[str, object]:
 
 
 def first_block(root: Path) -> str:
-    """The README's table: pre-training on all training images against scratch and against a convolutional
-    network.
+    """The README's tables: a row a number of labelled cases; scratch, pre-trained on all training images, and
+    a convolutional network where one was run.
     """
-    parts = [
-        f"{read_study(name).title}\n\n{main_block(root, name, ('self_all', 'cnn'), '')}"
-        for name in STUDIES
-        if not _study(root, name, "main").empty
-    ]
-    return (
-        "\n\n".join(parts)
-        or "Not run yet: a first try on real scans was too short to count ([docs/evidence.md](docs/evidence.md)), and no figure stands here before one counts."
-    )
+    parts = []
+    for name in STUDIES:
+        study, folder = read_study(name), root / "results" / "evidence" / "real" / name
+        main = Results(folder).counted(study)
+        if main.empty:
+            continue
+        rows: dict[str, dict[str, object]] = {}
+        for metric in study.metrics:
+            for one in _order(study, intervals(main[main.metric == metric])).itertuples():
+                row, short = (
+                    rows.setdefault(one.labelled, {"labelled": one.labelled}),
+                    metric.split("_")[0].upper(),
+                )
+                if one.arm == "self_all":
+                    row |= {f"{short} scratch": one.scratch, f"{short} pre-trained": one.value}
+                    row[f"{short} difference, 95 %"] = _span(one.low, one.high)
+                elif one.arm == "cnn":
+                    row[f"{short} convolutional"] = one.value
+        table = (
+            _table(pd.DataFrame(rows.values()))
+            .replace("MAUC", "mAUC")
+            .replace("HD95 scratch", "HD95 (mm) scratch")
+        )
+        parts.append(f"{study.title}\n\n{_figure(root, name, '')}{table}{_details([folder / 'main.csv'])}")
+    return "\n\n".join(parts)
 
 
 def stopped_block(root: Path) -> str:
@@ -253,7 +268,7 @@ def processes_block(root: Path) -> str:
     """Table of `results/bench/processes.csv`."""
     file = root / "results" / "bench" / "processes.csv"
     return (
-        _table(pd.read_csv(file, comment="#").astype({"times as fast as one": str}).replace("nan", ""))
+        _table(pd.read_csv(file, comment="#").astype({"times as fast as one": object}).fillna(""))
         + "\n"
         + _facts(file)
     )

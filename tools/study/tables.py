@@ -165,8 +165,8 @@ def intervals(main: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
     """Mean difference of each arm to scratch, paired by seed and fold, with its t interval.
 
     Returns:
-        labelled, metric, arm, units, scratch, value, difference, low, high; the interval is NaN with fewer
-        than two units.
+        labelled, metric, arm, units, scratch, value, difference, low, high, above; the interval is NaN with
+        fewer than two units, `above` counts the units in which the arm's figure is the higher one.
     """
     rows = []
     for (labelled, metric), part in main.groupby(["labelled", "metric"], sort=False):
@@ -178,10 +178,10 @@ def intervals(main: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
             change, n = both[arm] - both["scratch"], len(both)
             half = stats.t.ppf(0.5 + level / 2, n - 1) * change.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
             means = both["scratch"].mean(), both[arm].mean(), change.mean()
-            rows.append((labelled, metric, arm, n, *means, change.mean() - half, change.mean() + half))
-    return pd.DataFrame(
-        rows, columns=["labelled", "metric", "arm", "units", "scratch", "value", "difference", "low", "high"]
-    )
+            span, above = (change.mean() - half, change.mean() + half), int((change > 0).sum())
+            rows.append((labelled, metric, arm, n, *means, *span, above))
+    columns = ["labelled", "metric", "arm", "units", "scratch", "value", "difference", "low", "high", "above"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def patient_interval(
