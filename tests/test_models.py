@@ -1,16 +1,19 @@
 """The models keep their promises on tiny sizes, and equal timm's and MONAI's where those do the same."""
 
+import copy
 import re
 
 import numpy as np
 import pytest
 import torch
 from monai.networks.nets import UNETR as MonaiUNETR
+from torch import nn
 from torch.testing import assert_close
 
 from smae_utils import timm_library  # noqa: F401  (before timm: it mends the import of torchvision)
 from smae_utils.errors import UserError
 from smae_utils.method.mae import MaskedAutoencoder, paste_visible, pixel_mask, sanity_band
+from smae_utils.method.norms import keep_channels_last
 from smae_utils.method.patches import (
     as_tuple,
     gather_tokens,
@@ -466,3 +469,21 @@ def test_the_band_leaves_out_air_as_the_loss_does():
         body["patch_mean"]
     )
     assert sanity_band(image, mask, 2, False)["patch_mean"] < body["patch_mean"]
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_instance_norm_that_keeps_channels_last_is_instance_norm(ndim):
+    form = torch.channels_last if ndim == 2 else torch.channels_last_3d
+    plain = nn.InstanceNorm2d(5) if ndim == 2 else nn.InstanceNorm3d(5)
+    model = nn.Sequential(nn.Sequential(copy.deepcopy(plain)), nn.InstanceNorm3d(5, affine=True))
+    keep_channels_last(model)
+    assert type(model[0][0]) is not type(plain) and type(model[1]) is nn.InstanceNorm3d
+    for fmt in (torch.contiguous_format, form):
+        x = (torch.randn(3, 5, *(12,) * ndim) * 2 + 3).to(memory_format=fmt).requires_grad_()
+        weight = torch.randn(x.shape)
+        one = model[0](x)
+        (ours,) = torch.autograd.grad((one * weight).sum(), x)
+        other = plain.double()(x.double())
+        (theirs,) = torch.autograd.grad((other * weight).sum(), x)
+        assert torch.allclose(one.double(), other, atol=1e-5) and torch.allclose(ours, theirs, atol=1e-5)
+        assert one.is_contiguous(memory_format=fmt)

@@ -261,7 +261,7 @@ def settings_block(root: Path) -> str:
 def speed_block(root: Path) -> str:
     """Table of `results/bench/speed.csv`."""
     file = root / "results" / "bench" / "speed.csv"
-    return _table(pd.read_csv(file, comment="#").drop(columns="subject")) + "\n" + _facts(file)
+    return _table(pd.read_csv(file, comment="#")) + "\n" + _facts(file)
 
 
 def processes_block(root: Path) -> str:

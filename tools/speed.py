@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,12 +24,16 @@ from smae_utils.method.mae import MaskedAutoencoder
 from smae_utils.method.patches import patchify
 from smae_utils.method.unetr import UNETR
 from smae_utils.whole import write_text
-from smae_utils.work.devices import memory_format
+from smae_utils.work.devices import memory_format, pick_precision
 from smae_utils.work.predictor import Predictor
 from smae_utils.work.provenance import provenance
 
 VIT_B = {"embed_dim": 768, "depth": 12, "num_heads": 12}
 COLUMNS = ["work", "subject", "peer", "ratio_median", "ratio_min", "ratio_max", "subject_s", "peer_s"]
+
+
+AS_IT_COMES = "as it comes"  # a peer's network in fp32 with torch's own choice of an AdamW
+Act = Callable[[str], object]  # what is timed: "fp32" or "bf16", both with a fused AdamW, or AS_IT_COMES
 
 
 @dataclass
@@ -39,18 +42,25 @@ class Work:
 
     name: str
     peer: str
-    ours: Callable[[], object]
-    theirs: Callable[[], object]
+    ours: Act
+    theirs: Act
+    precisions: tuple[str, ...] = ("fp32", "bf16")  # that the peer computes in; none: it multiplies nothing
 
 
-def step_of(
-    model: nn.Module, image: Tensor, loss_of: Callable[[nn.Module, Tensor], Tensor]
-) -> Callable[[], float]:
+def autocast(precision: str) -> torch.autocast:
+    """Networks within it compute in "fp32" or "bf16", as they do when this package trains."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+
+
+def step_of(model: nn.Module, image: Tensor, loss_of: Callable[[nn.Module, Tensor], Tensor]) -> Act:
     """Forward, backward and AdamW, as one call."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    plain = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    fused = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)  # as this package trains
 
-    def step() -> float:
-        loss = loss_of(model, image)
+    def step(precision: str) -> float:
+        optimizer = plain if precision == AS_IT_COMES else fused
+        with autocast(precision):
+            loss = loss_of(model, image)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -88,9 +98,10 @@ def mae_work(size: tuple[int, ...], channels: int, patch: int, ratio: float) -> 
     form = memory_format(len(size))
     name = f"mae_step_vit_b_{'x'.join(map(str, size))}_c{channels}_mask{ratio}"
     mine = step_of(ours.to(memory_format=form), image.to(memory_format=form), lambda model, x: model(x).loss)
+    other = step_of(theirs, image, monai_mae_loss((patch,) * len(size)))
     return Work(
-        name, "MONAI MaskedAutoEncoderViT", mine, step_of(theirs, image, monai_mae_loss((patch,) * len(size)))
-    )
+        name, "MONAI MaskedAutoEncoderViT", mine, other, ("fp32",)
+    )  # it fails under autocast on a CPU
 
 
 def monai_unetr(size: tuple[int, ...], channels: int, classes: int) -> nn.Module:
@@ -120,15 +131,18 @@ def window_work(scan: tuple[int, ...], size: tuple[int, ...]) -> Work:
     ours = UNETR(size, 16, 1, **VIT_B, out_chans=14).eval().to(memory_format=memory_format(3))
     theirs = monai_unetr(size, 1, 14).eval()
     image = torch.rand(1, *scan)
-    predictor = Predictor(ours, task, size, task.spacing_mm, overlap=0.25, precision="fp32")
+    predictors = {
+        precision: Predictor(ours, task, size, task.spacing_mm, overlap=0.25, precision=precision)
+        for precision in ("fp32", "bf16")
+    }
 
-    def monai() -> Tensor:
-        with torch.inference_mode():
+    def monai(precision: str) -> Tensor:
+        with torch.inference_mode(), autocast(precision):
             return sliding_window_inference(image[None], size, 1, theirs, overlap=0.25, mode="gaussian")
 
     return Work(
         f"sliding_window_{'x'.join(map(str, scan))}", "MONAI UNETR and sliding_window_inference",
-        lambda: predictor.probabilities(image), monai,
+        lambda precision: predictors[precision].probabilities(image), monai,
     )  # fmt: skip
 
 
@@ -151,7 +165,8 @@ def crops_work(scan: tuple[int, ...], size: tuple[int, ...], stage: str) -> Work
         mine = {"image": image}
         sample = {**mine, "foreground": (image != 0).float()}
     peer = f"MONAI {type(theirs).__name__}"
-    return Work(f"crops_{stage}_{'x'.join(map(str, scan))}", peer, lambda: ours(mine), lambda: theirs(sample))
+    name = f"crops_{stage}_{'x'.join(map(str, scan))}"
+    return Work(name, peer, lambda _: ours(mine), lambda _: theirs(sample), ())
 
 
 WORKS: dict[str, Callable[[], Work]] = {
@@ -163,26 +178,55 @@ WORKS: dict[str, Callable[[], Work]] = {
     "mae 224^2 x 1, mask .75": lambda: mae_work((224, 224), 1, 16, 0.75),
     "unetr 96^3 x 1": lambda: unetr_work((96, 96, 96), 1, 14),
     "unetr 128^3 x 4": lambda: unetr_work((128, 128, 128), 4, 4),
-    "sliding window 192 x 192 x 96": lambda: window_work((192, 192, 96), (96, 96, 96)),
+    "sliding window 512 x 512 x 150": lambda: window_work((512, 512, 150), (96, 96, 96)),
 }
 
 
-def seconds(act: Callable[[], object]) -> float:
+def seconds(act: Act, precision: str) -> float:
     """How long one call takes."""
     begin = time.perf_counter()
-    act()
+    act(precision)
     return time.perf_counter() - begin
 
 
-def benchmark_speed(out: str | Path, repeats: int = 5, only: str = "") -> pd.DataFrame:
-    """Measure each work by turns, this package then the peer, after one call of each to warm up; writes speed.csv.
+def compare(work: Work, auto: str, repeats: int) -> list[tuple]:
+    """Rows of a work: the peer as it comes, and both in one precision; after one call of each to warm up, by
+    turns.
 
     Args:
-        repeats: pairs of calls.
+        auto: the precision this package computes in on this machine.
+    """
+    pairs = [(auto, AS_IT_COMES)]  # of this package, of the peer
+    if work.precisions:
+        pairs.append((auto, auto) if auto in work.precisions else ("fp32", "fp32"))
+    acts = {("smae_utils", mine): work.ours for mine, _ in pairs}
+    acts |= {(work.peer, other): work.theirs for _, other in pairs}
+    for (_, precision), act in acts.items():
+        act(precision)
+    times = [{key: seconds(act, key[1]) for key, act in acts.items()} for _ in range(repeats)]
+    rows = []
+    for mine, other in pairs:
+        own, peer = (
+            np.array([turn[key] for turn in times]) for key in (("smae_utils", mine), (work.peer, other))
+        )
+        ratios = peer / own
+        figures = [np.median(ratios), ratios.min(), ratios.max(), np.median(own), np.median(peer)]
+        names = (
+            (f"smae_utils {mine}", f"{work.peer} {other}") if work.precisions else ("smae_utils", work.peer)
+        )
+        rows.append((work.name, *names, *(float(f"{v:.4g}") for v in figures)))
+    return rows
+
+
+def benchmark_speed(out: str | Path, repeats: int = 5, only: str = "") -> pd.DataFrame:
+    """Measure each work as `compare` does, and write speed.csv.
+
+    Args:
+        repeats: calls of each side.
         only: works whose name begins so.
 
     Returns:
-        A row a work; a ratio is the peer's time over this package's, of neighbouring calls.
+        One or two rows a work; a ratio is the peer's time over this package's, of neighbouring calls.
 
     Raises:
         UserError: where no work is called so.
@@ -196,19 +240,15 @@ def benchmark_speed(out: str | Path, repeats: int = 5, only: str = "") -> pd.Dat
     source = provenance()
     facts = [
         f"python -m tools benchmark --what speed --repeats {repeats}{f' --only {only!r}' if only else ''}",
-        f"{source['machine']}, {torch.get_num_threads()} threads, fp32 on both sides, {source['date']}, "
+        f"{source['machine']}, {torch.get_num_threads()} threads, {source['date']}, "
         f"commit {source['commit']}, torch {source['packages']['torch']}, monai {source['packages']['monai']}",
     ]
     rows = []
+    auto = pick_precision("auto", torch.device("cpu"))
     for make in chosen.values():
-        work = make()
-        seconds(work.ours), seconds(work.theirs)
-        pairs = np.array([(seconds(work.ours), seconds(work.theirs)) for _ in range(repeats)])
-        ratios = pairs[:, 1] / pairs[:, 0]
-        middle = [statistics.median(column) for column in pairs.T]
-        figures = [statistics.median(ratios), ratios.min(), ratios.max(), *middle]
-        rows.append((work.name, "smae_utils", work.peer, *(round(float(v), 3) for v in figures)))
-        print(*rows[-1], flush=True)
+        for row in compare(make(), auto, repeats):
+            rows.append(row)
+            print(*row, flush=True)
         table = pd.DataFrame(rows, columns=COLUMNS)
         text = "".join(f"# {fact}\n" for fact in facts) + table.to_csv(index=False)
         write_text(Path(out) / "speed.csv", text)  # after each, since the last ones take minutes

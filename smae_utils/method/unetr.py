@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from smae_utils.errors import UserError
+from smae_utils.method.norms import keep_channels_last
 from smae_utils.method.vit import ViTEncoder
 
 
@@ -99,6 +100,7 @@ class UNETR(nn.Module):
             for level in reversed(range(stages))
         )
         self.out = UnetOutBlock(spatial_dims=ndim, in_channels=feature_size, out_channels=out_chans)
+        keep_channels_last(self)
 
     def to_map(self, tokens: Tensor) -> Tensor:
         """(B, prefix_tokens + L, D) -> (B, D, *grid)."""
