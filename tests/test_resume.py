@@ -77,7 +77,7 @@ def rewrite(run: Path, **entries) -> None:
 @pytest.mark.slow
 def test_what_changes_nothing_of_the_result_may_change(interrupted, brats, tiny, bare, tmp_path):
     new = {"num_workers": 1, "log_every": 2, "save_every": 3, "cache_rate": 0.0, "keep_every": 5}
-    new["track"] = ["tensorboard"]
+    new |= {"track": ["tensorboard"], "store": str(tmp_path / "store")}
     assert set(new) == set(FREE_SETTINGS)
     run = interrupted(**new)
     assert {k: run.config["settings"][k] for k in new} == new

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from smae_utils.data.case import Case, Splits, hold_out
-from smae_utils.data.crops import slab_counts
+from smae_utils.data.store import Store
 from smae_utils.data.tasks import Task
 from smae_utils.data.transforms import ResizeRadiograph, middle, resize
 from smae_utils.errors import UserError
@@ -113,12 +113,19 @@ def read_middle(
 
 
 class Scans(Dataset):
-    """Cases after the deterministic transforms; the first `cache_rate` of them stay in memory once read."""
+    """Cases after the deterministic transforms.
 
-    def __init__(self, cases: list[Case], transform: Compose, cache_rate: float = 0.0):
-        self.cases, self.transform = cases, transform
+    Args:
+        cache_rate: this share of them, the first, stay in memory once read.
+        store: where prepared scans are kept in files instead; their tensors are then mapped, not read.
+    """
+
+    def __init__(
+        self, cases: list[Case], transform: Compose, cache_rate: float = 0.0, store: Store | None = None
+    ):
+        self.cases, self.transform, self.store = cases, transform, store
         self.cached: dict[int, dict] = {}
-        self.limit = round(cache_rate * len(cases))
+        self.limit = len(cases) if store else round(cache_rate * len(cases))
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -126,13 +133,15 @@ class Scans(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if index in self.cached:
             return self.cached[index]
-        item = read_case(self.transform, self.cases[index])
-        item = {k: v.as_tensor() if isinstance(v, MetaTensor) else v for k, v in item.items()}
-        if torch.is_tensor(item.get("label")) and item["label"].ndim > 2:
-            item["class_counts"] = slab_counts(item["label"])
+        case = self.cases[index]
+        item = self.store.get(case, self._prepared) if self.store else self._prepared(case)
         if index < self.limit:
             self.cached[index] = item
         return item
+
+    def _prepared(self, case: Case) -> dict[str, Any]:
+        item = read_case(self.transform, case)
+        return {k: v.as_tensor() if isinstance(v, MetaTensor) else v for k, v in item.items()}
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,9 +25,43 @@ def slab_of(ends: torch.Tensor, place: int) -> tuple[int, int]:
     return slab, place - (int(ends[slab - 1]) if slab else 0)
 
 
+def centres(shape: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
+    """The box of a volume (X, Y, Z) in which a crop of `size` may have its centre; where a crop begins counts
+    from the box's corner.
+    """
+    starts = [min(c, n) // 2 for n, c in zip(shape, size)]
+    return tuple(slice(o, o + max(1, n - c)) for o, n, c in zip(starts, shape, size))
+
+
+class CountForeground(mt.Transform):
+    """Adds what `CropForeground` looks a voxel up by: `foreground_counts` (X,), foreground voxels in each slab
+    of `centres`. It is the same for each crop.
+    """
+
+    def __init__(self, size: Sequence[int]):
+        self.size = tuple(size)
+
+    def __call__(self, data: dict) -> dict:
+        image = torch.as_tensor(data["image"]).as_subclass(torch.Tensor)
+        found = is_foreground(image[(slice(None), *centres(image.shape[1:], self.size))]).any(0)
+        return {**data, "foreground_counts": found.flatten(1).sum(1)}
+
+
+class CountClasses(mt.Transform):
+    """Adds what `CropByClasses` looks a voxel up by: `class_counts`, see `slab_counts`."""
+
+    def __call__(self, data: dict) -> dict:
+        return {
+            **data,
+            "class_counts": slab_counts(torch.as_tensor(data["label"]).as_subclass(torch.Tensor)),
+        }
+
+
 class CropForeground(mt.RandomizableTransform):
     """Crops around voxels that are foreground, each as likely, or around any where there are none: as MONAI's
-    RandWeightedCropd draws them from a map of ones and zeros, without sums over the whole map.
+    RandWeightedCropd draws them from a map of ones and zeros, but of that map only one slab is looked at.
+
+    A sample may bring what `CountForeground` of the same size adds, which is then not counted again.
     """
 
     def __init__(self, size: Sequence[int], count: int):
@@ -34,19 +69,19 @@ class CropForeground(mt.RandomizableTransform):
         self.size, self.count = tuple(size), count
 
     def __call__(self, data: dict) -> list[dict]:
-        image = data["image"]
-        # Corners that keep a crop inside, and the centres that belong to them.
-        free = [max(1, n - c) for n, c in zip(image.shape[1:], self.size)]
-        starts = [min(c, n) // 2 for n, c in zip(image.shape[1:], self.size)]
-        centres = tuple(slice(o, o + n) for o, n in zip(starts, free))
-        found = is_foreground(image[(slice(None), *centres)]).any(0)
-        ends = found.flatten(1).sum(1).cumsum(0)
+        if "foreground_counts" not in data:
+            data = CountForeground(self.size)(data)
+        image, box = data["image"], centres(data["image"].shape[1:], self.size)
+        ends = data["foreground_counts"].cumsum(0)
         total = int(ends[-1])
+        corners = []
         if total:
-            drawn = [slab_of(ends, int(r * total)) for r in self.R.random(self.count)]
-            corners = [(slab, *found[slab].nonzero()[inside].tolist()) for slab, inside in drawn]
+            for slab, inside in [slab_of(ends, int(r * total)) for r in self.R.random(self.count)]:
+                found = is_foreground(image[(slice(None), box[0].start + slab, *box[1:])]).any(0)
+                corners.append((slab, *found.nonzero()[inside].tolist()))
         else:
-            corners = [np.unravel_index(i, found.shape) for i in self.R.randint(0, found.numel(), self.count)]
+            free = [s.stop - s.start for s in box]
+            corners = [np.unravel_index(i, free) for i in self.R.randint(0, math.prod(free), self.count)]
         boxes = [tuple(slice(o, o + c) for o, c in zip(corner, self.size)) for corner in corners]
         return [{**data, "image": image[(slice(None), *box)]} for box in boxes]
 
@@ -71,7 +106,7 @@ class ClassVoxels:
 class CropByClasses(mt.RandCropByLabelClassesd):
     """MONAI's, with the same draws, but without a list of all voxels of all classes for each crop.
 
-    A sample may bring `class_counts` (`slab_counts` of its label), which are then not counted again.
+    A sample may bring what `CountClasses` adds, which is then not counted again.
     """
 
     def __call__(self, data: dict, lazy: bool | None = None) -> list[dict]:

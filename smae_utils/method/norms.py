@@ -25,15 +25,14 @@ class _InstanceNorm3d(nn.InstanceNorm3d):
         return _each_apart(x, self.eps) if x.device.type == "cpu" else super().forward(x)
 
 
-FAST = {nn.InstanceNorm2d: _InstanceNorm2d, nn.InstanceNorm3d: _InstanceNorm3d}
-
-
 def keep_channels_last(model: nn.Module) -> None:
     """Replace the instance norms of `model` that have no weights and no running statistics by those of this
     module. Weights and their names stay, outputs to rounding.
     """
     for parent in list(model.modules()):
         for name, norm in parent.named_children():
-            fast = FAST.get(type(norm))
-            if fast and not norm.affine and not norm.track_running_stats:
-                setattr(parent, name, fast(norm.num_features, eps=norm.eps))
+            if not isinstance(norm, nn.InstanceNorm2d | nn.InstanceNorm3d):
+                continue
+            if not norm.affine and not norm.track_running_stats:
+                kind = _InstanceNorm2d if isinstance(norm, nn.InstanceNorm2d) else _InstanceNorm3d
+                setattr(parent, name, kind(norm.num_features, eps=norm.eps))

@@ -4,18 +4,21 @@ arguments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from monai.losses import DiceLoss
 from monai.networks.nets import DenseNet, UNet
-from monai.transforms import Compose
+from monai.transforms import Compose, Transform
 from torch import Tensor, nn
 
-from smae_utils.data.batches import read_splits
-from smae_utils.data.case import IGNORE, Splits
+from smae_utils.data.batches import Scans, read_splits
+from smae_utils.data.case import IGNORE, Case, Splits
+from smae_utils.data.crops import CountClasses, CountForeground
+from smae_utils.data.store import Store
 from smae_utils.data.tasks import Task
+from smae_utils.data.tasks.from_run import record_of
 from smae_utils.data.transforms import augment_finetune, augment_pretrain, prepare
 from smae_utils.errors import UserError
 from smae_utils.method.mae import MaskedAutoencoder
@@ -34,6 +37,27 @@ def build_splits(task: Task, data_dir: str | Path, settings: Settings) -> Splits
 def build_transform(task: Task, settings: Settings, with_label: bool) -> Compose:
     """What is done with every scan alike, see `data.transforms.prepare`."""
     return prepare(task, with_label, settings.spacing_mm, settings.crop_size)
+
+
+def build_scans(task: Task, settings: Settings, cases: Sequence[Case], kept: bool = True) -> Scans:
+    """Cases as the crops of a stage are cut from them: masks are read for the fine-tuning of a segmentation
+    alone.
+
+    Args:
+        kept: in memory or in the store, as the settings say.
+    """
+    with_label = isinstance(settings, FinetuneSettings) and task.kind == "segmentation"
+    steps: list[Transform] = [build_transform(task, settings, with_label)]
+    if with_label and not task.whole:
+        steps.append(CountClasses())
+    elif task.spatial_dims == 3 and not task.whole and not isinstance(settings, FinetuneSettings):
+        steps.append(CountForeground(settings.crop_size))
+    store = None
+    if kept and settings.store and task.spatial_dims == 3:
+        sizes = {"spacing_mm": settings.spacing_mm, "crop_size": settings.crop_size}
+        record = {name: value for name, value in record_of(task).items() if name not in ("title", "settings")}
+        store = Store(settings.store, {**record, **sizes, "masks": with_label})
+    return Scans(list(cases), Compose(steps), settings.cache_rate if kept else 0.0, store)
 
 
 def build_augmentation(task: Task, settings: Settings) -> Compose:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from smae_utils.work.settings import total_steps
 CROPS_3D, CROPS_2D = 750_000, 69_000_000
 
 
+# Scans that would take more of the machine's memory belong into a store.
+MEMORY_SHARE = 0.7
+TOO_MANY = ", more than this machine has room for: --set store=FOLDER keeps them on disk and reads only crops"
 # Training reaches about a third of the speed of a plain matrix product.
 EFFICIENCY = 1 / 3
 
@@ -48,18 +52,19 @@ def estimate(
             (scan_voxels or 4 * np.prod(settings.crop_size))
             * voxel
             * n_train
-            * settings.cache_rate
+            * (0 if settings.store and task.spatial_dims == 3 else settings.cache_rate)
             * max(1, settings.num_workers)
         )
         # Gradients and AdamW's two moments are as large as the weights; on top of what is kept for the
         # backward pass comes a fifth for the moment; bf16 halves most of it (both measured with the preset
         # small).
         training = 4 * cost.weights + cost.activations * crops * (0.7 if precision == "bf16" else 1.2)
+        room = "" if kept < MEMORY_SHARE * machine_memory() else TOO_MANY
         lines.append(
             f"{stage} with preset {preset}: {steps} steps, about "
             f"{_hours(cost.flops * steps * crops / speed)} on this "
             f"{devices.device_name(device)} in {precision}; memory about {training / 1e9:.1f} GB to train "
-            f"with, {kept / 1e9:.1f} GB for scans that are kept"
+            f"with, {kept / 1e9:.1f} GB for scans that are kept{room}"
         )
     settings = resolve(task, "pretrain", preset, overrides=overrides)
     wanted = CROPS_2D if task.spatial_dims == 2 else CROPS_3D
@@ -70,6 +75,14 @@ def estimate(
         f"or {wanted // (settings.batch_size * settings.crops_per_scan):,} steps; stop when val_loss rises"
     )
     return lines
+
+
+def machine_memory() -> float:
+    """Bytes of main memory; infinite where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
 
 
 def _hours(seconds: float) -> str:

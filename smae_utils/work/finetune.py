@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smae_utils.data.batches import Scans, derive_seed
+from smae_utils.data.batches import derive_seed
 from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
 from smae_utils.method.checkpoints.load import (
@@ -19,8 +19,8 @@ from smae_utils.work.build import (
     build_augmentation,
     build_loss,
     build_model,
+    build_scans,
     build_splits,
-    build_transform,
     class_weights,
 )
 from smae_utils.work.evaluation import score_cases
@@ -110,12 +110,7 @@ def finetune(
     facts = facts_of(record, settings, splits["train"], init)
     if not scratch:
         report(str(load_weights(model, init, adapt=adapt, expect=facts)))
-    # A window of the whole scan is read again at test time; training needs labels on the same grid.
-    scans = Scans(
-        splits["train"],
-        build_transform(record, settings, with_label=record.kind == "segmentation"),
-        settings.cache_rate,
-    )
+    scans = build_scans(record, settings, splits["train"])
 
     weights = None
     if record.exclusive and settings.ce_weight_power:

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smae_utils.data.batches import Crops, Scans, derive_seed, join
+from smae_utils.data.batches import Crops, derive_seed, join
 from smae_utils.data.case import Splits
 from smae_utils.data.tasks import get_task
 from smae_utils.method.checkpoints.load import (
     load_weights,
 )
 from smae_utils.method.patches import mask_noise
-from smae_utils.work.build import build_augmentation, build_mae, build_splits, build_transform
+from smae_utils.work.build import build_augmentation, build_mae, build_scans, build_splits
 from smae_utils.work.loop import Loop, kept_generators
 from smae_utils.work.presets import resolve
 from smae_utils.work.progress import Say, say
@@ -79,8 +79,7 @@ def pretrain(
                 "what is fine-tuned from this run cannot be scored on them"
             )
         report(str(load_weights(model, init, adapt=adapt, expect=facts)))
-    transform = build_transform(record, settings, with_label=False)
-    scans = Scans(images["train"], transform, settings.cache_rate)
+    scans = build_scans(record, settings, images["train"])
     length = model.encoder.pos_embed.shape[1]
     fixed: list[dict] = []
 
@@ -94,7 +93,7 @@ def pretrain(
         # The same crops and the same masks every time, so that the curve shows the model and not the draw.
         if not fixed:
             crops = Crops(
-                Scans(images["val"], transform),
+                build_scans(record, settings, images["val"], kept=False),
                 build_augmentation(record, settings),
                 seed=derive_seed(settings.split_seed, 11),
             )

@@ -32,7 +32,7 @@ SCHEMA = 2
 LOCK = ".lock"
 # Settings of how a run is carried out, which change nothing of what it computes: another sitting may have
 # others.
-FREE_SETTINGS = ("num_workers", "log_every", "save_every", "cache_rate", "keep_every", "track")
+FREE_SETTINGS = ("num_workers", "log_every", "save_every", "cache_rate", "keep_every", "track", "store")
 
 
 def absolute(path: str | Path) -> str:

@@ -72,6 +72,10 @@ class Settings:
         False, "give the validation cases back for training; nothing can be selected then"
     )
     cache_rate: float = option(1.0, "share of the training scans kept in memory after resampling", "", 0, 1)
+    store: str = option(
+        "",
+        "folder in which prepared 3D scans are kept, for all runs; only crops are read from it, and cache_rate is of no effect",
+    )
     num_workers: int = option(0, "processes that load data; 0: the training process itself", least=0)
     flip_prob: float = option(0.2, "probability of a flip, for each axis", "", 0, 1)
     mirror: bool = option(
