@@ -261,7 +261,8 @@ def settings_block(root: Path) -> str:
 def speed_block(root: Path) -> str:
     """Table of `results/bench/speed.csv`."""
     file = root / "results" / "bench" / "speed.csv"
-    return _table(pd.read_csv(file, comment="#")) + "\n" + _facts(file)
+    text = pd.read_csv(file, comment="#").map(lambda v: f"{v:.3g}" if isinstance(v, float) else v)
+    return _table(text.replace("nan", "")) + "\n" + _facts(file)
 
 
 def processes_block(root: Path) -> str:

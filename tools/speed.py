@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from smae_utils.errors import UserError
 from smae_utils.whole import write_text
+from smae_utils.work.cost import measured_flops_per_second
 from smae_utils.work.devices import pick_precision
 from smae_utils.work.provenance import provenance
 from tools.speed_works import (
@@ -26,7 +28,17 @@ from tools.speed_works import (
     window_work,
 )
 
-COLUMNS = ["work", "subject", "peer", "ratio_median", "ratio_min", "ratio_max", "subject_s", "peer_s"]
+COLUMNS = [
+    "work",
+    "subject",
+    "peer",
+    "ratio_median",
+    "ratio_min",
+    "ratio_max",
+    "subject_s",
+    "peer_s",
+    "floor_s",
+]
 
 WORKS: dict[str, Callable[[], Work]] = {
     "import": import_work,
@@ -52,7 +64,7 @@ def seconds(act: Act, precision: str) -> float:
 
 def compare(work: Work, auto: str, repeats: int) -> list[tuple]:
     """Rows of a work: the peer as it comes, and both in one precision; after one call of each to warm up, by
-    turns.
+    turns. The floor is the time of this package's counted FLOPs at the rate of a plain matrix product.
 
     Args:
         auto: the precision this package computes in on this machine.
@@ -62,8 +74,13 @@ def compare(work: Work, auto: str, repeats: int) -> list[tuple]:
         pairs.append((auto, auto) if auto in work.precisions else ("fp32", "fp32"))
     acts = {("smae_utils", mine): work.ours for mine, _ in pairs}
     acts |= {(work.peer, other): work.theirs for _, other in pairs}
-    for (_, precision), act in acts.items():
-        act(precision)
+    floors = {}
+    for (name, precision), act in acts.items():
+        with FlopCounterMode(display=False) as counter:
+            act(precision)
+        if name == "smae_utils" and work.precisions:
+            rate = measured_flops_per_second(torch.device("cpu"), precision)
+            floors[precision] = counter.get_total_flops() / rate
     repeats = min(repeats, work.at_most or repeats)
     times = [{key: seconds(act, key[1]) for key, act in acts.items()} for _ in range(repeats)]
     rows = []
@@ -73,6 +90,7 @@ def compare(work: Work, auto: str, repeats: int) -> list[tuple]:
         )
         ratios = peer / own
         figures = [np.median(ratios), ratios.min(), ratios.max(), np.median(own), np.median(peer)]
+        figures.append(floors.get(mine, float("nan")))
         names = (
             (f"smae_utils {mine}", f"{work.peer} {other}") if work.precisions else ("smae_utils", work.peer)
         )
