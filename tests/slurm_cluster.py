@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,12 +80,16 @@ class NotUp(Exception):
 
 
 @contextmanager
-def cluster(folder: Path, nodes: int = 1) -> Iterator[Path]:
+def cluster(nodes: int = 1) -> Iterator[Path]:
     """Start one, and stop it afterwards. Programs of SLURM find it by the environment while it is there.
 
     Args:
         nodes: how many; each is a slurmd of this machine with a name of its own.
+
+    Yields:
+        Its folder, with its logs. It is none of pytest's: the path of a socket in it may have 107 letters.
     """
+    folder = Path(tempfile.mkdtemp(prefix="slurm_"))
     host = socket.gethostname().split(".")[0]
     names = [f"node{i}" for i in range(1, nodes + 1)]
     for name in ("state", "munge", *(f"spool/{node}" for node in names)):
@@ -128,3 +133,4 @@ def cluster(folder: Path, nodes: int = 1) -> Iterator[Path]:
             os.environ.pop("SLURM_CONF")
         else:
             os.environ["SLURM_CONF"] = before
+        shutil.rmtree(folder, ignore_errors=True)

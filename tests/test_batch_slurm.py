@@ -34,6 +34,10 @@ time.sleep(0 if times or seed == 0 else 300)
 """
 
 
+def squeue(*words):
+    return subprocess.run(["squeue", *words], capture_output=True, text=True).stdout
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(bool(why_not()), reason=why_not())
 def test_jobs_that_are_cancelled_or_run_out_of_time_are_finished(tmp_path):
@@ -49,18 +53,16 @@ def test_jobs_that_are_cancelled_or_run_out_of_time_are_finished(tmp_path):
     def cancel_the_second():
         while not (tmp_path / "1").exists():
             time.sleep(0.5)
-        names = subprocess.run(
-            ["squeue", "-h", "-r", "-o", "%i"], capture_output=True, text=True
-        ).stdout.split()
+        names = squeue("-h", "-r", "-o", "%i").split()
         subprocess.run(["scancel", next(name for name in names if name.endswith("_1"))], check=True)
 
     def too_long(number, frame):
-        raise TimeoutError("no job came to its end in ten minutes")
+        raise TimeoutError(f"no job came to its end in ten minutes: {squeue()}")
 
     signal.signal(signal.SIGALRM, too_long)
     signal.alarm(600)  # a cluster that starts no job shall not hold up all other tests
     try:
-        with cluster(tmp_path / "slurm"):
+        with cluster():
             # Two minutes at most; a job is told a minute before, and puts itself back into the queue.
             parameters = {"timeout_min": 2, "slurm_signal_delay_s": 60, "cpus_per_task": 1}
             thread = threading.Thread(target=cancel_the_second, daemon=True)
@@ -94,13 +96,13 @@ def test_the_script_of_the_documentation_trains_on_two_nodes(tmp_path, cxr14):
     (tmp_path / "two_nodes.sh").write_text(script, encoding="utf-8")
     own_environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     try:
-        with cluster(tmp_path / "slurm", nodes=2):
+        with cluster(nodes=2) as folder:
             job = ["sbatch", "--wait", f"--output={tmp_path}/job.txt", str(tmp_path / "two_nodes.sh")]
             environment = {**own_environment, "SLURM_CONF": os.environ["SLURM_CONF"]}
             try:
                 done = subprocess.run(job, env=environment, timeout=300, capture_output=True, text=True)
             except subprocess.TimeoutExpired:
-                told = [tmp_path / "job.txt", *(tmp_path / "slurm").glob("*.log")]
+                told = [tmp_path / "job.txt", *folder.glob("*.log")]
                 pytest.fail("".join(f"{p}:\n{p.read_text()[-2000:]}\n" for p in told if p.exists()))
     except NotUp as error:
         pytest.skip(f"SLURM is installed and does not start here: {error}")
