@@ -99,7 +99,8 @@ def compare(work: Work, auto: str, repeats: int) -> list[tuple]:
 
 
 def benchmark_speed(out: str | Path, repeats: int = 5, only: str = "") -> pd.DataFrame:
-    """Measure each work as `compare` does, and write speed.csv.
+    """Measure each work as `compare` does, and write speed.csv. Rows of other works that are there already stay,
+    with the lines that say how they were made.
 
     Args:
         repeats: calls of each side.
@@ -123,13 +124,19 @@ def benchmark_speed(out: str | Path, repeats: int = 5, only: str = "") -> pd.Dat
         f"{source['machine']}, {torch.get_num_threads()} threads, {source['date']}, "
         f"commit {source['commit']}, torch {source['packages']['torch']}, monai {source['packages']['monai']}",
     ]
-    rows = []
+    file, earlier = Path(out) / "speed.csv", pd.DataFrame(columns=COLUMNS)
+    if file.is_file():
+        lines = file.read_text(encoding="utf-8").splitlines()
+        facts = [line.removeprefix("# ") for line in lines if line.startswith("# ")] + facts
+        earlier = pd.read_csv(file, comment="#")
+    rows: list[tuple] = []
     auto = pick_precision("auto", torch.device("cpu"))
     for make in chosen.values():
         for row in compare(make(), auto, repeats):
             rows.append(row)
             print(*row, flush=True)
-        table = pd.DataFrame(rows, columns=COLUMNS)
+        made = pd.DataFrame(rows, columns=COLUMNS)
+        table = pd.concat([earlier[~earlier.work.isin(made.work)], made]) if len(earlier) else made
         text = "".join(f"# {fact}\n" for fact in facts) + table.to_csv(index=False)
-        write_text(Path(out) / "speed.csv", text)  # after each, since the last ones take minutes
+        write_text(file, text)  # after each, since the last ones take minutes
     return table

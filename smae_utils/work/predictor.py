@@ -171,11 +171,11 @@ class Predictor:
         pieces = list(slabs(sizes[2], window[2], self.overlap, planes))
         total = sum(windows((*sizes[:2], stop - start), window, self.overlap) for start, stop, *_ in pieces)
         out: np.ndarray | None = None
-        done = 0
+        done, at_a_time = 0, 1 if self.device.type == "cpu" else 4  # several only fill a CPU's caches
 
         def counted(crops: Tensor) -> Tensor:
             nonlocal done
-            logits = self.model(crops)
+            logits = self.model(crops.contiguous(memory_format=devices.memory_format(3)))
             done += len(crops)
             if progress:
                 progress(done, total)
@@ -185,7 +185,7 @@ class Predictor:
             part = image[None, ..., start:stop].to(self.device)
             with self._computing():
                 logits = sliding_window_inference(
-                    part, window, 4, counted, overlap=self.overlap, mode="gaussian", device="cpu"
+                    part, window, at_a_time, counted, overlap=self.overlap, mode="gaussian", device="cpu"
                 )[0]
                 probs = activate(logits.float(), self.task)
             if len(pieces) == 1:
