@@ -45,3 +45,21 @@ def test_both_sides_of_a_step_take_it_with_the_same_optimiser_but_for_the_peer_a
         losses[precision] = [step(precision) for _ in range(5)]
     assert losses[AS_IT_COMES] == pytest.approx(losses["fp32"], rel=1e-5)
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05) and losses["bf16"] != losses["fp32"]
+
+
+def test_rows_of_other_works_stay_with_what_says_how_they_were_made(tmp_path, monkeypatch):
+    took = iter([1.0, 2.0, 3.0])
+
+    def made(name):
+        return lambda: Work(name, "peer", lambda precision: None, lambda precision: None, ())
+
+    monkeypatch.setattr(speed, "WORKS", {"one": made("one"), "two": made("two")})
+    monkeypatch.setattr(speed, "seconds", lambda act, precision: 1.0)
+    monkeypatch.setattr(
+        speed, "compare", lambda work, *_: [(work.name, "us", "peer", next(took), *[0.0] * 5)]
+    )
+    speed.benchmark_speed(tmp_path, 1)
+    table = speed.benchmark_speed(tmp_path, 2, only="two")
+    assert dict(zip(table.work, table.ratio_median)) == {"one": 1.0, "two": 3.0}
+    text = (tmp_path / "speed.csv").read_text()
+    assert "--repeats 1\n" in text and "--repeats 2 --only 'two'" in text and text.count("\none,") == 1
