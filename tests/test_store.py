@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import MODEL, STAGE, TASK
 
-from smae_utils.data.batches import Crops
+from smae_utils.data.batches import Crops, training_loader
 from smae_utils.data.store import Store
 from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
@@ -72,6 +72,11 @@ def test_another_preparation_and_a_changed_file_are_made_anew(btcv, tmp_path):
     before = store.file(case)
     (folder / "new.dcm").write_bytes(b"1")
     assert store.file(case) != before and store.file({**case, "image": f"{folder}#1.3"}) != store.file(case)
+    folder = folder.rename(tmp_path / "dicom#2")
+    case["image"] = f"{folder}#1.2"
+    before = store.file(case)
+    (folder / "more.dcm").write_bytes(b"1")
+    assert store.file(case) != before
 
 
 def resident_mb() -> float:
@@ -135,6 +140,15 @@ def test_a_full_disk_and_a_broken_file_are_told(tmp_path, monkeypatch):
     store.file(case).write_bytes(b"half")
     with pytest.raises(UserError, match="is no prepared scan .*delete it"):
         store.get(case, lambda case: {})
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_store_that_is_no_folder_is_told_in_one_line_also_by_a_loading_process(workers, btcv, tmp_path):
+    (tmp_path / "file").write_text("")
+    scans, augment = scans_of("pretrain", btcv, store=str(tmp_path / "file"))
+    with pytest.raises(FileExistsError) as told:
+        next(iter(training_loader(scans, augment, 0, 1, 0, 1, num_workers=workers)))
+    assert str(tmp_path / "file") in str(told.value) and "\n" not in str(told.value)
 
 
 def test_scans_that_do_not_fit_into_memory_are_told_of_the_store(monkeypatch):

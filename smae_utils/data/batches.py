@@ -220,17 +220,18 @@ class Steps(Sampler):
 
 
 class Batches(DataLoader):
-    """A loader whose processes leave Ctrl-C to the training loop, and whose errors stay one line."""
+    """A loader whose processes leave Ctrl-C to the training loop, and whose errors for the user stay one line."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         try:
             yield from super().__iter__()
-        except UserError as error:
+        except (UserError, OSError) as error:
             # torch wraps the error of a loading process into its whole traceback; the message is its last
-            # line.
-            raise UserError(
-                str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
-            ) from None
+            # line, after the error's name.
+            lines = str(error).strip().splitlines()
+            if len(lines) <= 1:
+                raise
+            raise type(error)(lines[-1].split(f"{type(error).__name__}: ", 1)[-1]) from None
 
 
 def _ignore_interrupt(worker: int) -> None:

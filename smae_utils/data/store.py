@@ -16,6 +16,7 @@ from torch import Tensor
 from smae_utils.data.case import Case, files_of
 from smae_utils.errors import UserError
 from smae_utils.locks import held
+from smae_utils.paths import split_series
 from smae_utils.whole import new_file
 
 LAYOUT = 1  # raise it when a prepared scan comes to mean something else
@@ -58,7 +59,7 @@ class Store:
             tensors = torch.load(file, mmap=True, weights_only=True)
         except Exception as error:
             raise UserError(
-                f"{file} is no prepared scan ({error}): delete it, it is then made again"
+                f"{file} is no prepared scan (cut short, or something else): delete it, it is then made again"
             ) from error
         return {**case, **tensors}
 
@@ -79,7 +80,7 @@ class Store:
 
 def _fingerprint(file: str) -> list[Any]:
     """Place, size and time of a file; of a folder, of what is in it."""
-    path = Path(file.split("#")[0] if not Path(file).exists() else file).absolute()  # folder#series of DICOM
+    path, series = split_series(file)
     inside = sorted(path.rglob("*")) if path.is_dir() else [path]
     states = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in inside if p.is_file()]
-    return [str(path), file.partition("#")[2], states]
+    return [str(path.absolute()), series, states]
