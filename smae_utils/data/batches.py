@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from smae_utils.data.case import Case, Splits, hold_out
+from smae_utils.data.crops import plain
 from smae_utils.data.store import Store
 from smae_utils.data.tasks import Task
 from smae_utils.data.transforms import ResizeRadiograph, middle, resize
@@ -104,11 +105,7 @@ def read_middle(
     if whole:
         resized = None if label is None else resize(label, size, label=True)
         return ResizeRadiograph(size)(sample)["image"], resized
-    image, *masks = (
-        middle(torch.as_tensor(x).as_subclass(Tensor), size)
-        for x in (sample["image"], label)
-        if x is not None
-    )
+    image, *masks = (middle(plain(x), size) for x in (sample["image"], label) if x is not None)
     return image, masks[0] if masks else None
 
 

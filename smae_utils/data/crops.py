@@ -11,6 +11,11 @@ import torch
 from monai import transforms as mt
 
 
+def plain(values: Any) -> torch.Tensor:
+    """A tensor of the values, without what MONAI records of them."""
+    return torch.as_tensor(values).as_subclass(torch.Tensor)
+
+
 def slab_counts(label: torch.Tensor) -> torch.Tensor:
     """(X, K) voxels of each label number in each slab label[0, x] of (1, X, ...); K is one more than the largest."""
     flat = label[0].flatten(1).long()
@@ -42,7 +47,7 @@ class CountForeground(mt.Transform):
         self.size = tuple(size)
 
     def __call__(self, data: dict) -> dict:
-        image = torch.as_tensor(data["image"]).as_subclass(torch.Tensor)
+        image = plain(data["image"])
         found = is_foreground(image[(slice(None), *centres(image.shape[1:], self.size))]).any(0)
         return {**data, "foreground_counts": found.flatten(1).sum(1)}
 
@@ -51,10 +56,7 @@ class CountClasses(mt.Transform):
     """Adds what `CropByClasses` looks a voxel up by: `class_counts`, see `slab_counts`."""
 
     def __call__(self, data: dict) -> dict:
-        return {
-            **data,
-            "class_counts": slab_counts(torch.as_tensor(data["label"]).as_subclass(torch.Tensor)),
-        }
+        return {**data, "class_counts": slab_counts(plain(data["label"]))}
 
 
 class CropForeground(mt.RandomizableTransform):
@@ -114,9 +116,9 @@ class CropByClasses(mt.RandCropByLabelClassesd):
         return super().__call__(data, lazy)
 
     def randomize(self, label: torch.Tensor, indices: Any = None, image: Any = None) -> None:
-        plain = torch.as_tensor(label).as_subclass(torch.Tensor)
-        counts = slab_counts(plain) if self.counts is None else self.counts
-        voxels = [ClassVoxels(plain, counts, number) for number in range(self.cropper.num_classes)]
+        numbers = plain(label)
+        counts = slab_counts(numbers) if self.counts is None else self.counts
+        voxels = [ClassVoxels(numbers, counts, number) for number in range(self.cropper.num_classes)]
         super().randomize(label, voxels if indices is None else indices, image)
 
 

@@ -15,7 +15,7 @@ from monai import transforms as mt
 from monai.transforms import Compose
 from PIL import Image
 
-from smae_utils.data.crops import CropByClasses, CropForeground, is_foreground
+from smae_utils.data.crops import CropByClasses, CropForeground, is_foreground, plain
 from smae_utils.data.labels import encode_labels
 from smae_utils.data.pictures import ReadRadiograph, read_flat_mask
 from smae_utils.data.reading import CheckCase, ReadScan
@@ -200,13 +200,13 @@ def resize(values: torch.Tensor, size: Sequence[int], label: bool = False) -> to
     """(C, *spatial) -> (C, *size): labels by nearest neighbour, 2D images as PIL resizes them (bicubic,
     smoothed where they shrink), 3D linearly.
     """
-    plain = torch.as_tensor(values).as_subclass(torch.Tensor)[None]
+    batch = plain(values)[None]
     if label:
-        return torch.nn.functional.interpolate(plain.float(), size=tuple(size), mode="nearest-exact")[0].to(
+        return torch.nn.functional.interpolate(batch.float(), size=tuple(size), mode="nearest-exact")[0].to(
             values.dtype
         )
     how = {"mode": "trilinear"} if len(size) == 3 else {"mode": "bicubic", "antialias": True}
-    return torch.nn.functional.interpolate(plain.float(), size=tuple(size), align_corners=False, **how)[0]
+    return torch.nn.functional.interpolate(batch.float(), size=tuple(size), align_corners=False, **how)[0]
 
 
 class ResizeAll(mt.Transform):

@@ -17,12 +17,12 @@ from smae_utils.work.settings import total_steps
 # x 387 x 4; radiographs 800 x 86,524.
 CROPS_3D, CROPS_2D = 750_000, 69_000_000
 
+# Training reaches about a third of the speed of a plain matrix product.
+EFFICIENCY = 1 / 3
 
 # Scans that would take more of the machine's memory belong into a store.
 MEMORY_SHARE = 0.7
 TOO_MANY = ", more than this machine has room for: --set store=FOLDER keeps them on disk and reads only crops"
-# Training reaches about a third of the speed of a plain matrix product.
-EFFICIENCY = 1 / 3
 
 
 def estimate(

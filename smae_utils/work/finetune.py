@@ -115,7 +115,7 @@ def finetune(
     weights = None
     if record.exclusive and settings.ce_weight_power:
         weights = class_weights(
-            (scans[i]["label"] for i in range(len(scans))), record.out_chans, settings.ce_weight_power
+            (scans[i]["class_counts"] for i in range(len(scans))), record.out_chans, settings.ce_weight_power
         )
     criterion = build_loss(record, weights)
 

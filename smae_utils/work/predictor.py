@@ -171,7 +171,8 @@ class Predictor:
         pieces = list(slabs(sizes[2], window[2], self.overlap, planes))
         total = sum(windows((*sizes[:2], stop - start), window, self.overlap) for start, stop, *_ in pieces)
         out: np.ndarray | None = None
-        done, at_a_time = 0, 1 if self.device.type == "cpu" else 4  # several only fill a CPU's caches
+        at_a_time = 1 if self.device.type == "cpu" else 4  # several only fill a CPU's caches
+        done = 0
 
         def counted(crops: Tensor) -> Tensor:
             nonlocal done
