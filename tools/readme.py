@@ -51,6 +51,7 @@ def paper_block(root: Path) -> str:
 
 
 STUDIES = ("hippocampus", "cxr14_64px")  # of tools/study
+SHORT = {"dsc": "DSC", "mauc": "mAUC", "hd95_mm": "HD95 (mm)"}
 
 
 def _study(root: Path, name: str, table: str) -> pd.DataFrame:
@@ -88,14 +89,15 @@ def main_block(root: Path, name: str) -> str:
     """The figure, and each arm beside scratch, by labelled cases, from the study's `main.csv`."""
     study, folder = read_study(name), root / "results" / "evidence" / "real" / name
     main = Results(folder).counted(study)
+    if main.empty:
+        return "Not run yet."
+    table = _order(study, intervals(main))
     patients = Results(folder).read("patients")
     parts = [_figure(root, name, "../")]
     for metric in study.metrics:
-        table = _order(study, intervals(main[main.metric == metric])) if len(main) else main
-        if table.empty:
-            return "Not run yet."
+        own = table[table.metric == metric]
         parts.append(
-            f"{NAMES[metric]}{'' if metric == study.metric else ' (less is better)'}\n\n{_table(pd.DataFrame([_line(row, patients) for row in table.itertuples()]))}\n\n"
+            f"{NAMES[metric]}{'' if metric == study.metric else ' (less is better)'}\n\n{_table(pd.DataFrame([_line(row, patients) for row in own.itertuples()]))}\n\n"
         )
     return "".join(parts).rstrip() + _details([folder / "main.csv"])
 
@@ -128,24 +130,17 @@ def first_block(root: Path) -> str:
         main = Results(folder).counted(study)
         if main.empty:
             continue
-        rows: dict[str, dict[str, object]] = {}
+        table, columns = _order(study, intervals(main)), {}
         for metric in study.metrics:
-            for one in _order(study, intervals(main[main.metric == metric])).itertuples():
-                row, short = (
-                    rows.setdefault(one.labelled, {"labelled": one.labelled}),
-                    metric.split("_")[0].upper(),
-                )
-                if one.arm == "self_all":
-                    row |= {f"{short} scratch": one.scratch, f"{short} pre-trained": one.value}
-                    row[f"{short} difference, 95 %"] = _span(one.low, one.high)
-                elif one.arm == "cnn":
-                    row[f"{short} convolutional"] = one.value
-        table = (
-            _table(pd.DataFrame(rows.values()))
-            .replace("MAUC", "mAUC")
-            .replace("HD95 scratch", "HD95 (mm) scratch")
-        )
-        parts.append(f"{study.title}\n\n{_figure(root, name, '')}{table}{_details([folder / 'main.csv'])}")
+            of = {arm: own.set_index("labelled") for arm, own in table[table.metric == metric].groupby("arm")}
+            trained, short = of["self_all"], SHORT[metric]
+            columns[f"{short} scratch"] = trained.scratch
+            columns[f"{short} pre-trained"] = trained.value
+            columns[f"{short} difference, 95 %"] = trained.apply(lambda row: _span(row.low, row.high), axis=1)
+            if "cnn" in of:
+                columns[f"{short} convolutional"] = of["cnn"].value.reindex(trained.index)
+        figures = _table(pd.DataFrame(columns).reset_index())
+        parts.append(f"{study.title}\n\n{_figure(root, name, '')}{figures}{_details([folder / 'main.csv'])}")
     return "\n\n".join(parts)
 
 

@@ -24,7 +24,7 @@ from monai.networks.nets import MaskedAutoEncoderViT
 from torch import Tensor, nn
 
 from smae_utils.data.batches import Crops
-from smae_utils.data.crops import CountForeground, CropByClasses, CropForeground, slab_counts
+from smae_utils.data.crops import CountClasses, CountForeground, CropByClasses, CropForeground
 from smae_utils.data.tasks import get_task
 from smae_utils.method.mae import MaskedAutoencoder
 from smae_utils.method.patches import patchify
@@ -105,9 +105,8 @@ def mae_work(size: tuple[int, ...], channels: int, patch: int, ratio: float) -> 
     name = f"mae_step_vit_b_{'x'.join(map(str, size))}_c{channels}_mask{ratio}"
     mine = step_of(ours.to(memory_format=form), image.to(memory_format=form), lambda model, x: model(x).loss)
     other = step_of(theirs, image, monai_mae_loss((patch,) * len(size)))
-    return Work(
-        name, "MONAI MaskedAutoEncoderViT", mine, other, ("fp32",)
-    )  # it fails under autocast on a CPU
+    precisions = ("fp32",)  # it fails under autocast on a CPU
+    return Work(name, "MONAI MaskedAutoEncoderViT", mine, other, precisions)
 
 
 def monai_unetr(size: tuple[int, ...], channels: int, classes: int) -> nn.Module:
@@ -152,23 +151,31 @@ def window_work(scan: tuple[int, ...], size: tuple[int, ...]) -> Work:
     )  # fmt: skip
 
 
-def crops_work(scan: tuple[int, ...], size: tuple[int, ...], stage: str) -> Work:
-    """Two crops of a scan in memory, of fine-tuning (13 organs of about 10,000 voxels) or of pre-training."""
-    generator = torch.Generator().manual_seed(0)
-    image, label = torch.rand(1, *scan, generator=generator), torch.zeros(1, *scan, dtype=torch.uint8)
+def organs(scan: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """A mask (X, Y, Z) of 13 organs, cubes of about 10,000 voxels anywhere."""
+    label = np.zeros(scan, np.uint8)
     for organ in range(1, 14):
-        corner = [int(torch.randint(0, n - 25, (1,), generator=generator)) for n in scan]
-        label[(0, *(slice(o, o + 22) for o in corner))] = organ
+        corner = [int(rng.integers(0, n - 25)) for n in scan]
+        label[tuple(slice(o, o + 22) for o in corner)] = organ
+    return label
+
+
+def crops_work(scan: tuple[int, ...], size: tuple[int, ...], stage: str) -> Work:
+    """Two crops of a scan in memory, of fine-tuning or of pre-training; counted beforehand, as this package
+    has them.
+    """
+    rng = np.random.default_rng(0)
+    image, label = (torch.from_numpy(v[None]) for v in (rng.random(scan, np.float32), organs(scan, rng)))
     how = {"spatial_size": size, "num_samples": 2}
     if stage == "finetune":
         balanced = {**how, "label_key": "label", "num_classes": 14, "warn": False}
         ours: Any = CropByClasses(["image", "label"], **balanced)
         theirs: Any = mt.RandCropByLabelClassesd(["image", "label"], **balanced)
         sample = {"image": image, "label": label}
-        mine = {**sample, "class_counts": slab_counts(label)}
+        mine = CountClasses()(sample)
     else:
         ours, theirs = CropForeground(size, 2), mt.RandWeightedCropd("image", w_key="foreground", **how)
-        mine = CountForeground(size)({"image": image})  # as a scan in memory or in the store has it
+        mine = CountForeground(size)({"image": image})
         sample = {"image": image, "foreground": (image != 0).float()}
     peer = f"MONAI {type(theirs).__name__}"
     name = f"crops_{stage}_{'x'.join(map(str, scan))}"
@@ -181,12 +188,11 @@ def disk_work(scan: tuple[int, ...], size: tuple[int, ...], count: int) -> Work:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     rng, cases = np.random.default_rng(0), []
     for i in range(count):
-        image, label = rng.integers(-100, 200, scan, np.int16), np.zeros(scan, np.uint8)
-        for organ in range(1, 14):
-            corner = [int(rng.integers(0, n - 25)) for n in scan]
-            label[tuple(slice(o, o + 22) for o in corner)] = organ
         files = {}
-        for kind, values in (("image", image), ("label", label)):
+        for kind, values in (
+            ("image", rng.integers(-100, 200, scan, np.int16)),
+            ("label", organs(scan, rng)),
+        ):
             files[kind] = str(folder / f"{kind}{i}.nii")
             nib.save(nib.Nifti1Image(values, np.diag([1.5, 1.5, 2.0, 1.0])), files[kind])
         cases.append({"case": str(i), "patient": str(i), **files})
