@@ -282,7 +282,8 @@ def _batch(args) -> None:
         else:
             table = collect(more[0])
             print(
-                f"{len(table)} figures in {Path(more[0]) / 'results.csv'}; open {Path(more[0]) / 'index.html'}"
+                f"{len(table)} figures in {Path(more[0]) / 'results.csv'}; open "
+                f"{Path(more[0]) / 'index.html'}"
             )
         return
     if more:

@@ -1,7 +1,7 @@
 """What every command line of this project has: help in groups, and one line for an error.
 
-A user's mistake gives exit code 2. A fault of this package gives one line too, which names its place, and exit
-code 1. `--traceback` shows where either arose.
+A user's mistake gives exit code 2. A fault of this package gives one line too, which names its place, and
+exit code 1. `--traceback` shows where either arose.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def _said(error: Exception) -> tuple[str, int]:
     text = " ".join(str(error).split())[:300]
     if type(error).__name__ in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's, of a GPU
         return (
-            f"error: out of memory ({text or 'of the machine'}): use a smaller batch_size, crop_size or "
-            "network",
+            f"error: out of memory ({text or 'of the machine'}): "
+            "use a smaller batch_size, crop_size or network",
             2,
         )
     frames = traceback.extract_tb(error.__traceback__)
@@ -80,8 +80,8 @@ def _said(error: Exception) -> tuple[str, int]:
     at = next((f for f in reversed(frames) if f.filename.startswith(here)), frames[-1])
     place = f"{Path(at.filename).name}:{at.lineno}"
     return (
-        f"internal error: {type(error).__name__}: {text} (in {place}); run again with --traceback and report "
-        "it",
+        f"internal error: {type(error).__name__}: {text} (in {place}); "
+        "run again with --traceback and report it",
         1,
     )
 

@@ -15,8 +15,8 @@ __all__ = ["Timeout", "held"]
 
 @contextmanager
 def held(file: Path, timeout: float = -1) -> Iterator[None]:
-    """Within it this process alone holds the lock `file`, which is gone afterwards. The system frees the lock of
-    a killed process; its file goes when the next one is through. Without effect where files have no locks.
+    """Within it this process alone holds the lock `file`, which is gone afterwards. The system frees the lock
+    of a killed process; its file goes when the next one is through. Without effect where files have no locks.
 
     Args:
         timeout: seconds to wait for another process; -1: as long as it takes.

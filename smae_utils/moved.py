@@ -1,8 +1,9 @@
 """Modules that lay flat in the package before they got floors: their old names still lead to them, with a
 warning. To go with version 0.3.
 
-Where one was divided, its old name finds what is in any of the parts. Three of many parts (`data`, `inference`,
-`training`) and those that left the package (`demo`, `environment`, `evidence`, `readme`) have none.
+Where one was divided, its old name finds what is in any of the parts. Three of many parts (`data`,
+`inference`, `training`) and those that left the package (`demo`, `environment`, `evidence`, `readme`) have
+none.
 """
 
 from __future__ import annotations

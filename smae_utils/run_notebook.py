@@ -80,7 +80,7 @@ def check_parameters(notebook: Path, given: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _with_kernel(notebook: Path) -> Iterator[Path]:
-    """The notebook, or a copy that names this environment's kernel where it names none: papermill asks for one."""
+    """The notebook, or a copy with this environment's kernel where it names none: papermill asks for one."""
     import nbformat
 
     more = _kernel_for(notebook)
@@ -166,9 +166,15 @@ def run_notebook(
     except PapermillExecutionError as error:
         # A UserError's text is the whole story; anything else needs its type.
         text = error.evalue if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
-        failure = f"{source.name} stopped at cell {error.exec_count}: {' '.join(text.split())[:600]}. The executed copy is {target}"
+        failure = (
+            f"{source.name} stopped at cell {error.exec_count}: "
+            f"{' '.join(text.split())[:600]}. The executed copy is {target}"
+        )
     except DeadKernelError:
-        failure = f"the kernel of {source.name} died, most likely for lack of memory: use a smaller preset or batch. The executed copy is {target}"
+        failure = (
+            f"the kernel of {source.name} died, most likely for lack of memory: use a smaller preset or "
+            f"batch. The executed copy is {target}"
+        )
     _drop_widget_state(target)
     write_html(target)
     if failure:

@@ -56,7 +56,7 @@ from timm.scheduler import CosineLRScheduler  # noqa: E402
 
 
 def _keep_a_bit(image, bits_to_keep, **_):
-    """timm's posterize, which at a large magnitude asks for 0 bits, an error since Pillow 12: at least one is kept."""
+    """timm's posterize, but with at least one bit: at a large magnitude it asks Pillow for 0, an error."""
     return auto_augment.posterize(image, max(1, bits_to_keep))
 
 
@@ -96,8 +96,8 @@ def pretrained_tensors(name: str) -> dict[str, Tensor]:
     except Exception as error:  # whatever the network, the hub or the name's tag does
         line = " ".join(str(error).split())[:160]
         raise UserError(
-            f"timm could not get the weights of {name} ({line}): download them where there is a network, and "
-            "give the file"
+            f"timm could not get the weights of {name} ({line}): "
+            "download them where there is a network, and give the file"
         ) from None
 
 

@@ -32,7 +32,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def telling_of_a_full_disk(path: Path) -> Iterator[None]:
-    """Within it, what torch and safetensors raise in their own words on a full disk becomes the OSError that it is."""
+    """Within it, what torch and safetensors raise on a full disk becomes the OSError that it is."""
     try:
         yield
     except OSError:

@@ -66,7 +66,8 @@ OverTimeLimit=0
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
-NodeName={",".join(nodes)} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports} CPUs={cpus} RealMemory=4000 State=UNKNOWN
+NodeName={",".join(nodes)} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports} \\
+  CPUs={cpus} RealMemory=4000 State=UNKNOWN
 PartitionName=all Nodes={",".join(nodes)} Default=YES MaxTime=INFINITE State=UP
 """
 

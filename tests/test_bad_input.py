@@ -867,7 +867,10 @@ def page() -> str:
         for number, case in enumerate(ROWS):
             folder = Path(root).resolve() / str(number)
             if SKIPPED.get(case.name):
-                seen = f"`error: [Errno 13] {case.words[0]}: '.../locked/out': check the path, its permissions and the free disk space`"
+                seen = (
+                    f"`error: [Errno 13] {case.words[0]}: '.../locked/out': check the path, "
+                    "its permissions and the free disk space`"
+                )
             else:
                 code, err, _ = answer(case, folder, Path(root).resolve() / "shared")
                 assert code == (0 if case.works else 2), f"{case.name}: {err}"

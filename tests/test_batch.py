@@ -25,7 +25,8 @@ CODE = """
 import os, time
 def note(word):
     with open(where, "a") as file:
-        file.write(f"{name} {seed} {word} {os.environ.get('OMP_NUM_THREADS')} {os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
+        given = [os.environ.get(key) for key in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")]
+        file.write(f"{name} {seed} {word} {given[0]} {given[1]}\\n")
 note("begin")
 time.sleep(seconds)
 if fail and not os.path.exists(fail):
@@ -111,7 +112,8 @@ def test_notebooks_of_the_package_run_in_folders_that_are_told_apart(write):
         ("runs: []", "is no batch"),
         ("runs: [", "is no YAML file"),
         (
-            "runs: {a: {notebook: NOTE, cross: {seed: [1]}, after: b}, b: {notebook: NOTE, cross: {seed: [2]}}}",
+            "runs: {a: {notebook: NOTE, cross: {seed: [1]}, after: b}, b: "
+            "{notebook: NOTE, cross: {seed: [2]}}}",
             "of which none has its",
         ),
     ],

@@ -132,7 +132,8 @@ def test_settings_that_cannot_work(smae, brats, tmp_path, override, words):
 
 @pytest.mark.parametrize(
     ("override", "words"),
-    [({"overlap": 1.0}, ["overlap"]), ({"patch_size": 6, "crop_size": "[12,12,12]"}, ["patch"]), ({"drop_path": 1.5}, ["drop_path"]),
+    [({"overlap": 1.0}, ["overlap"]), ({"patch_size": 6, "crop_size": "[12,12,12]"}, ["patch"]),
+     ({"drop_path": 1.5}, ["drop_path"]),
      ({"select": "worst"}, ["select", "worst"])],
 )  # fmt: skip
 def test_settings_of_finetuning_that_cannot_work(smae, brats, tmp_path, override, words):
@@ -354,7 +355,8 @@ def test_a_full_disk_is_one_line(smae, brats, tmp_path, monkeypatch):
 
 
 def test_help_and_mistyped_words_answer_without_loading_torch():
-    code = "import sys; from smae_utils.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = "import sys; from smae_utils.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "pretrain" in done.stdout, done.stderr
     done = subprocess.run(
@@ -467,10 +469,14 @@ def notebook(path: Path, line: str) -> Path:
 @pytest.mark.parametrize(
     ("line", "given", "value"),
     [
-        ("x: int = 0", "7", 7), ("x: int = 0", "1e3", 1000), ("x: int = 0", "1.0", 1), ("x: float = 1.0", "1e-4", 1e-4), ("x: float = 1.0", "3", 3.0),
-        ("x: bool = True", "False", False), ("x: bool = True", "no", False), ("x: str = 'a'", "1e3", "1e3"), ("x: str = 'a'", "", ""),
-        ("x: str = 'a'", "None", "None"), ("x: str = 'a'", " b ", " b "), ("x: list = []", "[1, 2]", [1, 2]), ("x: list[int] = []", "[1, 2.0]", [1, 2]),
-        ("x: Optional[int] = None", "null", None), ("x: Optional[int] = None", "4", 4), ("x = 0", "5", 5), ("x = 'a'", "5", "5"), ("x = None", "5", 5),
+        ("x: int = 0", "7", 7), ("x: int = 0", "1e3", 1000), ("x: int = 0", "1.0", 1),
+        ("x: float = 1.0", "1e-4", 1e-4), ("x: float = 1.0", "3", 3.0),
+        ("x: bool = True", "False", False), ("x: bool = True", "no", False), ("x: str = 'a'", "1e3", "1e3"),
+        ("x: str = 'a'", "", ""),
+        ("x: str = 'a'", "None", "None"), ("x: str = 'a'", " b ", " b "), ("x: list = []", "[1, 2]", [1, 2]),
+        ("x: list[int] = []", "[1, 2.0]", [1, 2]),
+        ("x: Optional[int] = None", "null", None), ("x: Optional[int] = None", "4", 4), ("x = 0", "5", 5),
+        ("x = 'a'", "5", "5"), ("x = None", "5", 5),
     ],
 )  # fmt: skip
 def test_parameters_of_a_notebook_arrive_in_their_declared_type(line, given, value, tmp_path):
@@ -483,8 +489,10 @@ def test_parameters_of_a_notebook_arrive_in_their_declared_type(line, given, val
 @pytest.mark.parametrize(
     ("line", "given"),
     [
-        ("x: int = 0", "True"), ("x: int = 0", "None"), ("x: int = 0", "[1, 2]"), ("x: int = 0", ""), ("x: int = 0", "1.5"), ("x: int = 0", ".inf"),
-        ("x: float = 0.0", "fast"), ("x: bool = True", "2"), ("x: list = []", "3"), ("x: list[int] = []", "[a]"), ("x = 0", "many"),
+        ("x: int = 0", "True"), ("x: int = 0", "None"), ("x: int = 0", "[1, 2]"), ("x: int = 0", ""),
+        ("x: int = 0", "1.5"), ("x: int = 0", ".inf"),
+        ("x: float = 0.0", "fast"), ("x: bool = True", "2"), ("x: list = []", "3"),
+        ("x: list[int] = []", "[a]"), ("x = 0", "many"),
     ],
 )  # fmt: skip
 def test_parameters_of_another_type_are_refused_with_the_list_of_the_right_ones(line, given, tmp_path):

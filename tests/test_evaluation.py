@@ -222,8 +222,10 @@ def test_summary_counts_missed_structures_and_leaves_out_what_is_absent_in_both(
     task = replace(get_task("btcv"), classes=("spleen", "liver"), subset=())
     nan = float("nan")
     table = rows(
-        ("a", "spleen", 0.8, 10.0, True, True), ("b", "spleen", 0.0, 500.0, True, False), ("c", "spleen", nan, nan, False, False),
-        ("a", "liver", 0.6, 20.0, True, True), ("b", "liver", 0.4, 30.0, True, True), ("c", "liver", 0.0, 500.0, False, True),
+        ("a", "spleen", 0.8, 10.0, True, True), ("b", "spleen", 0.0, 500.0, True, False),
+        ("c", "spleen", nan, nan, False, False),
+        ("a", "liver", 0.6, 20.0, True, True), ("b", "liver", 0.4, 30.0, True, True),
+        ("c", "liver", 0.0, 500.0, False, True),
     )  # fmt: skip
     made = summarise(table, task)
     spleen, liver = made["classes"]["spleen"], made["classes"]["liver"]

@@ -42,7 +42,8 @@ labelled: ["50%", "100%"]
 tune_row: "50%"
 crops: 4
 all: {crop_size: [16, 16], patch_size: 8, embed_dim: 16, depth: 2, num_heads: 2, precision: fp32}
-pretrain: {steps: 30, warmup_steps: 2, lr: 1.0e-3, decoder_embed_dim: 16, decoder_depth: 1, decoder_num_heads: 2}
+pretrain: {steps: 30, warmup_steps: 2, lr: 1.0e-3,
+  decoder_embed_dim: 16, decoder_depth: 1, decoder_num_heads: 2}
 finetune: {steps: 20, warmup_steps: 2, pool: mean, drop_path: 0.0}
 pretrainings: {self: {images: labelled}, self_all: {images: all}}
 arms:

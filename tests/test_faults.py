@@ -1,5 +1,5 @@
-"""Killed, or with a full disk: the next start ends with the result of an undisturbed run. `python -m tools faults` is the
-long version of this.
+"""Killed, or with a full disk: the next start ends with the result of an undisturbed run. `python -m tools
+faults` is the long version of this.
 """
 
 from __future__ import annotations

@@ -619,7 +619,8 @@ def test_what_a_target_cannot_hold_is_refused_with_the_settings_that_it_could(
         "cxr14", cxr14, tmp_path / "two", preset=bare, overrides=tiny["cxr14", "finetune"], report=quiet
     )
     for run, to, words in (
-        (three, "monai-unetr", "patch_size=16 depth=12 class_token=false norm_eps=1e-05"), (three, "timm", "2D"), (two, "monai-unetr", "segmentation"),
+        (three, "monai-unetr", "patch_size=16 depth=12 class_token=false norm_eps=1e-05"),
+        (three, "timm", "2D"), (two, "monai-unetr", "segmentation"),
         (two, "monai-vit", "norm_eps=1e-05"), (two, "keras", "expected one of timm"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=words):

@@ -125,7 +125,7 @@ def checked(file: Path) -> checking.Report:
         return checking.check(str(file), say=lambda line: None)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # scans
 section("Scans")
 
@@ -366,7 +366,7 @@ proved_in_test_dicom(
 )
 
 
-# ----------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # masks
 section("Masks")
 LABEL = np.random.default_rng(1).integers(0, 3, SHAPE).astype(np.uint8)
@@ -452,7 +452,7 @@ def _(folder):
     rough, fine = np.diag([4.0, 4.0, 4.0, 1.0]), np.diag([1.5, 1.5, 1.5, 1.0])
     fine[
         :3, 3
-        # The image is larger than the mask, and its voxels lie in all parts of the mask's, also the outer halves
+        # The image is larger than the mask; its voxels lie in all parts of the mask's, outer halves too
     ] = -2.9
     label = np.random.default_rng(2).choice([0, 1, 700], (5, 5, 5)).astype(np.int16)
     save(folder / "m m.nii.gz", label, rough)  # a blank in the name: the command quotes it
@@ -628,7 +628,7 @@ def _(folder):
     )
 
 
-# -------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # pictures
 section("Pictures")
 
@@ -751,10 +751,11 @@ def _(folder):
         read_image(folder / "i.png")
 
 
-# ----------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # lists
 section("Lists")
-TABLE = "image,label,split,patient\ni0.png,sick,train,p0\ni1.png,well,train,p1\ni2.png,sick,val,p2\ni3.png,well,test,p3\n"
+TABLE = "image,label,split,patient\ni0.png,sick,train,p0\ni1.png,well,train,p1\n"
+TABLE += "i2.png,sick,val,p2\ni3.png,well,test,p3\n"
 
 
 def pictures(folder: Path, n: int = 4) -> None:
@@ -1114,7 +1115,7 @@ def _(folder):
         assert get_task("list.csv").name == task.name
 
 
-# ----------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # tests
 @pytest.mark.parametrize("case", ROWS, ids=str)
 def test_what_is_given_is_understood_as_the_page_says(case, tmp_path):
@@ -1185,12 +1186,12 @@ def page() -> str:
         f"Written by `{COMMAND}` from the cases that the tests run:",
     ]
     lines += [
-        "each line is made as a small file and compared with nibabel, SimpleITK, Pillow, scikit-learn or "
-        "numbers known beforehand."
+        "each line is made as a small file and compared with nibabel, SimpleITK, Pillow, "
+        "scikit-learn or numbers known beforehand."
     ]
     lines += [
-        "The lines on DICOM are proved by tests/test_dicom.py. What is refused ends with one line that names "
-        "the file and says what to do.",
+        "The lines on DICOM are proved by tests/test_dicom.py. "
+        "What is refused ends with one line that names the file and says what to do.",
         "",
     ]
     for name in dict.fromkeys(r.section for r in ROWS):

@@ -37,7 +37,8 @@ import torch
 from smae_utils.show.explorer import explore
 from smae_utils.method.mae import MaskedAutoencoder
 torch.manual_seed(0)
-x = torch.stack(torch.meshgrid(*(torch.linspace(0, 9, n) for n in (32, 32, 32)), indexing="ij")).sum(0).sin()[None]
+axes = torch.meshgrid(*(torch.linspace(0, 9, n) for n in (32, 32, 32)), indexing="ij")
+x = torch.stack(axes).sum(0).sin()[None]
 explore(MaskedAutoencoder((32, 32, 32), 8, 1, 24, 2, 2, 24, 1, 2), x, spacing_mm=(2, 2, 2))
 """
 
@@ -188,7 +189,8 @@ def test_a_scan_can_be_looked_through_in_a_browser(lab, chromium):
         assert status() != hidden
         page.screenshot(path=PICTURES / "hidden_by_hand.png")
         page.evaluate(
-            "() => { window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'}) }"
+            "() => { window.jupyterapp.commands.execute('apputils:change-theme', "
+            "{theme: 'JupyterLab Dark'}) }"
         )
         page.wait_for_selector("body[data-jp-theme-light=false]", state="attached", timeout=20_000)
         page.wait_for_timeout(800)

@@ -163,7 +163,8 @@ def test_the_search_for_dead_links_finds_them(tmp_path):
         "`[x](no.md)`",
         "[x](../a.md#same-1)",
     ]
-    bad = ["[x](a.md)", "[x](../a.md#two)", "![x](no.png)", "[x](#there)", "[x]: no.md", '<img src="no.png">', "[x](../a.md#no-heading)",
+    bad = ["[x](a.md)", "[x](../a.md#two)", "![x](no.png)", "[x](#there)", "[x]: no.md", '<img src="no.png">',
+           "[x](../a.md#no-heading)",
            "[x](../../b.md)"]  # fmt: skip
     (tmp_path.parent / "b.md").touch()
     for line in good + bad:
@@ -278,7 +279,9 @@ def test_the_search_for_text_files_finds_them():
         "import io\nio.open(p)",
         "open(p, mode='r')",
     ]
-    good = ["open(p, 'rb')", "p.open('wb')", "p.read_text(encoding='utf-8')", "from PIL import Image\nImage.open(p)", "open(p, encoding='utf-8')",
+    good = ["open(p, 'rb')", "p.open('wb')", "p.read_text(encoding='utf-8')",
+            "from PIL import Image\nImage.open(p)",
+            "open(p, encoding='utf-8')",
             "write_text(p, t)", "p.open(mode='rb')"]  # fmt: skip
     assert all(text_files_without_encoding(line) for line in bad)
     assert not any(text_files_without_encoding(line) for line in good)
@@ -564,7 +567,10 @@ def test_the_installed_wheel_runs_apart_from_the_clone(wheel, tmp_path):
         assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
         return done.stdout
 
-    code = "import smae_utils.cli; from smae_utils.places import is_clone; print(smae_utils.cli.__file__, is_clone())"
+    code = (
+        "import smae_utils.cli; from smae_utils.places import is_clone; "
+        "print(smae_utils.cli.__file__, is_clone())"
+    )
     where = subprocess.run(
         [str(python), "-c", code], cwd=here, env=env, capture_output=True, text=True
     ).stdout.strip()
@@ -657,7 +663,10 @@ def test_code_passes_ruff():
 
 
 def test_the_package_names_what_most_people_need_and_loads_it_when_it_is_used():
-    code = "import sys, smae_utils; assert 'torch' not in sys.modules and set(smae_utils.__all__) <= set(dir(smae_utils)); print(smae_utils.__version__)"
+    code = (
+        "import sys, smae_utils; assert 'torch' not in sys.modules and set(smae_utils.__all__) <= "
+        "set(dir(smae_utils)); print(smae_utils.__version__)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and done.stdout.strip() == PROJECT["version"], done.stderr
     for name in smae_utils.__all__:
@@ -670,8 +679,8 @@ def test_old_names_of_modules_lead_to_the_new_ones_and_say_so():
     from smae_utils.moved import MOVED
 
     code = "import sys, importlib, warnings; warnings.simplefilter('ignore')\n" + "\n".join(
-        f"assert importlib.import_module('smae_utils.{old}') is importlib.import_module('smae_utils.{new}'), "
-        f"'{old}'"
+        f"assert importlib.import_module('smae_utils.{old}') is "
+        f"importlib.import_module('smae_utils.{new}'), '{old}'"
         for old, new in MOVED.items()
         if " " not in new  # of those that were divided see test_architecture.py
     )

@@ -35,7 +35,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def smae(processes, *words, faulty=""):
-    """The command line in so many processes: its exit code and what it printed. Processes of rank `faulty` fail."""
+    """The command line in so many processes: exit code and print. Processes of rank `faulty` fail."""
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     with tempfile.NamedTemporaryFile("w", suffix=".py") as file:

@@ -212,7 +212,8 @@ def test_of_two_processes_that_go_on_with_one_run_one_is_refused_and_the_run_sta
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
 def test_the_lock_of_a_killed_process_does_not_stop_the_next(tmp_path):
-    code = "import sys, time; from smae_utils.work.run_folder import only_process\nwith only_process(sys.argv[1]): print('in', flush=True); time.sleep(60)"
+    code = "import sys, time; from smae_utils.work.run_folder import only_process\n"
+    code += "with only_process(sys.argv[1]): print('in', flush=True); time.sleep(60)"
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE
     )

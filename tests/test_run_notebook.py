@@ -10,7 +10,8 @@ from smae_utils.run_notebook import run_notebook
 
 @pytest.mark.slow
 def test_a_notebook_that_names_no_kernel_runs_and_steps_share_one_line_for_each_training(tmp_path):
-    training = "from smae_utils.work.progress import say\nfor k in 'ab':\n    say(f'begin {k}')\n    for i in range(5):\n        say(f'step {i}/4 {k}')"
+    training = "from smae_utils.work.progress import say\nfor k in 'ab':\n    say(f'begin {k}')\n"
+    training += "    for i in range(5):\n        say(f'step {i}/4 {k}')"
     cells = [nbformat.v4.new_code_cell(code) for code in (training, "say('step 9/9')")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "mine.ipynb")
     done = nbformat.read(run_notebook(tmp_path / "mine.ipynb", tmp_path / "out", {}), as_version=4)

@@ -44,8 +44,10 @@ def test_a_key_of_the_other_stage_is_refused(bare):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("norm_pix_loss", "False"), ("norm_pix_loss", 0), ("steps", 2.5), ("steps", True), ("steps", "7"), ("steps", None), ("base_lr", "fast"),
-        ("base_lr", True), ("precision", 32), ("crop_size", 96), ("crop_size", [96, "a"]), ("crop_size", [16.5, 16, 16]), ("betas", "0.9"),
+        ("norm_pix_loss", "False"), ("norm_pix_loss", 0), ("steps", 2.5), ("steps", True), ("steps", "7"),
+        ("steps", None), ("base_lr", "fast"),
+        ("base_lr", True), ("precision", 32), ("crop_size", 96), ("crop_size", [96, "a"]),
+        ("crop_size", [16.5, 16, 16]), ("betas", "0.9"),
     ],
 )  # fmt: skip
 def test_a_value_of_the_wrong_type_is_refused_by_name(name, value):
@@ -65,11 +67,13 @@ def test_harmless_conversions_are_made():
 
 def test_set_reads_python_and_yaml_spellings():
     items = [
-        "norm_pix_loss=False", "train_on_val=true", "base_lr=1e-3", "weight_decay=1.5E+2", "steps=20", "crop_size=[32,32, 32]", "rand_augment=rand-m9",
+        "norm_pix_loss=False", "train_on_val=true", "base_lr=1e-3", "weight_decay=1.5E+2", "steps=20",
+        "crop_size=[32,32, 32]", "rand_augment=rand-m9",
         "betas=[0.9, 0.999]",
     ]  # fmt: skip
     assert parse_overrides(items) == {
-        "norm_pix_loss": False, "train_on_val": True, "base_lr": 0.001, "weight_decay": 150.0, "steps": 20, "crop_size": [32, 32, 32],
+        "norm_pix_loss": False, "train_on_val": True, "base_lr": 0.001, "weight_decay": 150.0, "steps": 20,
+        "crop_size": [32, 32, 32],
         "rand_augment": "rand-m9", "betas": [0.9, 0.999],
     }  # fmt: skip
 

@@ -632,7 +632,8 @@ def test_wrong_weights_are_an_error_before_any_folder_is_made(brats, tiny, bare,
     )
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
-    for init, words in ((tmp_path / "nowhere", "no weights"), (unfinished, "no finished weights"), (tmp_path / "half.safetensors", "half.safetensors"),
+    for init, words in ((tmp_path / "nowhere", "no weights"), (unfinished, "no finished weights"),
+                        (tmp_path / "half.safetensors", "half.safetensors"),
                         (narrow.path, "does not fit")):  # fmt: skip
         with pytest.raises(UserError, match=words) as error:
             finetune("brats", brats, tmp_path / "run", init, bare, tiny["brats", "finetune"], report=quiet)

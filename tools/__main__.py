@@ -37,7 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "benchmark",
         _benchmark,
-        "two steps of each paper preset at batch 1 on full-size phantoms; the explorer's speed; speed beside MONAI; or one and two processes",
+        "two steps of each paper preset at batch 1 on full-size phantoms; the explorer's speed; speed "
+        "beside MONAI; or one and two processes",
     )
     command.add_argument("--what", choices=["paper", "explorer", "speed", "processes"], default="paper")
     command.add_argument("--repeats", type=int, default=5, help="of speed: pairs of calls")

@@ -57,7 +57,8 @@ def benchmark_explorer(out: str | Path) -> pd.DataFrame:
         rows.append({"image": name, "slice_ms": round(slices, 1), "new_mask_ms": round(masks, 1)})
     table = pd.DataFrame(rows)
     source = provenance()
-    head = f"# python -m tools benchmark --what explorer\n# {source['machine']}, {source['date']}, commit {source['commit']}\n"
+    head = "# python -m tools benchmark --what explorer\n"
+    head += f"# {source['machine']}, {source['date']}, commit {source['commit']}\n"
     Path(out).mkdir(parents=True, exist_ok=True)
     write_text(Path(out) / "explorer.csv", head + table.to_csv(index=False))
     print(table.to_string(index=False))
@@ -118,7 +119,8 @@ def benchmark(out: str | Path, tasks: list[str]) -> pd.DataFrame:
             )
     table = pd.DataFrame(rows)
     source = provenance()
-    head = f"# python -m tools benchmark\n# {source['machine']}, {source['date']}, commit {source['commit']}, torch {source['packages']['torch']}\n"
+    made = f"{source['machine']}, {source['date']}, commit {source['commit']}"
+    head = f"# python -m tools benchmark\n# {made}, torch {source['packages']['torch']}\n"
     write_text(out / "paper_presets.csv", head + table.to_csv(index=False))
     print(table.to_string(index=False))
     return table

@@ -56,8 +56,8 @@ def demo(
     for task in tasks:
         if task not in TASKS and not data_dir:
             raise UserError(
-                f"the demo has no phantoms of task {task!r}: expected one of {', '.join(TASKS)}, or --data "
-                "with a download"
+                f"the demo has no phantoms of task {task!r}: "
+                f"expected one of {', '.join(TASKS)}, or --data with a download"
             )
         for stage in STAGES:  # a mistyped preset is said before an earlier demo is deleted
             resolve(get_task(task), stage, preset)
@@ -94,10 +94,10 @@ def demo(
     ) / 1024**2
     source = provenance()
     facts = [
-        f"{took / 60:.1f} minutes ({', '.join(f'{t} {s / 60:.1f}' for t, s in times.items())}), peak memory "
-        f"at most {peak:.1f} GB",
-        f"{machine_name()}, {source['date']}, commit {source['commit']}, preset {preset}, {precision}, seed "
-        f"{seed}",
+        f"{took / 60:.1f} minutes "
+        f"({', '.join(f'{t} {s / 60:.1f}' for t, s in times.items())}), peak memory at most {peak:.1f} GB",
+        f"{machine_name()}, {source['date']}, commit {source['commit']}, "
+        f"preset {preset}, {precision}, seed {seed}",
     ]
     write_text(out / "summary.csv", "".join(f"# {fact}\n" for fact in facts) + summary.to_csv(index=False))
     _write_index(out, summary, pages, facts)
@@ -140,7 +140,16 @@ def _write_index(out: Path, summary: pd.DataFrame, pages: list[tuple[str, Path]]
     links = "".join(f'<li><a href="{p.relative_to(out)}">{task}: {p.stem}</a></li>' for task, p in pages)
     lines = "".join(f"<p>{html.escape(fact)}</p>" for fact in facts)
     table = pivot(summary).to_html(index=False, float_format="%.3f", border=0)
-    style = "body{font:16px sans-serif;max-width:50em;margin:2em auto;padding:0 1em}td,th{padding:.2em 1em;text-align:right}"
-    note = "<p>One seed, phantoms, minutes of training: this shows that everything works, not how much self pre-training helps.</p>"
-    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Self-MAE demo</title><style>{style}</style><h1>Self-MAE demo</h1>'
+    style = (
+        "body{font:16px sans-serif;max-width:50em;margin:2em auto;padding:0 "
+        "1em}td,th{padding:.2em 1em;text-align:right}"
+    )
+    note = (
+        "<p>One seed, phantoms, minutes of training: this shows that everything works, "
+        "not how much self pre-training helps.</p>"
+    )
+    page = (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Self-MAE '
+        f"demo</title><style>{style}</style><h1>Self-MAE demo</h1>"
+    )
     write_text(out / "index.html", f"{page}{table}{note}<ul>{links}</ul>{lines}</html>")

@@ -30,8 +30,8 @@ def make_environment() -> None:
     """
     if sys.version_info < (3, 11):  # noqa: UP036 (this file runs on whatever Python there is)
         raise UserError(
-            f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: use make PYTHON=python3.11, "
-            "for example"
+            f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: "
+            "use make PYTHON=python3.11, for example"
         )
     root = clone("the files that pin an environment (pip has installed what it needs)")
     files = [root / "pyproject.toml", root / "constraints.txt"]
@@ -40,8 +40,8 @@ def make_environment() -> None:
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == digest and venv_python().exists():
         return
     print(
-        f"making the environment in {VENV} (a few minutes; 2 GB with a CPU-only torch, several more with "
-        "CUDA)",
+        f"making the environment in {VENV} (a few minutes; "
+        "2 GB with a CPU-only torch, several more with CUDA)",
         flush=True,
     )
     try:
@@ -89,7 +89,8 @@ def find_browser() -> str | None:
         if starts(found := shutil.which(name)):
             return found
     python = venv_python() if venv_python().exists() else sys.executable
-    ask = "from playwright.sync_api import sync_playwright\nwith sync_playwright() as p: print(p.chromium.executable_path)"
+    ask = "from playwright.sync_api import sync_playwright\n"
+    ask += "with sync_playwright() as p: print(p.chromium.executable_path)"
     fetched = subprocess.run([str(python), "-c", ask], capture_output=True, text=True).stdout.strip()
     return fetched if starts(fetched) else None
 
@@ -116,8 +117,8 @@ def make_browser() -> str:
         return found
     raise UserError(
         "no Chromium could be installed, see above: let an administrator run "
-        f"{venv_python()} -m playwright install-deps chromium (or apt-get install chromium), then run make "
-        "env-browser again"
+        f"{venv_python()} -m playwright install-deps chromium (or apt-get install "
+        "chromium), then run make env-browser again"
     )
 
 

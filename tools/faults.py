@@ -1,8 +1,9 @@
-"""Kill a work, or fill its disk, at a random moment; start the same command again; and compare what comes out with
-what comes out undisturbed. `python -m tools faults` writes `results/faults/faults.csv`.
+"""Kill a work, or fill its disk, at a random moment; start the same command again; and compare what comes out
+with what comes out undisturbed. `python -m tools faults` writes `results/faults/faults.csv`.
 
-The moments are drawn from a work's whole time, so a short one ends before its kill now and then: the table tells.
-Commands of one process start as a fork of this one, which has imported everything: the time is spent on the work.
+The moments are drawn from a work's whole time, so a short one ends before its kill now and then: the table
+tells. Commands of one process start as a fork of this one, which has imported everything: the time is spent
+on the work.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ finetune: {feature_size: 4, steps: 20, batch_size: 2, overlap: 0.25}
 STAGES = ["log_every=1", "save_every=2", "val_every=5"]
 NOTEBOOK = """
 from smae_utils import pretrain
-pretrain(task, data_dir, f"{run_dir}/pretrain", preset, {"seed": seed, "save_every": 2, "val_every": 5}, resume=True)
+changes = {"seed": seed, "save_every": 2, "val_every": 5}
+pretrain(task, data_dir, f"{run_dir}/pretrain", preset, changes, resume=True)
 """
 PARAMETERS = 'task: str = ""\ndata_dir: str = ""\nrun_dir: str = ""\npreset: str = ""\nseed: int = 0'
 PATIENCE = 300.0  # seconds that a work may take
@@ -122,7 +124,8 @@ def try_faults(
                 tried = _on_a_full_disk(name, work, place, wanted, size, rng)
             rows.append(tried)
             report(
-                f"{number + 1}/{trials} {kind} of {name} at {tried.moment:.0%}: {tried.ended}, then {_in_words(tried)}"
+                f"{number + 1}/{trials} {kind} of {name} at {tried.moment:.0%}: "
+                f"{tried.ended}, then {_in_words(tried)}"
             )
             if tried.right:
                 shutil.rmtree(place, ignore_errors=True)
@@ -256,7 +259,7 @@ def _masks(place: Path) -> str:
 
 
 def _start(work: Work, place: Path) -> int:
-    """Start a work in a session of its own; what it says goes to PLACE/../NAME.log. Returns its process id."""
+    """Start a work in a session of its own; it writes to PLACE/../NAME.log. Returns its process id."""
     place.mkdir(parents=True, exist_ok=True)
     if work.before and not (place / work.before.name).exists():
         shutil.copytree(work.before, place / work.before.name)
@@ -377,7 +380,7 @@ def _processes_of(place: Path) -> list[int]:
                 continue
             opened = [os.readlink(f) for f in (entry / "fd").iterdir()]
             words = (entry / "cmdline").read_bytes().decode(errors="replace")
-            # A log of another trial begins with the same letters: only its own and what is below the folder counts.
+            # A log of another trial begins with the same letters: only its own and the folder's count.
             own = (f"{place}/", f"{place}.log", f"{place}.yaml")
             if any(text in words for text in own) or any(f.startswith(own) for f in opened):
                 found.append(pid)
@@ -387,7 +390,7 @@ def _processes_of(place: Path) -> list[int]:
 
 
 def _wait_until_alone(place: Path, seconds: float = 30.0) -> list[int]:
-    """Processes of a folder that are still there after a while; loading processes see the death of theirs in 5 s."""
+    """Processes of a folder still there after a while; loading processes see their parent's death in 5 s."""
     deadline = time.monotonic() + seconds
     while (found := _processes_of(place)) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -422,7 +425,7 @@ def small_disk(place: Path) -> Iterator[Path]:
 
 
 def _on_a_full_disk(name: str, work: Work, place: Path, wanted: str, size: int, rng: random.Random) -> Tried:
-    """Let a work run on a disk that has room for a part of what it writes; then make room, and start it again."""
+    """Let a work run on a disk with room for a part of what it writes; make room, and start it again."""
     moment = rng.random()
     with small_disk(place):
         if work.before:

@@ -96,16 +96,14 @@ def main_block(root: Path, name: str) -> str:
     parts = [_figure(root, name, "../")]
     for metric in study.metrics:
         own = table[table.metric == metric]
-        parts.append(
-            f"{NAMES[metric]}{'' if metric == study.metric else ' (less is better)'}\n\n{_table(pd.DataFrame([_line(row, patients) for row in own.itertuples()]))}\n\n"
-        )
+        heading = NAMES[metric] + ("" if metric == study.metric else " (less is better)")
+        lines = pd.DataFrame([_line(row, patients) for row in own.itertuples()])
+        parts.append(f"{heading}\n\n{_table(lines)}\n\n")
     return "".join(parts).rstrip() + _details([folder / "main.csv"])
 
 
 def _line(row, patients: pd.DataFrame) -> dict[str, object]:
-    """An arm beside scratch, as a row of a document's table; where intervals by patients were made, those
-    too.
-    """
+    """An arm beside scratch, as a row of a table; with its interval by patients where there is one."""
     line = {
         "labelled": row.labelled,
         "arm": row.arm,

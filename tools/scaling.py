@@ -81,6 +81,7 @@ def benchmark_processes(
     facts = (
         f"{made['machine']}, commit {made['commit']}, torch {made['packages']['torch']}, {made['date'][:16]}"
     )
-    head = f"# python -m tools benchmark --what processes\n# {facts}; preset {preset}, batches of 8 scans, {Run(run).config['precision']}\n"
+    head = "# python -m tools benchmark --what processes\n"
+    head += f"# {facts}; preset {preset}, batches of 8 scans, {Run(run).config['precision']}\n"
     write_text(out / "processes.csv", head + table.to_csv(index=False, float_format="%.3f"))
     return table

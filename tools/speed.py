@@ -99,8 +99,8 @@ def compare(work: Work, auto: str, repeats: int) -> list[tuple]:
 
 
 def benchmark_speed(out: str | Path, repeats: int = 5, only: str = "") -> pd.DataFrame:
-    """Measure each work as `compare` does, and write speed.csv. Rows of other works that are there already stay,
-    with the lines that say how they were made.
+    """Measure each work as `compare` does, and write speed.csv. Rows of other works that are there already
+    stay, with the lines that say how they were made.
 
     Args:
         repeats: calls of each side.
@@ -122,7 +122,8 @@ def benchmark_speed(out: str | Path, repeats: int = 5, only: str = "") -> pd.Dat
     facts = [
         f"python -m tools benchmark --what speed --repeats {repeats}{f' --only {only!r}' if only else ''}",
         f"{source['machine']}, {torch.get_num_threads()} threads, {source['date']}, "
-        f"commit {source['commit']}, torch {source['packages']['torch']}, monai {source['packages']['monai']}",
+        f"commit {source['commit']}, torch {source['packages']['torch']}, monai "
+        f"{source['packages']['monai']}",
     ]
     file, earlier = Path(out) / "speed.csv", pd.DataFrame(columns=COLUMNS)
     if file.is_file():

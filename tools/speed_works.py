@@ -96,7 +96,8 @@ def mae_work(size: tuple[int, ...], channels: int, patch: int, ratio: float) -> 
         mask_ratio=ratio,
     )  # fmt: skip
     theirs = MaskedAutoEncoderViT(
-        channels, size, patch, hidden_size=768, mlp_dim=3072, num_layers=12, num_heads=12, masking_ratio=ratio,
+        channels, size, patch, hidden_size=768, mlp_dim=3072, num_layers=12, num_heads=12,
+        masking_ratio=ratio,
         decoder_hidden_size=384, decoder_mlp_dim=1536, decoder_num_layers=8, decoder_num_heads=12,
         spatial_dims=len(size), qkv_bias=True,
     )  # fmt: skip
@@ -183,7 +184,7 @@ def crops_work(scan: tuple[int, ...], size: tuple[int, ...], stage: str) -> Work
 
 
 def disk_work(scan: tuple[int, ...], size: tuple[int, ...], count: int) -> Work:
-    """Two crops for fine-tuning of the next of `count` scans, which each side has prepared and keeps on disk."""
+    """Two crops for fine-tuning of the next of `count` scans, which each side keeps prepared on disk."""
     folder = Path(tempfile.mkdtemp(prefix="speed_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     rng, cases = np.random.default_rng(0), []
@@ -211,7 +212,8 @@ def disk_work(scan: tuple[int, ...], size: tuple[int, ...], count: int) -> Work:
                 mt.ScaleIntensityRanged("image", *task.window, 0.0, 1.0, clip=True),
                 mt.CropForegroundd(keys, source_key="image"),
                 mt.EnsureTyped(keys, dtype=[torch.float32, torch.uint8]),
-                mt.RandCropByLabelClassesd(keys, label_key="label", spatial_size=size, num_classes=14, num_samples=2, warn=False),
+                mt.RandCropByLabelClassesd(keys, label_key="label", spatial_size=size,
+                                            num_classes=14, num_samples=2, warn=False),
             ]
         ),
         folder / "monai",
@@ -231,6 +233,7 @@ def import_work() -> Work:
     def imported(line: str) -> Act:
         return lambda _: subprocess.run([sys.executable, "-c", line], check=True, capture_output=True)
 
-    theirs = "import torch, monai, smae_utils.timm_library, timm"  # beside some builds of torch timm needs the remedy
+    # Beside some builds of torch timm needs the remedy
+    theirs = "import torch, monai, smae_utils.timm_library, timm"
     ours = imported("import smae_utils; smae_utils.pretrain, smae_utils.finetune, smae_utils.Predictor")
     return Work("import", "torch, monai and timm", ours, imported(theirs), ())

@@ -22,10 +22,13 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title }
 tr:nth-child(even){background:#f4f4f4}img{max-width:320px}.failed,.blocked,.stopped{color:#a00}</style>
 <h1>{{ title }}</h1><p>{{ summary }} <a href="results.csv">results.csv</a></p>
 <table><tr><th>run<th>state<th>minutes<th>results<th></tr>
-{% for run in runs %}<tr><td>{% if run.page %}<a href="{{ run.page }}">{{ run.name }}</a>{% else %}{{ run.name }}{% endif %}
+{% for run in runs %}<tr><td>
+{% if run.page %}<a href="{{ run.page }}">{{ run.name }}</a>{% else %}{{ run.name }}{% endif %}
 <td class="{{ run.state }}">{{ run.state }}{% if run.why %}<br>{{ run.why }}{% endif %}
 <td>{{ run.minutes }}<td>{% for line in run.results %}{{ line }}<br>{% endfor %}
-<td>{% if run.picture %}<img alt="first picture of {{ run.name }}" src="data:image/jpeg;base64,{{ run.picture }}">{% endif %}</tr>
+<td>{% if run.picture %}
+<img alt="first picture of {{ run.name }}" src="data:image/jpeg;base64,{{ run.picture }}">
+{% endif %}</tr>
 {% endfor %}</table></html>
 """
 

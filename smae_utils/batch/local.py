@@ -91,6 +91,6 @@ class LocalProcesses:
 
 
 def _die_with_parent() -> None:
-    """In the new process, on Linux: SIGTERM when the runner dies, even by SIGKILL, so that no orphan stays."""
+    """In the new process, on Linux: SIGTERM when the runner dies, even by SIGKILL: no orphan stays."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

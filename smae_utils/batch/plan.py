@@ -7,8 +7,8 @@
       finetune: {notebook: 03_fine_tuning, after: pretrain}
       evaluate: {notebook: 04_evaluation, after: finetune}
 
-`after` joins runs that agree in all that both cross: here each fine-tuning waits for the pre-training of its own
-seed. A text among the parameters may name others: `run_dir: runs/{task}-{seed}`.
+`after` joins runs that agree in all that both cross: here each fine-tuning waits for the pre-training of its
+own seed. A text among the parameters may name others: `run_dir: runs/{task}-{seed}`.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Planned:
         parameters: all that are given, in the types that the notebook declares.
         crossed: those of them that tell this run from its siblings.
         after: names of the runs that must be done before it.
-        function: "module:name" of what is called with the parameters, in place of a notebook; what it returns is
-            kept as JSON. Files name none: for programs that bring runs of their own, see `run.run_planned`.
+        function: "module:name" of what is called with the parameters, in place of a notebook; what it returns
+            is kept as JSON. Files name none; it is for programs (`run.run_planned`).
     """
 
     name: str
@@ -64,8 +64,8 @@ class Planned:
 
     @property
     def key(self) -> str:
-        """Changes with the notebook's content, the parameters and the version of this package: what is done with
-        another key is not done.
+        """Changes with the notebook's content, the parameters and the version of this package: what is done
+        with another key is not done.
         """
         file = self.notebook
         content = _hash_of(file, file.stat().st_mtime_ns) if file else self.function
@@ -96,8 +96,8 @@ def read_batch(file: str | Path) -> list[Planned]:
     """The runs of a batch, each after those that it waits for.
 
     Raises:
-        UserError: for a file that is no batch, an unknown word, notebook or parameter, a value of another type, a
-            circle, or two runs with one name or one folder.
+        UserError: for a file that is no batch, an unknown word, notebook or parameter, a value of another
+            type, a circle, or two runs with one name or one folder.
     """
     path = Path(file)
     if not path.is_file():

@@ -15,7 +15,7 @@ from smae_utils.errors import UserError
 
 POLL = 0.5  # seconds
 BACKENDS = ("local", "slurm")
-# A run whose process ended without saying why (killed, time limit, machine lost) is started so often in one sitting.
+# A run whose process ended without saying why (killed, time limit, machine lost) is started so often.
 ATTEMPTS = 3
 
 

@@ -95,7 +95,7 @@ def _planned(row: dict[str, Any]) -> Planned:
 
 
 def read_record(out: Path, run: Planned) -> dict[str, Any]:
-    """What run.json says; {} when there is none, or one of another notebook, other parameters or another version."""
+    """What run.json says; {} without one, or with one of another notebook, version or parameters."""
     try:
         record = json.loads((out / run.name / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -135,10 +135,10 @@ def is_running(out: Path, run: Planned) -> bool:
 
 
 def execute(out: str | Path, name: str) -> str:
-    """Execute a run of a batch in this process, unless it is done or another process does it: its state afterwards.
+    """Execute a run in this process, unless it is done or another process does it: its state afterwards.
 
-    The system gives the lock back when this process dies, however it dies; what was trained by then is in the run
-    folders of the notebook, which goes on from there.
+    The system gives the lock back when this process dies, however it dies; what was trained by then is in the
+    run folders of the notebook, which goes on from there.
     """
     batch = Batch.open(out)
     run = batch.of(name)
@@ -179,7 +179,7 @@ def result_of(batch: Batch, name: str) -> Any:
 
 @contextmanager
 def _told_to_stop() -> Iterator[Callable[[], bool]]:
-    """Within it SIGTERM, which a cluster sends when it takes a job away, interrupts; yields whether it came."""
+    """Within it SIGTERM (a cluster takes the job away) interrupts; yields whether it came."""
     came: list[int] = []
 
     def interrupt(number: int, frame: Any) -> None:
@@ -202,7 +202,7 @@ def minutes(record: dict[str, Any]) -> float | None:
 
 
 def progress_of(run: Planned, since: str) -> dict[str, Any]:
-    """Of the training that a run is at: its folder's name, step, steps, loss and seconds left; {} when none has begun."""
+    """Of a run's current training: its folder's name, step, steps, loss, seconds left; {} before it."""
     from smae_utils.work.run_folder import Run  # torch comes with it
 
     folder = run.trains_in

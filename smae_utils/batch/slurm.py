@@ -1,4 +1,4 @@
-"""Runs of a batch as jobs of a SLURM cluster. The one place that knows submitit (Facebook's, on PyPI; the extra `slurm`)."""
+"""Runs of a batch as jobs of a SLURM cluster. The one place that knows submitit (the extra `slurm`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ASK_EVERY = 5.0
 
 
 class Executed:
-    """What a job does. On a time limit or a preemption submitit asks `checkpoint` what to do, and requeues the job."""
+    """What a job does. On a time limit or a preemption submitit calls `checkpoint` and requeues the job."""
 
     def __call__(self, out: str, name: str) -> str:
         return execute(out, name)
@@ -31,8 +31,8 @@ class SlurmJobs:
     """Starts what is ready as one job array; the cluster decides how many run at a time.
 
     Args:
-        parameters: as submitit names them: `timeout_min`, `slurm_partition`, `cpus_per_task`, `gpus_per_node`,
-            `mem_gb`, `slurm_array_parallelism` ...
+        parameters: as submitit names them: `timeout_min`, `slurm_partition`, `cpus_per_task`,
+            `gpus_per_node`, `mem_gb`, `slurm_array_parallelism` ...
     """
 
     def __init__(self, batch: Batch, parameters: dict[str, Any]):
@@ -76,7 +76,7 @@ class SlurmJobs:
         return names
 
     def stop(self) -> None:
-        """Take back what was submitted and is not over. (A runner that is killed leaves its jobs to the cluster.)"""
+        """Take back what was submitted and is not over. (A killed runner leaves its jobs to the cluster.)"""
         for job in self.jobs.values():
             job.cancel(check=False)
         self.jobs.clear()

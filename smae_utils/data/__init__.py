@@ -12,7 +12,7 @@ __all__ = ["read_case"]
 def __getattr__(name: str) -> Any:
     if (
         name in __all__
-        # What most imports of the old module `data` asked for; loaded then, since torch and MONAI come with it
+        # What most imports of the old module `data` asked for; loaded then, since torch comes with it
     ):
         from smae_utils.data import batches
 

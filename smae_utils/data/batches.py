@@ -217,7 +217,7 @@ class Steps(Sampler):
 
 
 class Batches(DataLoader):
-    """A loader whose processes leave Ctrl-C to the training loop, and whose errors for the user stay one line."""
+    """A loader whose processes leave Ctrl-C to the training loop, and whose user errors stay one line."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         try:
@@ -267,8 +267,8 @@ def training_loader(
         )
     if batch_size % world:
         raise UserError(
-            f"batch_size {batch_size} does not divide by the {world} processes, so some scans would count "
-            "more than others: "
+            f"batch_size {batch_size} does not divide by the {world} processes, "
+            "so some scans would count more than others: "
             f"use --set batch_size={-(-batch_size // world) * world}, for example"
         )
     return Batches(

@@ -1,4 +1,4 @@
-"""Random crops around foreground and around classes, with MONAI's own draws, but without lists of all voxels."""
+"""Random crops around foreground and around classes: MONAI's own draws, without lists of all voxels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def plain(values: Any) -> torch.Tensor:
 
 
 def slab_counts(label: torch.Tensor) -> torch.Tensor:
-    """(X, K) voxels of each label number in each slab label[0, x] of (1, X, ...); K is one more than the largest."""
+    """(X, K) voxels of each label number in each slab label[0, x] of (1, X, ...); K: the largest plus 1."""
     flat = label[0].flatten(1).long()
     kinds = int(flat.max()) + 1
     places = flat + kinds * torch.arange(len(flat))[:, None]
@@ -25,7 +25,7 @@ def slab_counts(label: torch.Tensor) -> torch.Tensor:
 
 
 def slab_of(ends: torch.Tensor, place: int) -> tuple[int, int]:
-    """(slab, number within it) of the voxel number `place`, where `ends` (X,) counts voxels up to each slab."""
+    """(slab, number in it) of the voxel number `place`, where `ends` (X,) counts voxels up to each slab."""
     slab = int(torch.searchsorted(ends, place, right=True))
     return slab, place - (int(ends[slab - 1]) if slab else 0)
 
@@ -39,8 +39,8 @@ def centres(shape: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
 
 
 class CountForeground(mt.Transform):
-    """Adds what `CropForeground` looks a voxel up by: `foreground_counts` (X,), foreground voxels in each slab
-    of `centres`. It is the same for each crop.
+    """Adds what `CropForeground` looks a voxel up by: `foreground_counts` (X,), foreground voxels in each
+    slab of `centres`. It is the same for each crop.
     """
 
     def __init__(self, size: Sequence[int]):

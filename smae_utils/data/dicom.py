@@ -22,7 +22,8 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # Attributes that tell which series an image is of, and where it lies; pixels are read later, of one series
 # only.
 INDEX = [
-    "SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "ImageType", "Rows", "Columns", "NumberOfFrames", "PhotometricInterpretation",
+    "SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "ImageType", "Rows", "Columns",
+    "NumberOfFrames", "PhotometricInterpretation",
     "ImagePositionPatient", "ImageOrientationPatient", "SOPClassUID", "SamplesPerPixel",
 ]  # fmt: skip
 
@@ -59,8 +60,8 @@ def read_volume(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     )
     if colour:
         raise UserError(
-            f"{path} holds colour images ({colour}): expected grey values; export the original series, not a "
-            "secondary capture"
+            f"{path} holds colour images ({colour}): expected grey values; "
+            "export the original series, not a secondary capture"
         )
     if len(chosen) > 1:
         _check_places(folder, [h for _, h in chosen])
@@ -218,14 +219,14 @@ def _one_series(folder: Path, series: str, headers: list) -> list:
         if len(wanted) == 1:
             return next(iter(wanted.values()))
         raise UserError(
-            f"{folder} holds no single series {series!r}, but {_listing(found)}: name one by its number or "
-            "UID"
+            f"{folder} holds no single series {series!r}, but {_listing(found)}: "
+            "name one by its number or UID"
         )
     if len(found) > 1:
         first = next(iter(found))
         raise UserError(
-            f"{folder} holds {len(found)} series, {_listing(found)}: choose one by writing {folder}#{first}, "
-            "or give each a folder"
+            f"{folder} holds {len(found)} series, {_listing(found)}: "
+            f"choose one by writing {folder}#{first}, or give each a folder"
         )
     return next(iter(found.values()))
 
@@ -245,16 +246,16 @@ def _check_places(folder: Path, headers: list) -> None:
     """Say in millimetres why slices are no volume; highdicom would refuse them too, in fewer words."""
     if any("ImagePositionPatient" not in h or "ImageOrientationPatient" not in h for h in headers):
         raise UserError(
-            f"{folder} has slices that do not say where they lie (ImagePositionPatient): export the original "
-            "series"
+            f"{folder} has slices that do not say where they lie "
+            "(ImagePositionPatient): export the original series"
         )
     sizes = {
         (h.Rows, h.Columns, tuple(np.round(np.array(h.ImageOrientationPatient, float), 3))) for h in headers
     }
     if len(sizes) > 1:
         raise UserError(
-            f"{folder} has slices of {len(sizes)} sizes or directions in one series: keep only the slices of "
-            "one stack in the folder"
+            f"{folder} has slices of {len(sizes)} sizes or directions in one series: "
+            "keep only the slices of one stack in the folder"
         )
     directions = np.array(headers[0].ImageOrientationPatient, float)
     normal = np.cross(directions[:3], directions[3:])
@@ -265,8 +266,8 @@ def _check_places(folder: Path, headers: list) -> None:
     twice = int((np.abs(steps) < 1e-3).sum())
     if twice:
         raise UserError(
-            f"{folder} has {twice} slices at a place where another one lies (two acquisitions, echoes or "
-            "phases, or copies): "
+            f"{folder} has {twice} slices at a place where another one lies (two "
+            "acquisitions, echoes or phases, or copies): "
             "keep one of them in the folder, or export them as series of their own"
         )
     usual = float(np.median(steps))
@@ -275,14 +276,14 @@ def _check_places(folder: Path, headers: list) -> None:
         raise UserError(
             f"{folder} has slices that are not evenly spaced: {usual:.3g} mm apart, but {steps[worst]:.3g} "
             f"mm after slice {worst + 1} of {len(places)} "
-            "(by place): a slice is missing or lies between; export the series again, or resample it with a "
-            "tool that fills gaps"
+            "(by place): a slice is missing or lies between; export the series again, "
+            "or resample it with a tool that fills gaps"
         )
     drift = (places[order[-1]] - places[order[0]]) - (along[order[-1]] - along[order[0]]) * normal
     if np.linalg.norm(drift) > max(0.01 * abs(along[order[-1]] - along[order[0]]), 1e-3):
         raise UserError(
-            f"{folder} was taken with a tilted gantry: its slices are shifted by {np.linalg.norm(drift):.3g} "
-            "mm from first to last; "
+            f"{folder} was taken with a tilted gantry: its slices are shifted by "
+            f"{np.linalg.norm(drift):.3g} mm from first to last; "
             "convert it with a tool that straightens such stacks (dcm2niix does), and give the NIfTI file"
         )
 
@@ -327,5 +328,8 @@ def _line(error: Exception) -> str:
 
 def _what_to_do(error: Exception) -> str:
     if re.search(r"decod|decompress|transfer syntax|plugin", str(error), re.IGNORECASE):
-        return "Its pixels are compressed: pip install 'smae-utils[dicom]' brings the decoders, or export it uncompressed"
+        return (
+            "Its pixels are compressed: pip install 'smae-utils[dicom]' brings the "
+            "decoders, or export it uncompressed"
+        )
     return "Copy or export it again"

@@ -65,8 +65,8 @@ def download(name: str, out: str | Path, report: Callable[[str], None] = print, 
         extractall(archive, made, has_base=False)
         if not (made / folder / "dataset.json").is_file():
             raise UserError(
-                f"the archive of {name} holds no {folder}/dataset.json: it is not what was expected; nothing "
-                "was kept"
+                f"the archive of {name} holds no {folder}/dataset.json: "
+                "it is not what was expected; nothing was kept"
             )
         (made / folder).rename(out / folder)
     report(f"unpacked to {out / folder}")
@@ -107,7 +107,8 @@ def _chestmnist(out: Path, size: int, report: Callable[[str], None]) -> Path:
         }
         content |= {
             "spatial_dims": 2,
-            "reference": "MedMNIST v2 (Yang et al., Scientific Data 2023), from ChestX-ray14 (Wang et al., CVPR 2017)",
+            "reference": "MedMNIST v2 (Yang et al., Scientific Data 2023), "
+            "from ChestX-ray14 (Wang et al., CVPR 2017)",
         }
         made = file.parent / "made"
         with np.load(file) as arrays:
@@ -170,8 +171,8 @@ def _fetched(
                 download_url(url, part / name, hash_val=md5, hash_type="md5")
         except HashCheckError as error:
             raise UserError(
-                f"the download of {what} is not whole or was changed on its way (MD5): nothing was kept; try "
-                "again"
+                f"the download of {what} is not whole or was changed on its way "
+                "(MD5): nothing was kept; try again"
             ) from error
         except (urllib.error.URLError, ConnectionError, TimeoutError, RuntimeError) as error:
             raise UserError(

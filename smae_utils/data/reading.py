@@ -61,7 +61,10 @@ def to_axes_of(target: np.ndarray, values: np.ndarray, affine: np.ndarray) -> tu
 def _resample(mask: Volume, image: Volume) -> str:
     """What brings a mask onto its image's grid."""
     new = case_name(mask.path) + "_resampled.nii.gz"
-    return f"To resample it: python -m smae_utils resample {shlex.quote(mask.path)} {shlex.quote(image.path)} {shlex.quote(new)}"
+    return (
+        f"To resample it: python -m smae_utils resample {shlex.quote(mask.path)} "
+        f"{shlex.quote(image.path)} {shlex.quote(new)}"
+    )
 
 
 def resample_mask(mask: str | Path, image: str | Path, out: str | Path) -> None:
@@ -187,8 +190,8 @@ def read_label(case: Mapping[str, Any], task: Task) -> tuple[np.ndarray, Volume 
         width, height = read_image(case["image"]).size
         if label.shape != (height, width):
             raise UserError(
-                f"{case['label']} has {label.shape} pixels, its image {(height, width)}: they must lie on "
-                "one grid"
+                f"{case['label']} has {label.shape} pixels, "
+                f"its image {(height, width)}: they must lie on one grid"
             )
         return label, None
     image = read_volume(first_file(case["image"]))

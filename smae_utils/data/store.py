@@ -1,4 +1,4 @@
-"""Prepared scans in files, of which a training reads only its crops: memory stays flat however many there are."""
+"""Prepared scans in files, of which a training reads only its crops: memory stays flat."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ LAYOUT = 1  # raise it when a prepared scan comes to mean something else
 
 
 class Store:
-    """A folder with a file for each prepared scan, named by what it was made of: the scan's files (place, size
-    and time) and how it was prepared. Several runs and processes may share it; whatever is not there yet is
-    made by the first that wants it, and nothing is ever replaced. It can be deleted at any time.
+    """A folder with a file for each prepared scan, named by what it was made of: the scan's files (place,
+    size and time) and how it was prepared. Several runs and processes may share it; whatever is not there yet
+    is made by the first that wants it, and nothing is ever replaced. It can be deleted at any time.
 
     Args:
         folder: made when it is first written to.
@@ -73,7 +73,8 @@ class Store:
                 raise
             size = sum(value.numel() * value.element_size() for value in tensors.values())
             raise UserError(
-                f"no room for a prepared scan of {size / 1e6:.0f} MB in {self.folder}: make room, or name another "
+                f"no room for a prepared scan of {size / 1e6:.0f} MB in "
+                f"{self.folder}: make room, or name another "
                 "folder with --set store=FOLDER (what is there stays usable)"
             ) from error
 

@@ -68,8 +68,8 @@ class ReadFlatMask(mt.Transform):
         width, height = data["image"].size
         if label.shape != (height, width):
             raise UserError(
-                f"{data['label']} has {label.shape} pixels, its image {(height, width)}: they must lie on "
-                "one grid (are they swapped?)"
+                f"{data['label']} has {label.shape} pixels, its image {(height, width)}: "
+                "they must lie on one grid (are they swapped?)"
             )
         return {**data, "image": to_tensor(data, data["image"]), "label": torch.from_numpy(label[None])}
 
@@ -88,7 +88,8 @@ def resampled(task: Task, spacing_mm: Sequence[float] = ()) -> dict:
     if spacing := tuple(spacing_mm) or task.spacing_mm:
         return {"pixdim": spacing}
     raise UserError(
-        f'{task.name} does not say to which voxel size scans are resampled: add "spacing_mm": [x, y, z]; the command check proposes one'
+        f'{task.name} does not say to which voxel size scans are resampled: add "spacing_mm": [x, y, z]; '
+        "the command check proposes one"
     )
 
 
@@ -264,8 +265,8 @@ class RandomRadiograph(mt.RandomizableTransform):
             )
         except (AssertionError, ValueError, KeyError):
             raise UserError(
-                f"rand_augment {policy!r} is no policy of timm: expected one as rand-m9-mstd0.5-inc1, or "
-                "empty for none"
+                f"rand_augment {policy!r} is no policy of timm: "
+                "expected one as rand-m9-mstd0.5-inc1, or empty for none"
             ) from None
 
     def __call__(self, data: dict) -> list[dict]:

@@ -1,4 +1,4 @@
-"""The masked autoencoder (He et al. 2111.06377), as Zhou et al. 2203.05573 pre-train it on a task's own images."""
+"""The masked autoencoder (He et al. 2111.06377), trained on a task's own images (Zhou et al. 2203.05573)."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class MaskedAutoencoder(nn.Module):
         return split_by_noise(noise, mask_ratio or self.mask_ratio)
 
     def encode(self, patches: Tensor, visible: Tensor) -> Tensor:
-        """Patches (B, L, p^d * C), indices (B, V) -> normed tokens of the visible (B, prefix_tokens + V, D)."""
+        """Patches (B, L, p^d * C), indices (B, V) -> normed visible tokens (B, prefix_tokens + V, D)."""
         tokens = self.encoder.embed(gather_tokens(patches, visible), visible)
         for block in self.encoder.blocks:
             tokens = block(tokens)
@@ -146,7 +146,7 @@ class MaskedAutoencoder(nn.Module):
         """
         prefix = self.encoder.prefix_tokens
         tokens = self.decoder_embed(latent)
-        # A learned token stands for each hidden patch; then all go back to their places and learn where that is.
+        # A learned token stands for each hidden patch; all go back to their places and learn where that is.
         patches = unshuffle(tokens[:, prefix:], self.mask_token, visible, hidden) + self.decoder_pos_embed
         # The class token goes along, without a position, as in facebookresearch/mae and the authors' code.
         tokens = torch.cat([tokens[:, :prefix], patches], 1)

@@ -230,7 +230,8 @@ def write(
     (folder / "imagesTr" / "._BRATS_001.nii.gz").write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X")
     index = {
         "name": "BRATS",
-        "description": "Gliomas segmentation tumour and oedema in on brain images; phantoms drawn by smae_utils, no patient data",
+        "description": "Gliomas segmentation tumour and oedema in on brain images; "
+        "phantoms drawn by smae_utils, no patient data",
         "reference": "https://www.med.upenn.edu/sbia/brats2017.html",
         "licence": "CC-BY-SA 4.0",
         "release": "2.0 04/05/2018",

@@ -142,7 +142,8 @@ def write(
             # images each.
             (picture.convert("RGBA") if visit == 0 and patient % 20 == 7 else picture).save(path)
             rows.append(
-                f"{path.name},{'|'.join(found) or 'No Finding'},{visit},{patient},{age},{sex},PA,2048,2048,0.168,0.168,"
+                f"{path.name},{'|'.join(found) or 'No Finding'},{visit},{patient},{age},{sex},"
+                "PA,2048,2048,0.168,0.168,"
             )
             subset.append(path.name)
             paths.append(path)

@@ -216,8 +216,8 @@ def check_batch_dice(answer: Any) -> bool:
     return _judge(
         answer,
         questions,
-        "one number is asked for; each sum goes over all crops of the batch, and 1 is added above and below "
-        "the line.",
+        "one number is asked for; each sum goes over all crops of the batch, "
+        "and 1 is added above and below the line.",
     )
 
 
@@ -246,7 +246,10 @@ def check_auc(answer: Any) -> bool:
         score = rng.integers(0, 6, len(target)) / 5  # several images have the same score
         questions.append(((target, score), roc_auc_score(target[:-2], score[:-2])))
     questions.append(((np.array([1.0, 1.0, np.nan]), np.array([0.2, 0.7, 0.4])), np.nan))
-    hint = "one number is asked for; pairs of equal scores count half, unknown targets not at all, and without any pair it is NaN."
+    hint = (
+        "one number is asked for; pairs of equal scores count half, "
+        "unknown targets not at all, and without any pair it is NaN."
+    )
     return _judge(answer, questions, hint)
 
 
@@ -265,7 +268,10 @@ def check_list_entry(answer: Any) -> bool:
         }
         arguments = (right["image"], right["label"] if labelled else None, right["patient"])
         questions.append((arguments, right if labelled else {k: v for k, v in right.items() if k != "label"}))
-    hint = "a dictionary is asked for from which the reader of lists gets image, label and patient; without a mask it gets no label."
+    hint = (
+        "a dictionary is asked for from which the reader of lists gets image, "
+        "label and patient; without a mask it gets no label."
+    )
     return _judge(answer, questions, hint, _reads_as)
 
 

@@ -40,8 +40,10 @@ need_notebook_packages("ipywidgets")  # one clear line, where the import would g
 import ipywidgets as widgets  # noqa: E402
 
 NOTES = {
-    False: "Intensities: the network predicts normalised patches; the <b>true</b> mean and contrast of each patch, also of hidden ones, are put back in.",
-    True: "Normalised target: what the loss compares, each patch without its own mean and contrast. Grey runs from -2 to 2.",
+    False: "Intensities: the network predicts normalised patches; the <b>true</b> mean and contrast of "
+    "each patch, also of hidden ones, are put back in.",
+    True: "Normalised target: what the loss compares, each patch without its own mean and contrast. "
+    "Grey runs from -2 to 2.",
 }
 
 
@@ -312,7 +314,8 @@ class Explorer(widgets.VBox):
             {int(v) for name in self.look.outlines for v in np.unique(self.scene.labels[name]) if v}
         )
         chips = " &nbsp; ".join(
-            f'<span style="color:{PALETTE[(v - 1) % len(PALETTE)]}">&#9632;</span> {html.escape(self.source.classes[v - 1])}'
+            f'<span style="color:{PALETTE[(v - 1) % len(PALETTE)]}">&#9632;</span> '
+            f"{html.escape(self.source.classes[v - 1])}"
             for v in present
         )
         dotted = f" &nbsp; (solid: {html.escape(self.look.outlines[0])}" + (
@@ -339,8 +342,8 @@ class Explorer(widgets.VBox):
         if self.source.model is not None:
             parts.append(f"{self.scene.hidden.mean():.0%} hidden")
             parts.append(
-                f"loss on hidden patches {self.scene.loss:.3f}, predicting each patch's mean "
-                f"{self.scene.baseline:.3f}"
+                f"loss on hidden patches {self.scene.loss:.3f}, "
+                f"predicting each patch's mean {self.scene.baseline:.3f}"
             )
         return " · ".join(parts + ([self.verdict] if self.verdict else []))
 
@@ -352,7 +355,10 @@ class Explorer(widgets.VBox):
             else [0, 0]
         )
         columns = ", ".join(self.scene.rows)
-        text = f"Contact sheet, columns {columns}; lines {', '.join(v for v in self.views if v) or 'one image'}. {self.text()}"
+        text = (
+            f"Contact sheet, columns {columns}; lines "
+            f"{', '.join(v for v in self.views if v) or 'one image'}. {self.text()}"
+        )
         return Still(encode(sheet(self.scene, at, self.look), "PNG"), text)
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, Any]:

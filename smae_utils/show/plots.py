@@ -19,7 +19,8 @@ from smae_utils.work.run_folder import Run
 
 # Okabe and Ito's palette and Tol's muted one: told apart by colour-blind readers too.
 PALETTE = (
-    "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#332288", "#88CCEE", "#44AA99", "#999933", "#882255", "#AA4499",
+    "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#332288", "#88CCEE",
+    "#44AA99", "#999933", "#882255", "#AA4499",
 )  # fmt: skip
 ARM_COLOURS = {"scratch": "#999999", "self": "#0072B2"}
 PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}

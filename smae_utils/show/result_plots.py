@@ -45,7 +45,8 @@ def _legend(figure: Figure, classes: Sequence[str], labels: Iterable[np.ndarray]
 
 
 def show_overlay(
-    image: np.ndarray, label: np.ndarray, predictions: dict[str, np.ndarray], classes: Sequence[str], title: str = "",
+    image: np.ndarray, label: np.ndarray, predictions: dict[str, np.ndarray], classes: Sequence[str],
+    title: str = "",
     spacing_mm: Sequence[float] = (1.0, 1.0, 1.0), first: str = "label",
 ) -> Figure:  # fmt: skip
     """One scan (X, Y, Z): the label, then each arm's prediction, outlined in the planes with most labelled

@@ -38,8 +38,8 @@ def print_report(
     for line in report.problems:
         print(f"error: {line}", file=sys.stderr)
     say(
-        f"{len(report.problems)} errors, {len(report.remarks)} notes in {sum(map(len, splits.values()))} "
-        "cases"
+        f"{len(report.problems)} errors, {len(report.remarks)} notes in "
+        f"{sum(map(len, splits.values()))} cases"
     )
     if len(report.table):
         for line in estimate(
@@ -66,7 +66,8 @@ def _shown(table: pd.DataFrame, task: Task) -> str:
     if len(table) <= MOST_ROWS:
         return _in_words(table, task).to_string(index=False, max_colwidth=60)
     lines = [
-        f"{len(table)} cases, {', '.join(f'{n} {split}' for split, n in table.split.value_counts(sort=False).items())}"
+        f"{len(table)} cases, "
+        f"{', '.join(f'{n} {split}' for split, n in table.split.value_counts(sort=False).items())}"
     ]
     for name in ("shape", "spacing_mm"):
         if name in table:

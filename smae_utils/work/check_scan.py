@@ -1,4 +1,4 @@
-"""What a single case of a list looks like: size, voxels, intensities, labels, and what its header contradicts."""
+"""What a case of a list looks like: size, voxels, intensities, labels, and what its header contradicts."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def look_3d(case: Case, task: Task) -> dict[str, Any]:
     values = image.values
     if len(values) != task.in_chans:
         raise UserError(
-            f"{image.path} has {len(values)} channels, expected {task.in_chans} ({', '.join(task.channels)}) "
-            "in every case"
+            f"{image.path} has {len(values)} channels, "
+            f"expected {task.in_chans} ({', '.join(task.channels)}) in every case"
         )
     if not np.isfinite(values).all():
         raise UserError(
-            f"{image.path} holds {int((~np.isfinite(values)).sum())} NaN or infinite values: repair or leave "
-            "out this scan"
+            f"{image.path} holds {int((~np.isfinite(values)).sum())} NaN or infinite "
+            "values: repair or leave out this scan"
         )
     if np.ptp(values) == 0:
         raise UserError(f"{image.path} is constant ({values.flat[0]:g} everywhere): leave out this scan")

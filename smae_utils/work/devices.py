@@ -156,7 +156,7 @@ def _together() -> PartialState:
 
 
 def in_shares(items: list[Item], work: Callable[[list[Item]], list[Result]]) -> list[Result]:
-    """What `work` makes of a list, an entry an item: each of several processes does its share, and all get all."""
+    """What `work` makes of each item of a list: each of several processes does its share, all get all."""
     if processes() == 1:
         return work(items)
     state = _together()

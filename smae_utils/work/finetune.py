@@ -78,8 +78,8 @@ def finetune(
         labelled = [c for c in splits[part] if "label" in c]
         if len(labelled) < len(splits[part]):
             report(
-                f"{len(splits[part]) - len(labelled)} of {len(splits[part])} {part} cases have no label and "
-                "are left out of fine-tuning"
+                f"{len(splits[part]) - len(labelled)} of {len(splits[part])} {part} cases have no "
+                "label and are left out of fine-tuning"
             )
         splits[part] = labelled
     if not splits["train"]:
@@ -88,8 +88,8 @@ def finetune(
         )
     if settings.labelled > len(splits["train"]):
         raise UserError(
-            f"labelled={settings.labelled} is more than the {len(splits['train'])} labelled training cases: "
-            "use --set labelled=0 for all"
+            f"labelled={settings.labelled} is more than the {len(splits['train'])} labelled "
+            "training cases: use --set labelled=0 for all"
         )
     if settings.labelled:
         splits["train"] = few_labelled(splits["train"], settings.labelled, settings.seed)
@@ -97,8 +97,8 @@ def finetune(
         raise UserError(f"select must be last or best, got {settings.select!r}")
     if settings.select == "best" and not splits["val"]:
         raise UserError(
-            "select=best needs labelled validation cases, there are none: use --set train_on_val=false, list "
-            "some, or --set select=last"
+            "select=best needs labelled validation cases, there are none: "
+            "use --set train_on_val=false, list some, or --set select=last"
         )
     if settings.select == "best" and not settings.val_every:
         raise UserError(
@@ -132,7 +132,7 @@ def finetune(
 
 
 def few_labelled(items: list[Item], count: int, seed: int) -> list[Item]:
-    """`count` of the cases (or of the patients), drawn by `seed`, in their old order; with the same seed fewer
-    are a part of more."""
+    """`count` of the cases (or of the patients), drawn by `seed`, in their old order; with the same seed
+    fewer are a part of more."""
     order = np.random.default_rng([derive_seed(seed, 40)]).permutation(len(items))[:count]
     return [items[i] for i in sorted(order)]

@@ -169,8 +169,8 @@ class Loop:
                 self._save(run, accelerator, state, stop)
                 if stop and step < self.steps:
                     report(
-                        f"interrupted after step {step}: the run is saved, go on with --resume (in Python: "
-                        "resume=True)"
+                        f"interrupted after step {step}: the run is saved, "
+                        "go on with --resume (in Python: resume=True)"
                     )
                     raise KeyboardInterrupt
         if accelerator.is_main_process:
@@ -217,8 +217,8 @@ class Loop:
             else "Nothing was saved before that"
         )
         return (
-            f"the {what} is {value} at step {step} with cases {', '.join(sorted(set(batch['case'])))}: look "
-            "at these scans, "
+            f"the {what} is {value} at step {step} with cases "
+            f"{', '.join(sorted(set(batch['case'])))}: look at these scans, "
             f"or lower lr (now {learning_rate(self.settings):g}). {kept}"
         )
 
@@ -228,7 +228,8 @@ class Loop:
         scans, parts = self.settings.batch_size // accelerator.num_processes, self.settings.accumulate
         if scans % parts:
             raise UserError(
-                f"accumulate={parts} must divide the {scans} scans of a step{' in each process' if ours[2] > 1 else ''}"
+                f"accumulate={parts} must divide the {scans} scans of a "
+                f"step{' in each process' if ours[2] > 1 else ''}"
             )
         return training_loader(
             self.scans, self.augment, self.settings.seed, self.settings.batch_size, start, stop, *ours
@@ -267,8 +268,8 @@ class Loop:
         devices.track_run(accelerator, run)
         crops = f"{self.settings.batch_size} scans x {self.settings.crops_per_scan} crops"
         report(
-            f"{self.config['stage']} {self.config['task']}: {len(self.scans)} training scans, {self.steps} "
-            f"steps of {crops}, "
+            f"{self.config['stage']} {self.config['task']}: "
+            f"{len(self.scans)} training scans, {self.steps} steps of {crops}, "
             f"{parameter_count(self.model) / 1e6:.2f} M parameters, {device}, {precision}"
         )
         return state
@@ -289,8 +290,8 @@ class Loop:
     def _keep_best(self, run: Run, accelerator, state: dict[str, Any], score: float) -> None:
         if math.isnan(score):
             raise UserError(
-                "no validation case can be scored (no class with both outcomes, or masks that are all "
-                "empty): "
+                "no validation case can be scored (no class with both outcomes, "
+                "or masks that are all empty): "
                 "use --set select=last, or more validation cases"
             )
         if accelerator.is_main_process and (state["best"] is None or score > state["best"]):

@@ -74,7 +74,8 @@ class Settings:
     cache_rate: float = option(1.0, "share of the training scans kept in memory after resampling", "", 0, 1)
     store: str = option(
         "",
-        "folder in which prepared 3D scans are kept, for all runs; only crops are read from it, and cache_rate is of no effect",
+        "folder in which prepared 3D scans are kept, for all runs; "
+        "only crops are read from it, and cache_rate is of no effect",
     )
     num_workers: int = option(0, "processes that load data; 0: the training process itself", least=0)
     flip_prob: float = option(0.2, "probability of a flip, for each axis", "", 0, 1)
@@ -153,8 +154,8 @@ class FinetuneSettings(Settings):
     image_skip: bool = option(True, "UNETR's connection from the image to the last stage, past the encoder")
     norm_skips: bool = option(
         False,
-        "norm the hidden states that UNETR's decoder reads: a pre-trained encoder's are larger than a random "
-        "one's",
+        "norm the hidden states that UNETR's decoder reads: "
+        "a pre-trained encoder's are larger than a random one's",
     )
     pool: str = option("cls", "what the classifier reads: cls or mean")
     drop_path: float = option(0.1, "stochastic depth of the last block; less below", "", 0, 0.99)

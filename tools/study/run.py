@@ -194,7 +194,8 @@ def _main_jobs(
 ) -> list[Job]:
     if study.dev_seed in seeds:
         raise UserError(
-            f"seed {study.dev_seed} is the development seed, on which rates were chosen: it has no place in the main "
+            f"seed {study.dev_seed} is the development seed, "
+            "on which rates were chosen: it has no place in the main "
             "table"
         )
     chosen = {name: arm for name, arm in study.arms.items() if not arms or name in arms}
@@ -246,7 +247,7 @@ def run_job(
     quick: int = 1,
     threads: int = 0,
 ) -> dict[str, Any]:
-    """One arm of one unit, or with `probe` what a linear model reads off its encoder's tokens, in this process.
+    """One arm of one unit, or with `probe` what a linear model reads off its encoder's tokens.
 
     Args:
         study, data, out, quick, threads: see `run_study`; 0 threads: as many as torch takes.

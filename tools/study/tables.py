@@ -51,8 +51,8 @@ class Results:
             head = file.read_text(encoding="utf-8").split("\n", 1)[0]
             if head.startswith("# python") and (QUICK in head) != (self.quick > 1):
                 raise UserError(
-                    f"{file} holds figures of {'a full' if self.quick > 1 else 'a quick'} run: choose "
-                    "another --results"
+                    f"{file} holds figures of {'a full' if self.quick > 1 else 'a quick'} "
+                    "run: choose another --results"
                 )
 
     def read(self, name: str) -> pd.DataFrame:
@@ -78,8 +78,8 @@ class Results:
         )
 
     def add(self, part: str, key: dict[str, Any], answer: dict[str, Any]) -> None:
-        """Figures of one run, as `run.run_job` returns them, and of the main table the scores of its cases where intervals by patients are
-        made of them.
+        """Figures of one run, as `run.run_job` returns them, and of the main table the scores of its cases
+        where intervals by patients are made of them.
 
         Those hold labels of the data set: `cases.csv` stays on the machine, `patients.csv` made of it is
         committed.
@@ -134,8 +134,8 @@ class Results:
             scores = own.set_index("setting").value if len(own) else pd.Series(dtype=float)
             if missing := [said(setting) for setting in grid if said(setting) not in scores]:
                 raise UserError(
-                    f"{self.folder / 'tune.csv'} has no score of {arm} with {missing[0]}: run --part tune "
-                    "first"
+                    f"{self.folder / 'tune.csv'} has no score of {arm} with "
+                    f"{missing[0]}: run --part tune first"
                 )
             out[arm] = max(grid, key=lambda setting: scores[said(setting)])
         return out

@@ -13,7 +13,8 @@ from smae_utils.errors import UserError
 # TransUNet's split, used by the paper: 18 for training, these 12 for testing.
 TEST_IDS = (1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38)
 ORGANS = (
-    "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta", "inferior vena cava",
+    "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
+    "inferior vena cava",
     "portal and splenic veins", "pancreas", "right adrenal gland", "left adrenal gland",
 )  # fmt: skip
 PAPER_ORGANS = tuple(ORGANS[i - 1] for i in (1, 2, 3, 4, 6, 7, 8, 11))
@@ -37,8 +38,8 @@ def read_splits(data_dir: Path, seed: int = 0, fold: int = 0) -> Splits:
         found["test" if int(match[1]) in TEST_IDS else "train"].append(case)
     if not found["train"]:
         raise UserError(
-            f"no training cases img0005.nii.gz, img0006.nii.gz, ... in {images}: unpack RawData.zip of the "
-            "BTCV download there"
+            f"no training cases img0005.nii.gz, img0006.nii.gz, ... in {images}: "
+            "unpack RawData.zip of the BTCV download there"
         )
     train, val = hold_out(found["train"], 1 / 6, seed)
     return {"train": train, "val": val, "test": found["test"]}

@@ -13,7 +13,8 @@ from smae_utils.data.tasks.registry import existing_folder
 from smae_utils.errors import UserError
 
 FINDINGS = (
-    "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax", "Consolidation",
+    "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
+    "Consolidation",
     "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia",
 )  # fmt: skip
 
@@ -33,8 +34,8 @@ def read_splits(data_dir: Path, seed: int = 0, fold: int = 0) -> Splits:
     }
     if not files:
         raise UserError(
-            f"none of the {len(rows)} images of {table.name} is below {root}/images*: unpack the image "
-            "archives there"
+            f"none of the {len(rows)} images of {table.name} is below {root}/images*: "
+            "unpack the image archives there"
         )
     listed = {}
     for split, name in (("train", "train_val_list.txt"), ("test", "test_list.txt")):
@@ -53,8 +54,8 @@ def read_splits(data_dir: Path, seed: int = 0, fold: int = 0) -> Splits:
     shared = {c["patient"] for c in cases["train"]} & {c["patient"] for c in cases["test"]}
     if shared:
         raise UserError(
-            f"{len(shared)} patients stand in both lists, patient {min(shared)} for one: use the official "
-            "split files"
+            f"{len(shared)} patients stand in both lists, "
+            f"patient {min(shared)} for one: use the official split files"
         )
     train, val = hold_out(cases["train"], 0.1, seed)
     return {"train": train, "val": val, "test": cases["test"]}
@@ -75,8 +76,8 @@ def _read_table(path: Path) -> dict[str, tuple[np.ndarray, str]]:
     for line, row in enumerate(rows, start=2):
         if row and len(row) < 4:
             raise UserError(
-                f"{path}, line {line}: {len(row)} columns, expected at least {', '.join(expected)}: download "
-                "it again"
+                f"{path}, line {line}: {len(row)} columns, "
+                f"expected at least {', '.join(expected)}: download it again"
             )
     return {row[0]: (_findings(row[1], path, row[0]), row[3]) for row in rows if row}
 
@@ -88,8 +89,8 @@ def _findings(text: str, path: Path, image: str) -> np.ndarray:
             label[FINDINGS.index(name)] = 1
         elif name != "No Finding":
             raise UserError(
-                f"{path}: unknown finding {name!r} of image {image}: expected {', '.join(FINDINGS)} or No "
-                "Finding"
+                f"{path}: unknown finding {name!r} of image {image}: "
+                f"expected {', '.join(FINDINGS)} or No Finding"
             )
     return label
 

@@ -13,7 +13,8 @@ from smae_utils.data.tasks.list_files import read_list
 from smae_utils.data.tasks.record import Task
 
 FIELDS = (
-    "title", "kind", "spatial_dims", "channels", "classes", "subset", "spacing_mm", "window", "regions", "stored_labels", "ignored_labels", "sided",
+    "title", "kind", "spatial_dims", "channels", "classes", "subset", "spacing_mm", "window", "regions",
+    "stored_labels", "ignored_labels", "sided",
     "like", "settings",
 )  # fmt: skip
 

@@ -24,8 +24,8 @@ def read_splits(data_dir: Path, seed: int = 0, fold: int = 0) -> Splits:
     cases = read_cases(data_dir, "Task04_Hippocampus")
     if len(cases) < 6:
         raise UserError(
-            f"{data_dir} lists {len(cases)} cases of hippocampus: at least 6 are needed; unpack the download "
-            "again"
+            f"{data_dir} lists {len(cases)} cases of hippocampus: "
+            "at least 6 are needed; unpack the download again"
         )
     n_test = min(N_TEST, len(cases) // 4)
     test = set(np.random.default_rng(TEST_SEED).permutation(len(cases))[:n_test].tolist())
@@ -43,5 +43,6 @@ TASK = Task(
     read_splits=read_splits,
     spacing_mm=(1.0, 1.0, 1.0),
     sided=True,  # cases are of one side each; which is not said
-    source="Medical Segmentation Decathlon, Task04_Hippocampus (Antonelli et al., arXiv 2106.05735; CC BY-SA 4.0)",
+    source="Medical Segmentation Decathlon, Task04_Hippocampus "
+    "(Antonelli et al., arXiv 2106.05735; CC BY-SA 4.0)",
 )

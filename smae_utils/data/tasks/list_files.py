@@ -25,12 +25,14 @@ SPLITS = {
     "testing": "test",
 }
 KEYS = (
-    "name", "title", "description", "like", "labels", "classes", "modality", "channel_names", "window", "spacing_mm", "sided", "settings",
+    "name", "title", "description", "like", "labels", "classes", "modality", "channel_names", "window",
+    "spacing_mm", "sided", "settings",
     "spatial_dims",
 )  # fmt: skip
 # What lists of the Decathlon and of nnU-Net say besides; it changes nothing here.
 INFORMATION = (
-    "reference", "licence", "license", "release", "relase", "tensorImageSize", "numTraining", "numTest", "file_ending", "dataset", "version",
+    "reference", "licence", "license", "release", "relase", "tensorImageSize", "numTraining", "numTest",
+    "file_ending", "dataset", "version",
     "overwrite_image_reader_writer", "converted_by", "citation", "authors", "dataset_name", "date",
 )  # fmt: skip
 # How lists call an entry's fields, in small letters and without signs between.
@@ -38,7 +40,8 @@ ALIASES = {
     "image": "image", "images": "image", "imagepath": "image", "imagefile": "image", "imageindex": "image",
     "label": "label", "labels": "label", "mask": "label", "seg": "label", "segmentation": "label",
     "class": "class", "classes": "class", "findinglabels": "class",
-    "patient": "patient", "patientid": "patient", "subject": "patient", "subjectid": "patient", "participant": "patient", "participantid": "patient",
+    "patient": "patient", "patientid": "patient", "subject": "patient", "subjectid": "patient",
+    "participant": "patient", "participantid": "patient",
     "case": "case", "caseid": "case", "split": "split", "fold": "fold",
 }  # fmt: skip
 # Columns that people keep beside zeros and ones and that are no finding.
@@ -150,8 +153,8 @@ def _entry(path: Path, key: str, number: int, entry: Any, notes: list[str]) -> d
     if "class" in out:
         if "label" in out:
             raise UserError(
-                f"{path}: entry {number} of {key!r} has a label and a class: keep the one that is to be "
-                "learned"
+                f"{path}: entry {number} of {key!r} has a label and a class: "
+                "keep the one that is to be learned"
             )
         out["label"] = out.pop("class")
     files = out.get("image") if isinstance(out.get("image"), list) else [out.get("image")]
@@ -159,8 +162,8 @@ def _entry(path: Path, key: str, number: int, entry: Any, notes: list[str]) -> d
         raise UserError(f"{path}: entry {number} of {key!r} must be an object with 'image', got {entry!r}")
     if not files or not all(isinstance(f, str) and f for f in files):
         raise UserError(
-            f"{path}: 'image' of entry {number} of {key!r} must be a path or a list of paths, got "
-            f"{out['image']!r}"
+            f"{path}: 'image' of entry {number} of {key!r} must be a path or a list "
+            f"of paths, got {out['image']!r}"
         )
     if isinstance(out.get("label"), str) and not out["label"].strip():
         del out["label"]
@@ -207,8 +210,8 @@ def _nnunet_cases(path: Path, content: dict) -> dict[str, list[dict]]:
             )
     if not cases["train"]:
         raise UserError(
-            f"{path} lists no scans: it has no 'training', and beside it there are no files "
-            f"imagesTr/CASE_0000{ending}"
+            f"{path} lists no scans: it has no 'training', "
+            f"and beside it there are no files imagesTr/CASE_0000{ending}"
         )
     return cases
 
@@ -244,8 +247,8 @@ def _read_csv(path: Path) -> dict[str, Any]:
             continue
         if not name or re.fullmatch(r"Unnamed: \d+", name):
             notes.append(
-                f"the column {name!r} without a name is left out (row numbers of a program that wrote the "
-                "table)"
+                f"the column {name!r} without a name is left out (row numbers of a "
+                "program that wrote the table)"
             )
         else:
             notes.append(unused("column", name, ALIASES))
@@ -301,8 +304,8 @@ def _is_finding(path: Path, name: str, rows: list[tuple[int, dict[str, str]]]) -
     if strange:
         line, value = strange[0]
         raise UserError(
-            f"{path}, line {line}: column {name!r} holds {value!r}, expected 0 or 1, or -1 or nothing for "
-            "unknown"
+            f"{path}, line {line}: column {name!r} holds {value!r}, "
+            "expected 0 or 1, or -1 or nothing for unknown"
         )
     return True
 

@@ -29,8 +29,8 @@ def class_names(path: Path, content: dict[str, Any], labels: list[Any]) -> tuple
     }
     if not names and any(isinstance(name, str) for v in labels for name in words_of(v)):
         raise UserError(
-            f"{path}: every label is {NO_FINDING!r}: there is no class to learn; leave the labels out to "
-            "pre-train only"
+            f"{path}: every label is {NO_FINDING!r}: there is no class to learn; "
+            "leave the labels out to pre-train only"
         )
     if not names:
         raise UserError(
@@ -80,12 +80,14 @@ def mask_classes(path: Path, labels: Any) -> tuple[tuple[str, ...], dict[str, An
         raise UserError(f'{path}: "labels" names no class beside the background, got {labels!r}')
     if len({name for name, _ in pairs}) < len(pairs):
         raise UserError(
-            f'{path}: "labels" gives one name to several values, got {labels!r}: a class needs a name of its own'
+            f'{path}: "labels" gives one name to several values, got {labels!r}: a class needs a name of '
+            "its own"
         )
     used = [v for _, of in pairs for v in of]
     if clash := (background | ignored) & set(used):
         raise UserError(
-            f'{path}: "labels" uses value {min(clash)} for a class and for background or ignore, got {labels!r}'
+            f'{path}: "labels" uses value {min(clash)} for a class and for background or ignore, got '
+            f"{labels!r}"
         )
     if len(set(used)) > MOST_LABELS:
         raise UserError(
@@ -99,8 +101,8 @@ def mask_classes(path: Path, labels: Any) -> tuple[tuple[str, ...], dict[str, An
         for (wide, outer), (narrow, inner) in zip(pairs, pairs[1:]):
             if not set(inner) < set(outer):
                 raise UserError(
-                    f"{path}: regions must be nested, from the widest to the narrowest: {narrow} {inner} is "
-                    f"not inside {wide} {outer}"
+                    f"{path}: regions must be nested, from the widest to the narrowest: "
+                    f"{narrow} {inner} is not inside {wide} {outer}"
                 )
         values = sorted(set(used))
         stored, regions = (
@@ -109,7 +111,8 @@ def mask_classes(path: Path, labels: Any) -> tuple[tuple[str, ...], dict[str, An
         )
     plain = stored == tuple((i,) for i in range(len(stored)))
     return tuple(name for name, _ in pairs), {
-        "regions": regions, "stored_labels": () if plain else stored, "ignored_labels": tuple(sorted(ignored)),
+        "regions": regions, "stored_labels": () if plain else stored,
+        "ignored_labels": tuple(sorted(ignored)),
     }  # fmt: skip
 
 
@@ -137,14 +140,14 @@ def class_vector(
     numbers = [v for v in values if isinstance(v, (int, float))]
     if numbers and isinstance(label, list):
         raise UserError(
-            f"{path}: label of {case} is {values}, expected names, or {len(classes)} zeros and ones (-1 for "
-            "unknown), one a class"
+            f"{path}: label of {case} is {values}, expected names, "
+            f"or {len(classes)} zeros and ones (-1 for unknown), one a class"
         )
     if numbers and str(numbers[0]) not in classes:
         if not isinstance(label, int) or not 0 <= label < len(classes):
             raise UserError(
-                f"{path}: label of {case} is {label!r}, expected some of {', '.join(classes)}, or the index "
-                f"0 .. {len(classes) - 1} of one"
+                f"{path}: label of {case} is {label!r}, expected some of {', '.join(classes)}, "
+                f"or the index 0 .. {len(classes) - 1} of one"
             )
         return np.eye(len(classes), dtype=np.float32)[label]
     names = [str(v) for v in values if str(v).lower() != NO_FINDING or str(v) in classes]

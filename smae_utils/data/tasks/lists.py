@@ -52,8 +52,8 @@ def task_from_list(path: str | Path) -> Task:
     path = Path(path)
     if not path.is_file():
         raise UserError(
-            f"list file {path} does not exist: expected a JSON or CSV list of scans, see the documentation "
-            "of own data"
+            f"list file {path} does not exist: expected a JSON or CSV list of scans, "
+            "see the documentation of own data"
         )
     content = read_list(path)
     cases, notes = content["cases"], content["notes"]
@@ -97,8 +97,8 @@ def _base(path: Path, content: dict[str, Any]) -> tuple[Task, bool]:
     own = _guess_task(path, content)  # classes of its own; how scans are prepared is the other task's
     if own.kind != base.kind or own.spatial_dims != base.spatial_dims:
         raise UserError(
-            f"{path} is a {own.spatial_dims}D {own.kind} list, 'like' names {like}, a {base.spatial_dims}D "
-            f"{base.kind} task"
+            f"{path} is a {own.spatial_dims}D {own.kind} list, 'like' names {like}, "
+            f"a {base.spatial_dims}D {base.kind} task"
         )
     channels = base.channels if own.in_chans in (1, base.in_chans) else own.channels
     labels = {"stored_labels": own.stored_labels, "ignored_labels": own.ignored_labels}
@@ -118,8 +118,8 @@ def _said(path: Path, content: dict[str, Any], base: Task) -> dict[str, Any]:
             )
         if over["window"] and base.spatial_dims == 2:
             raise UserError(
-                f"{path}: 'window' is for 3D scans; 2D images are scaled by their own range or by the window "
-                "in their DICOM file"
+                f"{path}: 'window' is for 3D scans; 2D images are scaled by their own range or "
+                "by the window in their DICOM file"
             )
     if content.get("spacing_mm") is not None:
         over["spacing_mm"] = _numbers(path, "spacing_mm", content["spacing_mm"], base.spatial_dims)
@@ -153,7 +153,8 @@ def _sided(content: dict[str, Any], base: Task, own_classes: bool) -> tuple[bool
     )
     return (
         True,
-        f'{why}: training does not mirror images left-right; "sided": false in the list, or --set mirror=true, allows it',
+        f'{why}: training does not mirror images left-right; "sided": false in the list, or --set '
+        "mirror=true, allows it",
     )
 
 
@@ -166,8 +167,8 @@ def _split_notes(cases: dict[str, list[dict]]) -> list[str]:
         notes.append("'fold' is not used: the list has validation cases")
     elif not cases["val"] and len(cases["train"]) > 1:
         notes.append(
-            "no validation cases are listed: a tenth of the training patients, drawn by split_seed, is held "
-            "out"
+            "no validation cases are listed: a tenth of the training patients, "
+            "drawn by split_seed, is held out"
         )
     return notes
 
@@ -248,14 +249,15 @@ def _guess_task(path: Path, content: dict[str, Any]) -> Task:
         stored = [v for of in more.get("stored_labels", ()) for v in of]
         if flat and stored and not 0 <= min(stored) <= max(stored) < 2**16:
             raise UserError(
-                f'{path}: masks of 2D images hold values 0 .. 65535, "labels" names {min(stored)} to {max(stored)}: write them anew'
+                f'{path}: masks of 2D images hold values 0 .. 65535, "labels" names {min(stored)} to '
+                f"{max(stored)}: write them anew"
             )
         return Task("", "", kind, dims, channels, classes, no_reader, **shared, **more)
     for value in labels:
         if isinstance(value, str) and ("/" in value or (path.parent / value).exists()):
             raise UserError(
-                f"{path}: label {value!r} is no mask file that is read here ({', '.join(endings)}) and no "
-                "class: convert it first"
+                f"{path}: label {value!r} is no mask file that is read here "
+                f"({', '.join(endings)}) and no class: convert it first"
             )
     return Task(
         "", "", "classification", dims, channels, class_names(path, content, labels), no_reader, **shared

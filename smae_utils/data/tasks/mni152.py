@@ -66,9 +66,11 @@ def write_list(out: Path) -> Path:
         nib.save(nib.Nifti1Image(label[place], affine), out / f"{name}_label.nii.gz")
         entries.append({"image": f"{name}.nii.gz", "label": f"{name}_label.nii.gz", "patient": name})
     content = {
-        "name": "tissue", "labels": {"0": "background", "1": "grey matter", "2": "white matter"}, "modality": {"0": "T1w"}, "spacing_mm": [3, 3, 3],
+        "name": "tissue", "labels": {"0": "background", "1": "grey matter", "2": "white matter"},
+        "modality": {"0": "T1w"}, "spacing_mm": [3, 3, 3],
         "settings": {
-            "crop_size": [32, 32, 32], "pretrain": {"steps": 200, "batch_size": 2, "crops_per_scan": 4, "lr": 1e-3},
+            "crop_size": [32, 32, 32],
+            "pretrain": {"steps": 200, "batch_size": 2, "crops_per_scan": 4, "lr": 1e-3},
             "finetune": {"steps": 150, "batch_size": 2, "train_on_val": True, "ce_weight_power": 0.5},
         },
         "training": entries[:3], "test": entries[3:],
