@@ -1,4 +1,4 @@
-# Everything is done by `python -m smae_utils ...` and `python -m tools ...`; make only makes the environment first.
+# Everything is done by `smae ...` and `python -m tools ...`; make only makes the environment first.
 #   make demo                 all three tasks        make demo TASK=btcv     one
 #   make test                 all tests              make lab                JupyterLab on the notebooks
 #   make test-fast            those that take seconds: no notebooks, no long chains of trainings

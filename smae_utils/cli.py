@@ -1,4 +1,4 @@
-"""The commands of `python -m smae_utils`; their errors and exit codes are those of `command_line`."""
+"""The commands of `smae`; their errors and exit codes are those of `command_line`."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from smae_utils.errors import UserError
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command of the package; returns the exit code, see `run_command`."""
-    return run_command(_parser(), argv)
+    return run_command(make_parser(), argv)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser, add = command_line(
-        "python -m smae_utils", "Self pre-training with masked autoencoders for medical images."
-    )
+def make_parser() -> argparse.ArgumentParser:
+    """All commands, in groups."""
+    parser, add = command_line("smae", "Self pre-training with masked autoencoders for medical images.")
     parser.add_argument("--version", action=Version, nargs=0, help="show the version and stop")
 
     command = add("phantom", _phantom, "write a drop-in for a real download", "data")
-    command.add_argument("--task", required=True)
-    command.add_argument("--out", required=True, type=Path)
+    command.add_argument("--task", required=True, help="btcv, cxr14 or brats")
+    command.add_argument("--out", required=True, type=Path, help="folder to make")
     command.add_argument("--n", required=True, type=int, help="number of scans")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=int, default=0, help="draws the patients")
     command.add_argument("--size", default="demo", help="demo or full")
     command.add_argument(
         "--context", type=float, default=1.0, help="share of structures that follow the patient's latents"
@@ -46,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
             help="folder of the download; of a list file: what its paths are relative to (its own folder)",
         )
         command.add_argument("--preset", default="demo", help="demo, small, paper, or a YAML file")
-        command.add_argument("--out", required=True, type=Path, metavar="RUN")
+        command.add_argument("--out", required=True, type=Path, metavar="RUN", help="run folder to make")
         command.add_argument(
             "--set",
             nargs="+",
@@ -89,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--preset", default="small", help="whose cost to estimate")
 
     command = add("evaluate", _evaluate, "score a fine-tuned run on the test cases", "training")
-    command.add_argument("run", type=Path, metavar="RUN")
+    command.add_argument("run", type=Path, metavar="RUN", help="run folder of a fine-tuning")
     command.add_argument("--data", type=Path, help="where the data lies now, if it was moved")
     command.add_argument("--split", default="test", help="test or val")
 
@@ -99,9 +98,9 @@ def _parser() -> argparse.ArgumentParser:
         "apply a fine-tuned run to scans: masks and volumes, or probabilities",
         "your scans",
     )
-    command.add_argument("run", type=Path, metavar="RUN")
+    command.add_argument("run", type=Path, metavar="RUN", help="run folder of a fine-tuning")
     command.add_argument("scans", nargs="+", metavar="SCAN", help="image files, DICOM folders or list files")
-    command.add_argument("--out", required=True, type=Path)
+    command.add_argument("--out", required=True, type=Path, help="folder to make")
     command.add_argument(
         "--probabilities", action="store_true", help="write probabilities too (segmentation)"
     )
@@ -121,14 +120,14 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "resample", _resample, "bring a mask onto the grid of its image by nearest neighbour", "your scans"
     )
-    command.add_argument("mask", type=Path, metavar="MASK")
-    command.add_argument("image", type=Path, metavar="IMAGE")
+    command.add_argument("mask", type=Path, metavar="MASK", help="mask to bring over")
+    command.add_argument("image", type=Path, metavar="IMAGE", help="scan whose grid is wanted")
     command.add_argument("out", type=Path, metavar="OUT", help="NIfTI file to make (.nii.gz)")
 
     command = add("export", _export, "write a run's weights for another library", "your scans")
-    command.add_argument("run", type=Path, metavar="RUN")
+    command.add_argument("run", type=Path, metavar="RUN", help="finished run folder")
     command.add_argument("--to", required=True, help="timm, monai-vit or monai-unetr")
-    command.add_argument("--out", required=True, type=Path)
+    command.add_argument("--out", required=True, type=Path, help="folder to make")
 
     command = add(
         "compare",
@@ -136,12 +135,20 @@ def _parser() -> argparse.ArgumentParser:
         "table of two evaluated runs: scratch | self pre-trained | difference",
         "training",
     )
-    command.add_argument("scratch", type=Path)
-    command.add_argument("self", type=Path)
+    command.add_argument("scratch", type=Path, metavar="SCRATCH", help="run folder trained from scratch")
+    command.add_argument("self", type=Path, metavar="SELF", help="run folder that started pre-trained")
 
     command = add("run", _run, "execute one notebook", "notebooks")
     command.add_argument("notebook", help="path, or name as 02_self_pretraining")
-    command.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    command.add_argument(
+        "-p",
+        "--parameter",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="of its `parameters` cell; may be given again",
+    )
     command.add_argument(
         "--out",
         type=Path,
@@ -235,10 +242,7 @@ def _download(args) -> None:
     from smae_utils.data.download import download
 
     place = download(args.name, args.out, size=args.size)
-    print(
-        "next: python -m smae_utils check "
-        + (str(place) if place.is_file() else f"{args.name} --data {place}")
-    )
+    print("next: smae check " + (str(place) if place.is_file() else f"{args.name} --data {place}"))
 
 
 def _resample(args) -> None:

@@ -138,7 +138,7 @@ def command_line(
         groups.setdefault(group, []).append(f"  {name:<10} {text}")
         parser.epilog = "\n\n".join("\n".join([f"{title}:", *lines]) for title, lines in groups.items())
         command = commands.add_parser(name, description=text)
-        command.set_defaults(function=function)
+        command.set_defaults(function=function, group=group)
         command.add_argument("--traceback", default=argparse.SUPPRESS, **how)
         return command
 

@@ -18,7 +18,7 @@ from types import ModuleType
 
 MOVED = {
     "accel": "work.devices",
-    "build": "work.build",
+    "build": "work.build work.losses work.optimizer",
     "check": "work.check work.estimate",
     "cost": "work.cost",
     "dicom": "data.dicom",

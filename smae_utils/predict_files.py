@@ -17,6 +17,7 @@ import pandas as pd
 from nibabel.affines import voxel_sizes
 from PIL import Image
 
+from smae_utils.atomic import write_text
 from smae_utils.data import out_of_core
 from smae_utils.data.case import Case, case_of
 from smae_utils.data.pictures import read_image
@@ -29,7 +30,6 @@ from smae_utils.data.writing import save_nifti, write_mask
 from smae_utils.errors import UserError
 from smae_utils.paths import NIBABEL_ENDINGS, has_ending, split_series
 from smae_utils.show.result_plots import show_flat_overlay, show_overlay
-from smae_utils.whole import write_text
 from smae_utils.work.devices import in_shares, is_main_process, of_main_process, one_folder
 from smae_utils.work.predictor import Predictor
 from smae_utils.work.progress import Say, WindowProgress, say
@@ -127,15 +127,19 @@ def distinct(cases: list[Case]) -> list[Case]:
     return out
 
 
+def _unnamed(channels: list[str]) -> bool:
+    """Whether nobody has said what the channels are."""
+    return all(name.startswith("channel ") for name in channels)
+
+
 def channel_order(listed: Task, task: Task, path: str, report: Say) -> list[int]:
     """Where each of the run's channels stands in a list's channels; [] when they stand alike.
 
     Raises:
         UserError: for other channels than the run was trained with.
     """
-    theirs, ours = ([c.lower() for c in t.channels] for t in (listed, task))
-    generic = all(c.startswith("channel ") for c in theirs) or all(c.startswith("channel ") for c in ours)
-    if theirs == ours or (generic and len(theirs) == len(ours)):
+    theirs, ours = [*map(str.lower, listed.channels)], [*map(str.lower, task.channels)]
+    if theirs == ours or ((_unnamed(theirs) or _unnamed(ours)) and len(theirs) == len(ours)):
         return []
     if sorted(theirs) != sorted(ours) or len(set(ours)) < len(ours):
         if len(theirs) == len(ours) == 1:
@@ -289,7 +293,8 @@ def _classify(predictor: Predictor, cases: list[Case], out: Path, patch: int, re
     """Probabilities of each class; with `patch` pixels (0: without) also pictures of what speaks for the
     likeliest.
     """
-    task, scores = predictor.task, np.stack(in_shares(cases, lambda share: list(predictor.classify(share))))
+    task = predictor.task
+    scores = np.stack(in_shares(cases, lambda share: list(predictor.classify(predictor.scans(share)))))
     table = pd.DataFrame(scores.round(4), columns=list(task.classes))
     table.insert(0, "case", [c["case"] for c in cases])
     table["image"] = [str(first_file(c["image"])) for c in cases]

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from smae_utils.atomic import write_text
 from smae_utils.errors import UserError
 from smae_utils.places import ROOT, is_clone, need_notebook_packages, shipped
 from smae_utils.work.settings import coerce, parse_value
@@ -159,9 +160,8 @@ def run_notebook(
             stdout_file=sys.stdout,
             coalesce_streams=True,
             iopub_timeout=60,
-            config=Config(
-                KernelManager={"transport_encryption": "auto"}
-            ),  # else each kernel warns that loopback is not encrypted
+            # Else each kernel warns that loopback is not encrypted.
+            config=Config(KernelManager={"transport_encryption": "auto"}),
         )
     except PapermillExecutionError as error:
         # A UserError's text is the whole story; anything else needs its type.
@@ -219,7 +219,7 @@ def write_html(notebook: Path) -> Path:
     exporter.mathjax_url = exporter.require_js_url = exporter.jquery_url = exporter.mermaid_js_url = ""
     body, _ = exporter.from_notebook_node(nbformat.read(notebook, as_version=4))
     target = notebook.with_suffix(".html")
-    target.write_text(body, encoding="utf-8")
+    write_text(target, body)
     return target
 
 

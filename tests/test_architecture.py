@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "smae_utils"
 # What may be imported by all, and knows of nothing but itself.
-GROUND = ("errors", "paths", "places", "yaml_text", "whole", "timm_library", "command_line", "locks")
+GROUND = ("errors", "paths", "places", "yaml_text", "atomic", "timm_library", "command_line", "locks")
 # Part -> the parts below it. What is not named here (cli, predict_files, run_notebook) stands on top.
 BELOW = {
     "method": {*GROUND},

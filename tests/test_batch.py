@@ -14,6 +14,7 @@ import nbformat
 import pandas as pd
 import pytest
 
+from smae_utils.batch import slurm
 from smae_utils.batch.collect import collect, status
 from smae_utils.batch.plan import read_batch
 from smae_utils.batch.run import run_batch
@@ -228,3 +229,23 @@ runs:
     assert "data:image/jpeg" in (out / "index.html").read_text()
     assert isinstance(pd.read_csv(out / "results.csv").value[0], float)
     assert execute(out, "evaluate-seed3") == "done"
+
+
+def test_a_slurm_job_that_could_not_be_launched_is_taken_back_and_one_that_is_held_is_told_once(monkeypatch):
+    class Job:
+        def __init__(self, number):
+            self.job_id, self.cancelled = f"7_{number}", False
+
+        def cancel(self, check):
+            self.cancelled = True
+
+    queue = "7_0 None\n7_1 launch failed requeued held\n7_2 JobHeldUser\n8_0 Priority\n"
+    answer = subprocess.CompletedProcess([], 0, stdout=queue)
+    monkeypatch.setattr(slurm.subprocess, "run", lambda *_, **__: answer)
+    monkeypatch.setattr(slurm, "ASK_EVERY", 0.0)
+    said, place = [], object.__new__(slurm.SlurmJobs)
+    jobs = {name: Job(i) for i, name in enumerate(["runs", "broken", "held", "over"])}
+    place.report, place.jobs, place.told, place.asked = said.append, dict(jobs), set(), 0.0
+    assert place.ended() == ["broken", "over"] and place.ended() == []
+    assert [name for name, job in jobs.items() if job.cancelled] == ["broken"]
+    assert len(said) == 2 and "broken: taken back" in said[0] and "scontrol release 7_2" in said[1]

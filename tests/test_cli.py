@@ -317,9 +317,8 @@ def test_a_radiograph_that_cannot_be_read_and_tables_with_faults(smae, cxr14, sp
     refused(smae.train("pretrain", "cxr14", folder, tmp_path / "column"), "Finding Labels")
     table.write_text(text.replace("Effusion", "Efusion"), encoding="utf-8")
     refused(smae.train("pretrain", "cxr14", folder, tmp_path / "finding"), "Efusion")
-    table.write_bytes(
-        b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()
-    )  # BOM and Windows line ends are no mistake
+    # BOM and Windows line ends are no mistake.
+    table.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
     assert smae.train("pretrain", "cxr14", folder, tmp_path / "windows")[0] == 0
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from smae_utils.data.tasks import get_task
 from smae_utils.method.mae import MaskedAutoencoder
@@ -31,6 +32,27 @@ def test_flops_of_a_classifier_are_those_of_its_matrix_products(tiny):
     embedding = 2 * patches * pixels * width
     # Backward costs twice as much, but for the pixels, which need no gradient.
     assert crop_cost(task, made).flops == pytest.approx(3 * forward + 2 * embedding, rel=0.02)
+
+
+def test_flops_of_pretraining_are_those_of_visible_patches_alone_in_the_encoder(tiny):
+    task, made = get_task("brats"), settings(tiny, "brats", "pretrain")
+    model, length = build_mae(task, made), (made.crop_size[0] // made.patch_size) ** 3
+    visible = int(length * (1 - made.mask_ratio))
+    pixels, prefix = made.patch_size**3 * task.in_chans, int(made.class_token)
+
+    def blocks(tokens, width, depth):
+        return depth * (2 * tokens * width * 12 * width + 2 * 2 * tokens**2 * width)
+
+    between = 2 * (visible + prefix) * made.embed_dim * made.decoder_embed_dim
+    predicted = 2 * (length - visible) * made.decoder_embed_dim * pixels
+    forward = blocks(visible + prefix, made.embed_dim, made.depth) + between + predicted
+    forward += blocks(length + prefix, made.decoder_embed_dim, made.decoder_depth)
+    embedding = 2 * visible * pixels * made.embed_dim
+    image = torch.rand(1, task.in_chans, *made.crop_size)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(image).loss.backward()
+    # Backward costs twice as much, but for the pixels, which need no gradient.
+    assert counter.get_total_flops() == pytest.approx(3 * forward + 2 * embedding, rel=0.01)
 
 
 def bytes_kept(model, image) -> int:

@@ -105,9 +105,8 @@ def test_a_series_is_read_in_the_patients_space_and_in_hu(tmp_path):
     assert tuple(np.round(ras.header.get_zooms(), 4)) == (2.0, 3.0, 4.0)
     # DICOM's x grows to the left and y to the back; RAS the other way on both.
     np.testing.assert_array_equal(np.asarray(ras.dataobj), stored.transpose(2, 1, 0)[::-1, ::-1] - 1024)
-    corner = nib.affines.apply_affine(
-        np.linalg.inv(ras.affine), [10.0, 20.0, -30.0]
-    )  # the first voxel's place, in RAS
+    # The first voxel's place, in RAS.
+    corner = nib.affines.apply_affine(np.linalg.inv(ras.affine), [10.0, 20.0, -30.0])
     np.testing.assert_allclose(corner, [6, 5, 0], atol=1e-4)
 
 
@@ -121,9 +120,8 @@ def test_a_radiograph_is_turned_so_that_bone_is_bright(photometric, tmp_path):
 
 
 def test_16_bit_images_keep_their_range(tmp_path):
-    pixels = (np.arange(64).reshape(8, 8) * 60).astype(
-        np.uint16
-    )  # 12 bit in 16: a plain conversion would clip nearly all of it
+    # 12 bit in 16: a plain conversion would clip nearly all of it.
+    pixels = (np.arange(64).reshape(8, 8) * 60).astype(np.uint16)
     Image.fromarray(pixels).save(tmp_path / "x.png")
     grey = np.asarray(read_image(str(tmp_path / "x.png"))).astype(int)
     assert len(np.unique(grey)) == 64 and np.abs(grey - pixels / pixels.max() * 255).max() <= 1

@@ -259,11 +259,8 @@ def test_tumour_regions_become_labels_and_come_back():
     label = np.random.default_rng(0).integers(0, 4, (6, 6, 6))
     assert np.array_equal(region_labels(task.class_masks(label), task), label)
     conflicting = [np.array([False, True, True]), np.array([True, False, True]), np.array([True, True, True])]
-    assert region_labels(conflicting, task).tolist() == [
-        0,
-        1,
-        3,
-    ]  # outside the whole tumour nothing is tumour
+    # Outside the whole tumour nothing is tumour.
+    assert region_labels(conflicting, task).tolist() == [0, 1, 3]
 
 
 @pytest.mark.slow

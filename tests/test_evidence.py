@@ -226,9 +226,8 @@ def test_scaled_weights_have_the_learned_spread_and_scratch_s_positions(dots, tm
     ) == pytest.approx(float(learned[key].mean()), abs=1e-6)
     vectors = [weights[key].flatten().numpy() for weights in (made, fresh, learned)]
     correlation = np.corrcoef(vectors)
-    assert correlation[0, 1] > 0.999 and correlation[0, 2] == pytest.approx(
-        correlation[1, 2], abs=1e-3
-    )  # only size and spread are the learned ones
+    # Only size and spread are the learned ones.
+    assert correlation[0, 1] > 0.999 and correlation[0, 2] == pytest.approx(correlation[1, 2], abs=1e-3)
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
+from smae_utils.atomic import new_file
 from smae_utils.errors import UserError
-from smae_utils.whole import new_file
 from tools import faults
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in Linux's /proc")

@@ -40,8 +40,9 @@ from smae_utils.paths import case_name
 from smae_utils.predict_files import _sizes
 from smae_utils.work import check as checking
 from smae_utils.work import check_report
-from smae_utils.work.build import build_augmentation, build_loss, known_bce
+from smae_utils.work.build import build_augmentation
 from smae_utils.work.evaluation import score_masks
+from smae_utils.work.losses import build_loss, known_bce
 from smae_utils.work.metrics import mean_auc
 from smae_utils.work.settings import FinetuneSettings
 
@@ -121,7 +122,7 @@ def refused(*words: str):
 
 def checked(file: Path) -> checking.Report:
     """`check` without its half second of measuring the machine."""
-    with mock.patch.object(check_report, "estimate", lambda *_: []):
+    with mock.patch.object(check_report, "estimate", lambda *_, **__: []):
         return checking.check(str(file), say=lambda line: None)
 
 
@@ -459,7 +460,7 @@ def _(folder):
     image = read_volume(save(folder / "i.nii.gz", np.ones((15, 16, 17), np.int16), fine))
     with refused("m m.nii.gz", "one grid") as caught:
         read_mask(folder / "m m.nii.gz", image)
-    words = shlex.split(str(caught.value).split("python -m smae_utils ")[1])
+    words = shlex.split(str(caught.value).split("To resample it: smae ")[1])
     with contextlib.chdir(folder), contextlib.redirect_stdout(None):
         assert words[0] == "resample" and main(words) == 0
     made = nib.load(folder / words[-1])
@@ -1126,9 +1127,8 @@ def test_a_class_that_the_list_gets_later_does_not_move_those_of_a_run(tmp_path)
     pictures(tmp_path)
     (tmp_path / "list.csv").write_text(TABLE)
     record = json.loads(json.dumps(record_of(get_task(str(tmp_path / "list.csv")))))
-    changed = TABLE.replace(
-        "i1.png,well", "i1.png,blurred | well"
-    )  # stands before the others in the alphabet
+    # Stands before the others in the alphabet.
+    changed = TABLE.replace("i1.png,well", "i1.png,blurred | well")
     (tmp_path / "list.csv").write_text(changed)
     assert get_task(str(tmp_path / "list.csv")).classes == ("blurred", "sick", "well")
     task = task_from_record(str(tmp_path / "list.csv"), record)

@@ -43,10 +43,8 @@ def write_list(folder: Path, dims: int, kind: str, n: int = 8) -> Path:
     for i in range(n):
         rng = np.random.default_rng(i)
         mask = np.zeros(shape, np.uint8)
-        mask[(slice(4, 12),) * dims], mask[(slice(12, 16),) * dims] = (
-            1,
-            4,
-        )  # 4: mask values need not follow one another
+        # 4: mask values need not follow one another.
+        mask[(slice(4, 12),) * dims], mask[(slice(12, 16),) * dims] = (1, 4)
         values = rng.integers(20, 60, shape) + 30 * mask
         image, label = (
             f"i{i}.png" if dims == 2 else f"i{i}.nii.gz",

@@ -130,9 +130,8 @@ def test_a_scan_can_be_looked_through_in_a_browser(lab, chromium):
         page.wait_for_function("document.body.innerText.includes('| Idle')", timeout=60_000)
         if page.get_by_role("button", name="No", exact=True).is_visible():  # news from Jupyter
             page.get_by_role("button", name="No", exact=True).click()
-        page.evaluate(
-            "() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }"
-        )  # no promise: it may never resolve
+        # No promise: it may never resolve.
+        page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
         try:
             page.wait_for_selector("img.widget-image", timeout=90_000)
         finally:

@@ -11,16 +11,15 @@ import torch
 
 from smae_utils.data.tasks import get_task
 from smae_utils.method.patches import patchify
-from smae_utils.show import linear_probe, notebook_helpers
-from smae_utils.work.settings import FinetuneSettings, make_settings
+from smae_utils.work import linear_probe
 
 
 class Tokens(torch.nn.Module):
     """An "encoder" whose tokens are what is asked for: the mean of each patch, or noise."""
 
-    def __init__(self, patch: int, knows: bool):
+    def __init__(self, patch: int, knows: bool, size: tuple[int, ...]):
         super().__init__()
-        self.patch_size, self.knows, self.prefix_tokens = patch, knows, 1
+        self.patch_size, self.knows, self.img_size, self.prefix_tokens = patch, knows, size, 1
 
     def forward(self, image):
         tokens = patchify(image, self.patch_size).mean(-1, keepdim=True)
@@ -30,13 +29,14 @@ class Tokens(torch.nn.Module):
 
 @pytest.mark.parametrize("task", ["btcv", "cxr14"])
 def test_the_probe_reads_what_tokens_hold(task, data, tiny, monkeypatch):
-    record, settings = get_task(task), make_settings(FinetuneSettings, tiny[task, "finetune"], "test")
+    record, settings = get_task(task), tiny[task, "finetune"]
+    size, spacing = settings["crop_size"], settings.get("spacing_mm", ())
     cases = record.read_splits(data[task], 0, 0)["train"]
     windows = linear_probe._windows
 
-    def telling(task, settings, case):
+    def telling(task, case, size, spacing_mm):
         """Images that are as bright as their first finding says, or as their own mask."""
-        for image, label in windows(task, settings, case):
+        for image, label in windows(task, case, size, spacing_mm):
             yield (
                 torch.full_like(image, float(case["label"][0] == 1))
                 if label is None
@@ -49,15 +49,15 @@ def test_the_probe_reads_what_tokens_hold(task, data, tiny, monkeypatch):
     torch.manual_seed(0)
     if task == "btcv":
         structure = dataclasses.replace(record, classes=("structure",), regions=(tuple(range(1, 14)),))
-        assert notebook_helpers.probe(structure, settings, Tokens(4, knows=True), cases) > 0.99
+        assert linear_probe.probe(structure, Tokens(4, True, size), cases, spacing) > 0.99
         assert (
-            notebook_helpers.probe(structure, settings, Tokens(4, knows=False), cases) < 0.9
+            linear_probe.probe(structure, Tokens(4, False, size), cases, spacing) < 0.9
         )  # few cases: chance is wide
         return
     cases = [{**case, "label": case["label"][:1]} for case in cases]
-    assert notebook_helpers.probe(few, settings, Tokens(4, knows=True), cases) > 0.99
-    assert notebook_helpers.probe(few, settings, Tokens(4, knows=False), cases) < 0.9
-    assert math.isnan(notebook_helpers.probe(few, settings, Tokens(4, knows=True), cases[:1]))
+    assert linear_probe.probe(few, Tokens(4, True, size), cases, spacing) > 0.99
+    assert linear_probe.probe(few, Tokens(4, False, size), cases, spacing) < 0.9
+    assert math.isnan(linear_probe.probe(few, Tokens(4, True, size), cases[:1]))
 
 
 def test_the_probe_never_scores_a_patient_that_it_was_fitted_on_and_leaves_out_what_is_unknown(monkeypatch):
@@ -66,22 +66,22 @@ def test_the_probe_never_scores_a_patient_that_it_was_fitted_on_and_leaves_out_w
         for i in range(12)
     ]
     seen = []
-    monkeypatch.setattr(notebook_helpers, "linear_probe", lambda *parts: seen.append(parts))
-    monkeypatch.setattr(notebook_helpers, "read_tokens", lambda task, settings, encoder, cases: cases)
-    notebook_helpers.probe(get_task("cxr14"), None, None, cases)
+    with monkeypatch.context() as patch:
+        patch.setattr(linear_probe, "linear_probe", lambda *parts: seen.append(parts) or 0.0)
+        patch.setattr(linear_probe, "read_tokens", lambda task, encoder, cases, spacing_mm: cases)
+        linear_probe.probe(get_task("cxr14"), None, cases)
     fitted, scored = ({c["patient"] for c in part} for part in seen[0])
     assert fitted == {"p0", "p1"} and scored == {"p2"}
     task = dataclasses.replace(get_task("cxr14"), classes=("a",))
     monkeypatch.setattr(
         linear_probe,
         "_windows",
-        lambda task, settings, case: [(torch.full((1, 8, 8), float(case["shown"])), None)],
+        lambda task, case, size, spacing_mm: [(torch.full((1, 8, 8), float(case["shown"])), None)],
     )
     known = [{"label": np.array([float(i % 2)]), "shown": i % 2} for i in range(8)]
-    unknown = [
-        {"label": np.array([np.nan]), "shown": 1} for _ in range(8)
-    ]  # counted as absent, these would confuse the fit
-    tokens = linear_probe.read_tokens(task, None, Tokens(4, knows=True), known + unknown)
+    # Counted as absent, these would confuse the fit.
+    unknown = [{"label": np.array([np.nan]), "shown": 1} for _ in range(8)]
+    tokens = linear_probe.read_tokens(task, Tokens(4, True, (8, 8)), known + unknown)
     assert linear_probe.linear_probe(tokens, tokens) == 1.0
 
 

@@ -154,9 +154,8 @@ def pair_counting_auc(target, score):
 def test_mean_auc_equals_scikit_learns_macro_average_and_pair_counting():
     rng = np.random.default_rng(0)
     targets = rng.integers(0, 2, (40, 5))
-    scores = np.round(
-        rng.normal(size=(40, 5)) + targets * np.linspace(0, 2, 5), 1
-    )  # rounded, so that scores tie
+    # Rounded, so that scores tie.
+    scores = np.round(rng.normal(size=(40, 5)) + targets * np.linspace(0, 2, 5), 1)
     mean, per_class = mean_auc(targets, scores)
     assert mean == pytest.approx(roc_auc_score(targets, scores, average="macro"), abs=1e-12)
     np.testing.assert_allclose(

@@ -524,10 +524,11 @@ def classifier(cxr14, tiny, bare, tmp_path_factory) -> Path:
 
 def test_probabilities_of_radiographs_are_those_of_the_classifier(classifier, cxr14, tmp_path):
     model, task, settings = load_finetuned(Run(classifier))
+    predictor = Predictor.of(model, task, settings)
     cases = build_splits(task, cxr14, settings)["test"]
     predict.predict(classifier, [c["image"] for c in cases], tmp_path / "out", report=quiet)
     written = pd.read_csv(tmp_path / "out" / "probabilities.csv")
-    expected = Predictor.of(model, task, settings).classify(cases)
+    expected = predictor.classify(predictor.scans(cases))
     assert list(written.columns[1:-1]) == list(task.classes)
     np.testing.assert_allclose(written[list(task.classes)].to_numpy(), expected, atol=1e-3)
     assert np.ptp(expected, axis=0).max() > 1e-3  # else any order of the images would pass
@@ -538,9 +539,8 @@ def test_a_radiograph_of_16_bits_gives_the_probabilities_of_its_8_bit_twin(class
     values = np.asarray(Image.open(source).convert("L"), np.float64)
     values = (values - values.min()) / np.ptp(values)
     Image.fromarray((values * 255).round().astype(np.uint8)).save(tmp_path / "eight.png")
-    Image.fromarray((values * 4095).round().astype(np.uint16)).save(
-        tmp_path / "sixteen.png"
-    )  # 12 bits in 16, as detectors give
+    # 12 bits in 16, as detectors give.
+    Image.fromarray((values * 4095).round().astype(np.uint16)).save(tmp_path / "sixteen.png")
     assert Image.open(tmp_path / "sixteen.png").mode.startswith("I")
     table = predict.predict(
         classifier, [tmp_path / "eight.png", tmp_path / "sixteen.png"], tmp_path / "out", report=quiet
@@ -608,7 +608,7 @@ def spoiled(name: str, folder: Path) -> str:
     "name", ["cut", "nan", "constant", "singular", "channels", "flat", "moved", "values", "shape"]
 )
 def test_check_gives_each_fault_a_line_that_names_the_file(smae, monkeypatch, tmp_path, name):
-    monkeypatch.setattr(check_report, "estimate", lambda *_: [])  # measures the machine for seconds
+    monkeypatch.setattr(check_report, "estimate", lambda *_, **__: [])  # measures the machine for seconds
     file = write_list(tmp_path)
     path = spoiled(name, tmp_path)
     code, out, err = smae("check", file)
@@ -643,7 +643,7 @@ def contradictory(path: Path, image: np.ndarray, affine: np.ndarray, sizes) -> s
 def test_a_header_that_contradicts_itself_is_told_and_read_by_its_affine_as_viewers_do(
     trained, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(check_report, "estimate", lambda *_: [])
+    monkeypatch.setattr(check_report, "estimate", lambda *_, **__: [])
     image, _ = phantom(3)
     affine = np.array([[-3.0, 0, 0, 20], [0, -3.5, 0, 30], [0, 0, 4, -7], [0, 0, 0, 1]])
     odd = contradictory(tmp_path / "odd.nii.gz", image, affine, (3, 3.7, 4))
@@ -662,7 +662,7 @@ def test_a_header_that_contradicts_itself_is_told_and_read_by_its_affine_as_view
 
 
 def test_check_names_a_qform_that_lies_elsewhere_than_the_sform(tmp_path, monkeypatch):
-    monkeypatch.setattr(check_report, "estimate", lambda *_: [])
+    monkeypatch.setattr(check_report, "estimate", lambda *_, **__: [])
     scan = nib.Nifti1Image(phantom()[0], np.diag([*SPACING, 1.0]))
     scan.set_qform(np.array([[3.0, 0, 0, 12], [0, 3.5, 0, 0], [0, 0, 4, 0], [0, 0, 0, 1]]), 1)
     nib.save(scan, tmp_path / "a.nii.gz")
@@ -676,7 +676,7 @@ def test_check_names_a_qform_that_lies_elsewhere_than_the_sform(tmp_path, monkey
 def test_check_looks_at_the_headers_of_masks_and_of_each_channel_and_survives_a_qform_that_is_no_rotation(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(check_report, "estimate", lambda *_: [])
+    monkeypatch.setattr(check_report, "estimate", lambda *_, **__: [])
     image, label = phantom()
     affine = np.diag([*SPACING, 1.0])
     write(tmp_path / "a.nii.gz", image, affine)
@@ -723,7 +723,7 @@ def test_check_proposes_the_spacing_in_the_order_of_axes_that_training_uses(tmp_
 
 
 def test_check_tells_class_one_from_class_eleven(tmp_path, monkeypatch):
-    monkeypatch.setattr(check_report, "estimate", lambda *_: [])
+    monkeypatch.setattr(check_report, "estimate", lambda *_, **__: [])
     file = write_list(tmp_path, 1, 0, labels={str(i): f"organ{i}" for i in range(1, 12)})
     write(tmp_path / "labels" / "p0.nii.gz", np.where(phantom(0)[1] == 1, 11, 0).astype(np.uint8))
     remarks = " ".join(checking.check(str(file), say=quiet).remarks)
@@ -866,7 +866,7 @@ def test_minus_one_is_unknown_and_never_a_class(tmp_path):
 def test_check_and_predict_take_lists_whose_folds_start_at_one_or_whose_masks_are_elsewhere(
     smae, small, trained, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(check_report, "estimate", lambda *_: [])
+    monkeypatch.setattr(check_report, "estimate", lambda *_, **__: [])
     file = write_list(tmp_path, 4, 0, settings=small)
     content = json.loads(file.read_text())
     for i, entry in enumerate(content["training"]):

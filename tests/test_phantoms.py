@@ -117,9 +117,8 @@ def test_cxr14_header_and_rows_are_those_of_the_nih_table(cxr14):
     raw = (cxr14 / "Data_Entry_2017.csv").read_text()
     assert raw.splitlines()[0] == CXR_HEADER
     rows = list(csv.reader(raw.splitlines()[1:]))
-    assert len(rows) == 60 and {len(r) for r in rows} == {
-        12
-    }  # nine names, two of them split, and the unnamed one
+    # Nine names, two of them split, and the unnamed one.
+    assert len(rows) == 60 and {len(r) for r in rows} == {12}
     known = {*get_task("cxr14").classes, "No Finding"}
     for name, findings, follow_up, patient, *_ in rows:
         assert name == f"{int(patient):08d}_{int(follow_up):03d}.png"

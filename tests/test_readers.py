@@ -264,9 +264,8 @@ def test_prepared_scans_keep_the_right_kidney_right_whatever_the_stored_orientat
     for case in (c for p in parts("btcv", btcv).values() for c in p):
         label = transform(dict(case))["label"][0].numpy()
         if (label == 2).any() and (label == 3).any():
-            assert (
-                np.argwhere(label == 2)[:, 0].mean() > np.argwhere(label == 3)[:, 0].mean() + 3
-            )  # axis 0 grows to the right
+            # Axis 0 grows to the right.
+            assert np.argwhere(label == 2)[:, 0].mean() > np.argwhere(label == 3)[:, 0].mean() + 3
             checked += 1
     assert checked >= 8
 

@@ -360,9 +360,8 @@ def test_data_of_a_list_can_be_said_as_the_list_its_folder_or_the_folder_of_its_
 
 def test_a_list_with_a_data_folder_of_its_own_is_not_mistaken_for_one_that_lies_there(train, tmp_path):
     listing = radiographs(tmp_path / "lists", "dataset.json", data=tmp_path / "images")
-    (tmp_path / "images" / "dataset.json").write_text(
-        "{}", encoding="utf-8"
-    )  # of the download, another thing
+    # Of the download, another thing.
+    (tmp_path / "images" / "dataset.json").write_text("{}", encoding="utf-8")
     run = train(listing, tmp_path / "images")
     expected = (str(listing), str(tmp_path / "images"))
     assert find_data(run) == find_data(run, tmp_path / "images") == expected
@@ -385,9 +384,9 @@ def test_a_list_may_be_moved_or_renamed_between_two_sittings_but_not_be_changed(
     train, tiny, tmp_path, monkeypatch
 ):
     listing = radiographs(tmp_path / "data")
-    step = Loop._step
+    gradients = Loop._gradients
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(Loop, "_step", lambda *a: (_ for _ in ()).throw(Stop))
+        patch.setattr(Loop, "_gradients", lambda *a: (_ for _ in ()).throw(Stop))
         train(listing)
     shutil.copytree(tmp_path / "data", tmp_path / "other")
     (tmp_path / "other" / "list.json").rename(tmp_path / "other" / "mine.json")
@@ -396,7 +395,8 @@ def test_a_list_may_be_moved_or_renamed_between_two_sittings_but_not_be_changed(
     with pytest.raises(UserError, match="train="):
         train(listing, resume=True)
     run = train(tmp_path / "other" / "mine.json", resume=True)
-    assert run.finished and run.config["task"] == str(tmp_path / "other" / "mine.json") and Loop._step is step
+    assert run.finished and run.config["task"] == str(tmp_path / "other" / "mine.json")
+    assert Loop._gradients is gradients
 
 
 def test_a_path_through_a_link_and_up_is_not_shortened(tmp_path):

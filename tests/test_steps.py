@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
+import torch
 
 from smae_utils.cli import main
 from smae_utils.errors import UserError
@@ -30,6 +32,30 @@ def test_a_batch_in_parts_takes_the_steps_of_a_whole_one(stage, cxr14, tiny, bar
         curves.append(losses(run))
     assert len(curves[0]) == 5 and len({round(loss, 3) for loss in curves[0]}) > 1
     assert curves[1] == pytest.approx(curves[0], abs=1e-4) and curves[2] == pytest.approx(curves[0], abs=1e-4)
+
+
+def test_a_step_waits_for_the_device_once(cxr14, tiny, bare, tmp_path, monkeypatch):
+    waits = []
+
+    def counted(name):
+        function = getattr(torch.Tensor, name)
+
+        def inner(self, *args):
+            if "smae_utils" in sys._getframe(1).f_code.co_filename:
+                waits.append(name)
+            return function(self, *args)
+
+        return inner
+
+    for name in ("item", "tolist", "numpy", "cpu", "__float__", "__int__", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, counted(name))
+    counts = []
+    for steps in (3, 8):
+        waits.clear()
+        values = {**tiny["cxr14", "pretrain"], "steps": steps, "log_every": 100, "val_every": 0}
+        pretrain("cxr14", cxr14, tmp_path / f"{steps}", bare, values, report=[].append)
+        counts.append(len(waits))
+    assert counts[1] - counts[0] == 5, waits
 
 
 def test_parts_that_do_not_divide_the_batch_are_refused(cxr14, tiny, bare, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import MODEL, STAGE, TASK
 
-from smae_utils.data.batches import Crops, training_loader
+from smae_utils.data.batches import Crops, Steps, training_loader
 from smae_utils.data.store import Store
 from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
@@ -147,7 +147,7 @@ def test_a_store_that_is_no_folder_is_told_in_one_line_also_by_a_loading_process
     (tmp_path / "file").write_text("")
     scans, augment = scans_of("pretrain", btcv, store=str(tmp_path / "file"))
     with pytest.raises(FileExistsError) as told:
-        next(iter(training_loader(scans, augment, 0, 1, 0, 1, num_workers=workers)))
+        next(iter(training_loader(scans, augment, 0, Steps(0, 1, 1), workers)))
     assert str(tmp_path / "file") in str(told.value) and "\n" not in str(told.value)
 
 

@@ -200,17 +200,17 @@ def test_both_arms_see_the_same_crops_in_the_same_order_and_differ_in_the_encode
 ):
     weights = pretrain("brats", brats, tmp_path / "mae", bare, tiny["brats", "pretrain"], report=quiet)
     seen, starts = {}, {}
-    step = Loop._step
+    gradients = Loop._gradients
 
-    def spy(self, accelerator, model, optimizer, batch, number):
-        if number == 1:
+    def spy(self, accelerator, model, batch):
+        if self.config["init"] not in starts:
             starts[self.config["init"]] = {k: v.clone() for k, v in self.model.state_dict().items()}
         seen.setdefault(self.config["init"], []).append(
             (batch["case"], batch["image"].clone(), batch["label"].clone())
         )
-        return step(self, accelerator, model, optimizer, batch, number)
+        return gradients(self, accelerator, model, batch)
 
-    monkeypatch.setattr(Loop, "_step", spy)
+    monkeypatch.setattr(Loop, "_gradients", spy)
     for name, init in (("scratch", "scratch"), ("self", weights.path)):
         finetune("brats", brats, tmp_path / name, init, bare, tiny["brats", "finetune"], report=quiet)
     a, b = seen["scratch"], seen[str(weights.path)]
@@ -229,13 +229,13 @@ def test_both_arms_see_the_same_crops_in_the_same_order_and_differ_in_the_encode
 
 
 def test_each_epoch_shows_every_scan_once(btcv, tiny, bare, tmp_path, monkeypatch):
-    cases, step = [], Loop._step
+    cases, gradients = [], Loop._gradients
 
-    def spy(self, accelerator, model, optimizer, batch, number):
+    def spy(self, accelerator, model, batch):
         cases.append(batch["case"])
-        return step(self, accelerator, model, optimizer, batch, number)
+        return gradients(self, accelerator, model, batch)
 
-    monkeypatch.setattr(Loop, "_step", spy)
+    monkeypatch.setattr(Loop, "_gradients", spy)
     overrides = {**tiny["btcv", "pretrain"], "train_on_val": True, "crops_per_scan": 2, "steps": 6}
     run = pretrain("btcv", btcv, tmp_path / "run", bare, overrides, report=quiet)
     train = run.config["cases"]["train"]
@@ -334,13 +334,13 @@ def test_layer_decay_scales_the_lr_of_each_block_as_timm_does(task, tiny):
 
 
 def test_layer_decay_reaches_the_learning_rates_of_the_run(cxr14, tiny, bare, tmp_path, monkeypatch):
-    rates, step = [], Loop._step
+    rates, step = [], torch.optim.AdamW.step
 
-    def spy(self, accelerator, model, optimizer, batch, number):
-        rates.append({round(g["lr_scale"], 6): g["lr"] for g in optimizer.param_groups})
-        return step(self, accelerator, model, optimizer, batch, number)
+    def spy(self, *args, **kwargs):
+        rates.append({round(g["lr_scale"], 6): g["lr"] for g in self.param_groups})
+        return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(Loop, "_step", spy)
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
     overrides = {**tiny["cxr14", "finetune"], "layer_decay": 0.5, "base_lr": 0.256}
     finetune("cxr14", cxr14, tmp_path / "run", preset=bare, overrides=overrides, report=quiet)
     assert sorted(rates[0]) == [0.0625, 0.125, 0.25, 0.5, 1.0]
@@ -384,10 +384,8 @@ def test_a_setting_newer_than_the_run_does_not_stop_its_resuming(brats, tiny, ba
     with pytest.raises(KeyboardInterrupt):
         pretrain("brats", brats, tmp_path / "run", bare, overrides, report=stop)
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
-    del (
-        config["settings"]["keep_every"],
-        config["settings"]["mask_ratio"],
-    )  # one that may change between sittings, one that may not
+    # One that may change between sittings, one that may not.
+    del (config["settings"]["keep_every"], config["settings"]["mask_ratio"])
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     lines = []
     run = pretrain("brats", brats, tmp_path / "run", bare, overrides, resume=True, report=lines.append)
@@ -410,7 +408,7 @@ def test_a_setting_newer_than_the_run_does_not_stop_its_resuming(brats, tiny, ba
 def test_a_finished_run_is_not_trained_again(brats, tiny, bare, tmp_path, monkeypatch):
     run = pretrain("brats", brats, tmp_path / "run", bare, tiny["brats", "pretrain"], report=quiet)
     before = {p.name: p.read_bytes() for p in run.path.iterdir() if p.is_file()}
-    monkeypatch.setattr(Loop, "_step", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr(Loop, "_gradients", lambda *a: pytest.fail("trained again"))
     said = []
     pretrain(
         "brats", brats, tmp_path / "run", bare, tiny["brats", "pretrain"], resume=True, report=said.append
@@ -445,13 +443,8 @@ def test_resuming_with_other_settings_is_refused_by_name(brats, tiny, bare, tmp_
 
 
 def test_validation_uses_the_same_crops_and_masks_each_time(btcv, tiny, bare, tmp_path):
-    overrides = {
-        **tiny["btcv", "pretrain"],
-        "lr": 0.0,
-        "base_lr": 0.0,
-        "val_every": 2,
-        "steps": 6,
-    }  # weights stay as they are
+    # Weights stay as they are.
+    overrides = {**tiny["btcv", "pretrain"], "lr": 0.0, "base_lr": 0.0, "val_every": 2, "steps": 6}
     log = pretrain("btcv", btcv, tmp_path / "run", bare, overrides, report=quiet).read_log()
     scores = [line["val_loss"] for line in log if "val_loss" in line]
     assert len(scores) == 3 and len(set(scores)) == 1 and scores[0] > 0
@@ -541,8 +534,8 @@ def test_notes_of_a_task_are_told_at_the_start_of_both_stages(brats, tiny, bare,
 def test_a_batch_that_the_processes_cannot_share_equally_is_refused_before_any_folder_is_made(
     brats, tiny, bare, tmp_path, monkeypatch
 ):
-    loader = loop.training_loader
-    monkeypatch.setattr(loop, "training_loader", lambda *a: loader(*a[:-1], 2))
+    check = loop.check_batch
+    monkeypatch.setattr(loop, "check_batch", lambda scans, size, processes: check(scans, size, 2))
     with pytest.raises(UserError, match=r"batch_size 3 .*2 processes"):
         pretrain(
             "brats",
@@ -559,20 +552,19 @@ def test_pretraining_goes_on_from_the_encoder_and_decoder_of_another(
     brats, tiny, bare, tmp_path, monkeypatch
 ):
     first = pretrain("brats", brats, tmp_path / "first", bare, tiny["brats", "pretrain"], report=quiet)
-    starts, step = [], Loop._step
+    starts, gradients = [], Loop._gradients
 
     def spy(self, *args):
         starts.append({k: v.clone() for k, v in self.model.state_dict().items()})
-        return step(self, *args)
+        return gradients(self, *args)
 
-    monkeypatch.setattr(Loop, "_step", spy)
+    monkeypatch.setattr(Loop, "_gradients", spy)
     said = []
     overrides = {**tiny["brats", "pretrain"], "decoder_depth": 2}
     more = pretrain("brats", brats, tmp_path / "more", bare, overrides, report=said.append, init=first.path)
     learned = tensors(first)
-    assert all(
-        torch.equal(starts[0][k], v) for k, v in learned.items()
-    )  # of the deeper decoder the first block
+    # Of the deeper decoder the first block.
+    assert all(torch.equal(starts[0][k], v) for k, v in learned.items())
     assert any("loaded" in line for line in said) and more.config["init"] == str(first.path)
     with pytest.raises(UserError, match="no weights"):
         pretrain("brats", brats, tmp_path / "typo", bare, overrides, report=quiet, init=tmp_path / "nowhere")

@@ -169,9 +169,8 @@ def test_a_sided_task_is_never_flipped_left_right_and_is_flipped_otherwise():
             label = augment(landmarks())[0]["label"]
             assert sign * (centre(label, 2) - centre(label, 3))[0] > 4
             assert centre(label, 6)[2] < centre(label, 8)[2]  # head and foot did change places
-            assert (
-                sign * (centre(label, 8) - centre(label, 6))[1] < 0
-            )  # front-back is left-right after half a turn
+            # Front-back is left-right after half a turn.
+            assert sign * (centre(label, 8) - centre(label, 6))[1] < 0
 
 
 def test_a_preset_may_ask_for_mirroring():

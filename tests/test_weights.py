@@ -199,9 +199,8 @@ def test_a_head_for_other_classes_is_left_new_and_reported(tmp_path):
     assert set(load_weights(classifier(classes=2), tmp_path).missing) == {"head.weight", "head.bias"}
 
 
-@pytest.mark.parametrize(
-    "size", [(32, 32), (8, 12), (24, 16)], ids=str
-)  # grids (8, 8), (2, 3) and (6, 4): as many patches as (4, 6)
+# Grids (8, 8), (2, 3) and (6, 4), which has as many patches as (4, 6).
+@pytest.mark.parametrize("size", [(32, 32), (8, 12), (24, 16)], ids=str)
 def test_positions_are_resized_to_another_grid_and_reported(pretrained, size):
     source, folder = pretrained
     model = classifier(size)
@@ -391,9 +390,8 @@ def test_a_network_whose_channels_cannot_be_put_in_order_is_refused_by_both_orde
     load_weights(build_cnn(task), tmp_path, require="", expect=facts)
     with pytest.raises(UserError, match="in the order a, b, c, d, not b, a, c, d"):
         load_weights(build_cnn(task), tmp_path, require="", expect={"channels": ["b", "a", "c", "d"]})
-    narrow = UNETR(
-        (16, 16), 4, 2, 24, 3, 3, 2, feature_size=2
-    )  # its first block adds the image's channels to its own
+    # Its first block adds the image's channels to its own.
+    narrow = UNETR((16, 16), 4, 2, 24, 3, 3, 2, feature_size=2)
     save_weights(narrow, tmp_path / "model.safetensors", {"channels": ["a", "b"]})
     with pytest.raises(UserError, match="in the order a, b, not b, a"):
         load_weights(narrow, tmp_path, expect={"channels": ["b", "a"]})

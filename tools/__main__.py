@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from smae_utils.atomic import write_text
 from smae_utils.command_line import command_line, run_command
-from smae_utils.whole import write_text
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from smae_utils.atomic import write_text
 from smae_utils.data.tasks import get_task
 from smae_utils.phantoms import write_phantoms
-from smae_utils.whole import write_text
 from smae_utils.work.finetune import finetune
 from smae_utils.work.pretrain import pretrain
 from smae_utils.work.provenance import provenance

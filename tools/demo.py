@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from smae_utils.atomic import write_text
 from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
 from smae_utils.phantoms import DEFAULT_N, write_phantoms
 from smae_utils.places import need_notebook_packages
 from smae_utils.run_notebook import run_notebook
-from smae_utils.whole import write_text
 from smae_utils.work.comparison import compare
 from smae_utils.work.presets import resolve
 from smae_utils.work.provenance import machine_name, provenance
@@ -23,7 +23,6 @@ from smae_utils.work.settings import STAGES
 
 TASKS = ("btcv", "cxr14", "brats")
 MARKER = "delete-me-freely.txt"
-METRICS = {"segmentation": ("dsc", "hd95_mm"), "classification": ("mauc",)}
 
 
 # The notebooks of a task, in their order.
@@ -116,7 +115,7 @@ def clear(folder: Path) -> None:
             raise UserError(f"{folder} holds something that this command did not make: choose another --out")
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    text = "made by python -m smae_utils, which deletes this folder when it runs again\n"
+    text = "made by python -m tools demo, which deletes this folder when it runs again\n"
     (folder / MARKER).write_text(text, encoding="utf-8")
 
 
@@ -124,7 +123,7 @@ def _summary_rows(task: str, table: pd.DataFrame, seed: int) -> list[tuple]:
     means = table[table["class"] == "mean"].set_index("metric")
     return [
         (task, arm, seed, metric, means.loc[metric, arm])
-        for metric in METRICS[get_task(task).kind]
+        for metric in get_task(task).metrics
         for arm in ("scratch", "self")
     ]
 

@@ -26,8 +26,8 @@ import nbformat
 import pandas as pd
 from safetensors import safe_open
 
+from smae_utils.atomic import write_text
 from smae_utils.errors import UserError
-from smae_utils.whole import write_text
 from smae_utils.work.provenance import provenance
 
 TINY = """
@@ -340,9 +340,8 @@ def _killed(name: str, work: Work, place: Path, wanted: str, seconds: float, rng
         code = os.waitstatus_to_exitcode(status) if done else None
     if code is None:
         victims = [pid]
-        if (
-            not work.forks
-        ):  # the runner, one of the processes that it started, or all at once, as a machine dies
+        # The runner, one of the processes that it started, or all at once, as a machine dies.
+        if not work.forks:
             others = [p for p in _processes_of(place) if p != pid]
             victims = rng.choice([[pid], [rng.choice(others)] if others else [pid], [pid, *others]])
         for victim in victims:
@@ -358,9 +357,8 @@ def _killed(name: str, work: Work, place: Path, wanted: str, seconds: float, rng
 def _again(tried: Tried, work: Work, place: Path, wanted: str) -> Tried:
     """Start it again and look at what is there then."""
     _wait_until_alone(place)
-    if (
-        work.words[0] != "predict" or not (place / "out").exists()
-    ):  # predict refuses to overwrite what is whole
+    # Predict refuses to overwrite what is whole.
+    if work.words[0] != "predict" or not (place / "out").exists():
         tried.again = _end(_start(work, place))
     tried.said = _last_line(place) if tried.again else ""
     tried.orphans = len(_wait_until_alone(place))

@@ -19,6 +19,7 @@ from smae_utils.work.run_data import find_data
 from smae_utils.work.run_folder import Run
 from smae_utils.work.settings import STAGES, describe
 from tools.demo import pivot
+from tools.reference import api_block, commands_block, modules_block
 from tools.study.figures import NAMES
 from tools.study.plan import Study, read_study
 from tools.study.tables import KEYS, Results, intervals
@@ -314,6 +315,9 @@ BLOCKS: dict[str, dict[str, Callable[[Path], str]]] = {
     },
     "docs/phantoms.md": {"phantoms": phantoms_block},
     "docs/settings.md": {"settings": settings_block},
+    "docs/commands.md": {"commands": commands_block},
+    "docs/api.md": {"api": api_block},
+    "docs/modules.md": {"modules": modules_block},
 }
 
 
@@ -324,7 +328,8 @@ def draw_reconstruction(run_dir: str | Path, target: Path) -> None:
     name, data = find_data(run)
     splits = build_splits(get_task(name), data, settings)
     case = (splits["val"] or splits["test"])[0]  # never one it was trained on
-    figure = show_reconstruction(model, load_crop(task, settings, case), seed=0)
+    crop = load_crop(task, case, settings.crop_size, settings.spacing_mm)
+    figure = show_reconstruction(model, crop, seed=0)
     target.parent.mkdir(exist_ok=True)
     figure.savefig(target, dpi=80, pil_kwargs={"optimize": True})
 

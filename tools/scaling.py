@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from smae_utils.atomic import must_be_free, write_text
 from smae_utils.errors import UserError
 from smae_utils.phantoms import write_phantoms
-from smae_utils.whole import must_be_free, write_text
 from smae_utils.work.provenance import provenance
 from smae_utils.work.run_folder import Run
 

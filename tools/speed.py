@@ -11,8 +11,8 @@ import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from smae_utils.atomic import write_text
 from smae_utils.errors import UserError
-from smae_utils.whole import write_text
 from smae_utils.work.cost import measured_flops_per_second
 from smae_utils.work.devices import pick_precision
 from smae_utils.work.provenance import provenance

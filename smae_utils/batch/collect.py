@@ -11,9 +11,9 @@ from typing import Any
 
 import pandas as pd
 
+from smae_utils.atomic import write_text
 from smae_utils.batch.runs import Batch, line_of, minutes, read_record, reason
 from smae_utils.errors import UserError
-from smae_utils.whole import write_text
 
 THUMBNAIL = 320  # pixels
 

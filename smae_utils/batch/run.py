@@ -75,7 +75,7 @@ def run_planned(
     if backend == "slurm":
         from smae_utils.batch.slurm import SlurmJobs
 
-        place: Backend = SlurmJobs(batch, slurm or {})
+        place: Backend = SlurmJobs(batch, slurm or {}, report)
     else:
         place = LocalProcesses(batch, jobs, gpus)
     states = _loop(batch, place, report, done or (lambda batch, name: None))
@@ -111,15 +111,17 @@ def _loop(
                 elif state == "failed" and not attempts[name]:  # of an earlier sitting
                     states[name] = "waiting"
             shown.update(states)
-            for name in (n for n, state in states.items() if state == "done" and n not in told):
-                told.add(name)
-                done(batch, name)
+            finished = [name for name, state in states.items() if state == "done"]
+            for name in finished:
+                if name not in told:
+                    told.add(name)
+                    done(batch, name)
             ready = [
                 run.name
                 for run in batch.runs
                 if states[run.name] in ("waiting", "stopped")
                 and attempts[run.name] < ATTEMPTS
-                and all(states[a] == "done" for a in run.after)
+                and set(run.after) <= set(finished)
             ]
             started = place.start(ready)
             alive.update(started)

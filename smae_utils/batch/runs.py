@@ -21,11 +21,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from smae_utils.atomic import write_text
 from smae_utils.batch.plan import Planned
 from smae_utils.errors import UserError
 from smae_utils.locks import Timeout, held
 from smae_utils.run_notebook import run_notebook
-from smae_utils.whole import write_text
 from smae_utils.work.provenance import now
 
 # Of a run: waits, is executed, was killed or interrupted, failed, is done; or it waits for one that failed.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from smae_utils.batch.runs import Batch, execute
@@ -30,17 +30,22 @@ class Executed:
 class SlurmJobs:
     """Starts what is ready as one job array; the cluster decides how many run at a time.
 
+    A job that could not be launched on its node is held by SLURM until somebody releases it: it is taken back
+    here, so that the batch can submit it again. Any other hold is somebody's will: it is told, and waited
+    for.
+
     Args:
+        report: is told of held jobs.
         parameters: as submitit names them: `timeout_min`, `slurm_partition`, `cpus_per_task`,
             `gpus_per_node`, `mem_gb`, `slurm_array_parallelism` ...
     """
 
-    def __init__(self, batch: Batch, parameters: dict[str, Any]):
+    def __init__(self, batch: Batch, parameters: dict[str, Any], report: Callable[[str], None] = print):
         try:
             import submitit
         except ImportError:
             raise UserError("--backend slurm needs submitit: pip install 'smae-utils[slurm]'") from None
-        self.batch = batch
+        self.batch, self.report = batch, report
         try:
             self.executor = submitit.AutoExecutor(batch.out / "slurm", cluster="slurm")
             self.executor.update_parameters(name="smae", **parameters)
@@ -50,6 +55,7 @@ class SlurmJobs:
                 f"SLURM cannot be used so: {text}. Is sbatch there, and are the names submitit's?"
             ) from None
         self.jobs: dict[str, Any] = {}
+        self.told: set[str] = set()
         self.asked = time.monotonic()
 
     def start(self, names: Sequence[str]) -> list[str]:
@@ -65,15 +71,31 @@ class SlurmJobs:
             return []
         self.asked = time.monotonic()
         # submitit would ask the accounting of the cluster, which many have not.
-        words = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
+        words = ["squeue", "--me", "--noheader", "--array", "--format=%i %r"]
         answer = subprocess.run(words, capture_output=True, text=True)
         if answer.returncode:  # the controller is busy or restarts: ask again later
             return []
-        known = answer.stdout.split()
-        names = [name for name, job in self.jobs.items() if job.job_id not in known]
+        known = dict(line.strip().partition(" ")[::2] for line in answer.stdout.splitlines())
+        names = [name for name, job in self.jobs.items() if not self._goes_on(name, job, known)]
         for name in names:
             self.jobs.pop(name)
         return names
+
+    def _goes_on(self, name: str, job: Any, known: Mapping[str, str]) -> bool:
+        """Whether the cluster will do something with a job; `known` says why a job waits."""
+        if job.job_id not in known:
+            return False
+        why = known[job.job_id].strip()
+        if "launch failed" in why.lower():
+            self.report(f"{name}: taken back, job {job.job_id} could not be launched on its node ({why})")
+            job.cancel(check=False)
+            return False
+        if "held" in why.lower() and job.job_id not in self.told:
+            self.told.add(job.job_id)
+            self.report(
+                f"{name}: job {job.job_id} is held ({why}); 'scontrol release {job.job_id}' lets it go"
+            )
+        return True
 
     def stop(self) -> None:
         """Take back what was submitted and is not over. (A killed runner leaves its jobs to the cluster.)"""

@@ -10,10 +10,8 @@ __all__ = ["read_case"]
 
 
 def __getattr__(name: str) -> Any:
-    if (
-        name in __all__
-        # What most imports of the old module `data` asked for; loaded then, since torch comes with it
-    ):
+    # What most imports of the old module `data` asked for; loaded only then, since torch comes with it.
+    if name in __all__:
         from smae_utils.data import batches
 
         return getattr(batches, name)

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -194,12 +195,17 @@ class Crops(Dataset):
 
 def join(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Crops of several scans -> one batch: image (B, C, *spatial), label, case names, noise seeds."""
-    return {
-        k: torch.cat([i[k] for i in items])
-        if torch.is_tensor(items[0][k])
-        else sum((i[k] for i in items), [])
-        for k in items[0]
-    }
+    out: dict[str, Any] = {}
+    for key, first in items[0].items():
+        values = [item[key] for item in items]
+        out[key] = torch.cat(values) if torch.is_tensor(first) else list(chain(*values))
+    return out
+
+
+def whole_images(samples: list[dict[str, Any]], size: Sequence[int]) -> Tensor:
+    """Prepared scans -> (B, C, *size), each resized whole."""
+    resized = ResizeRadiograph(size)
+    return torch.stack([torch.as_tensor(resized(sample)["image"]) for sample in samples])
 
 
 class Steps(Sampler):
@@ -235,48 +241,65 @@ def _ignore_interrupt(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def check_batch(scans: int, batch_size: int, processes: int = 1) -> None:
+    """Refuse a step that takes more scans than there are, or that does not divide by the processes.
+
+    Raises:
+        UserError: saying which size would do.
+    """
+    if not scans:
+        raise UserError("there are no training cases: list some in 'training', or choose another fold")
+    if batch_size > scans:
+        raise UserError(
+            f"batch_size {batch_size} is larger than the {scans} training scans: use --set "
+            f"batch_size={scans} or less"
+        )
+    if batch_size % processes:
+        raise UserError(
+            f"batch_size {batch_size} does not divide by the {processes} processes, "
+            "so some scans would count more than others: "
+            f"use --set batch_size={-(-batch_size // processes) * processes}, for example"
+        )
+
+
 def training_loader(
-    scans: Scans,
-    augment: Compose,
-    seed: int,
-    batch_size: int,
-    start: int,
-    stop: int,
-    num_workers: int = 0,
-    rank: int = 0,
-    world: int = 1,
+    scans: Scans, augment: Compose, seed: int, steps: Steps, num_workers: int = 0
 ) -> DataLoader:
-    """Batches for steps `start` .. `stop` - 1.
+    """Batches of crops for a range of steps.
 
     Args:
         scans, augment, seed: what a crop is made of, see `Crops`.
-        batch_size: scans of a step, over all processes.
-        start, stop: steps.
+        steps: which samples a step takes.
         num_workers: processes that load; 0: this one.
-        rank, world: this process among those that train together.
-
-    Raises:
-        UserError: when a step wants more scans than there are, or fewer than there are processes.
     """
-    if not len(scans):
-        raise UserError("there are no training cases: list some in 'training', or choose another fold")
-    if batch_size > len(scans):
-        raise UserError(
-            f"batch_size {batch_size} is larger than the {len(scans)} training scans: use --set "
-            f"batch_size={len(scans)} or less"
-        )
-    if batch_size % world:
-        raise UserError(
-            f"batch_size {batch_size} does not divide by the {world} processes, "
-            "so some scans would count more than others: "
-            f"use --set batch_size={-(-batch_size // world) * world}, for example"
-        )
     return Batches(
         Crops(scans, augment, seed),
-        batch_sampler=Steps(start, stop, batch_size, rank, world),
+        batch_sampler=steps,
         collate_fn=join,
         num_workers=num_workers,
         worker_init_fn=_ignore_interrupt,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
+    )
+
+
+def in_order(
+    scans: Scans,
+    collate: Callable[[list[dict[str, Any]]], Any],
+    batch_size: int = 1,
+    num_workers: int = 0,
+) -> DataLoader:
+    """Every scan once, in the order of the cases; torch's random state stays as it is.
+
+    Args:
+        collate: `batch_size` samples -> what comes out.
+        num_workers: processes that read ahead; 0: this one reads.
+    """
+    return Batches(
+        scans,
+        batch_size,
+        collate_fn=collate,
+        num_workers=num_workers if len(scans) > batch_size else 0,
+        worker_init_fn=_ignore_interrupt,
+        generator=torch.Generator(),
     )

@@ -49,6 +49,11 @@ def case_of(files: Sequence[str | Path]) -> Case:
     return {"case": case_name(names[0]), "patient": "", "image": names if len(names) > 1 else names[0]}
 
 
+def without_label(case: Case) -> Case:
+    """The image alone."""
+    return {"case": case["case"], "patient": case["patient"], "image": case["image"]}
+
+
 def hold_out(cases: list[Case], share: float, seed: int) -> tuple[list[Case], list[Case]]:
     """Split a part off **by patient**, at least one patient: (rest, part), both in their old order."""
     patients = sorted({c["patient"] for c in cases})

@@ -206,9 +206,7 @@ def _one_series(folder: Path, series: str, headers: list) -> list:
     """
     if not headers:
         raise UserError(f"{folder} holds no DICOM images: expected the slices of one series")
-    images = [
-        (f, h) for f, h in headers if "LOCALIZER" not in [str(v).upper() for v in h.get("ImageType") or ()]
-    ] or headers
+    images = [(file, header) for file, header in headers if not _is_localizer(header)] or headers
     found: dict[str, list] = {}
     for file, header in images:
         found.setdefault(str(header.SeriesInstanceUID), []).append((file, header))
@@ -229,6 +227,10 @@ def _one_series(folder: Path, series: str, headers: list) -> list:
             f"choose one by writing {folder}#{first}, or give each a folder"
         )
     return next(iter(found.values()))
+
+
+def _is_localizer(header) -> bool:
+    return "LOCALIZER" in map(str.upper, map(str, header.get("ImageType") or ()))
 
 
 def _listing(found: dict[str, list]) -> str:

@@ -108,9 +108,8 @@ def read_flat_mask(path: str | Path) -> np.ndarray:
 
 
 def _one_page(file: Image.Image, path: str) -> None:
-    if (
-        getattr(file, "n_frames", 1) > 1 and file.format != "MPO"
-    ):  # of which some phones write a second picture behind the first
+    # Of which some phones write a second picture behind the first.
+    if getattr(file, "n_frames", 1) > 1 and file.format != "MPO":
         raise UserError(
             f"{path} holds {file.n_frames} pages or frames: expected one image a file; save the one that is "
             "meant"

@@ -17,6 +17,7 @@ from monai.data import MetaTensor
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 from nibabel.processing import resample_from_to
 
+from smae_utils.atomic import new_file
 from smae_utils.data.labels import encode_labels, whole_numbers
 from smae_utils.data.pictures import read_flat_mask, read_image
 from smae_utils.data.same_place import check_grid, check_same_place
@@ -62,8 +63,7 @@ def _resample(mask: Volume, image: Volume) -> str:
     """What brings a mask onto its image's grid."""
     new = case_name(mask.path) + "_resampled.nii.gz"
     return (
-        f"To resample it: python -m smae_utils resample {shlex.quote(mask.path)} "
-        f"{shlex.quote(image.path)} {shlex.quote(new)}"
+        f"To resample it: smae resample {shlex.quote(mask.path)} {shlex.quote(image.path)} {shlex.quote(new)}"
     )
 
 
@@ -91,7 +91,8 @@ def resample_mask(mask: str | Path, image: str | Path, out: str | Path) -> None:
         order=0,
         mode="grid-constant",
     )
-    nib.save(nib.Nifti1Image(np.asarray(moved.dataobj).astype(kind), target.affine), out)
+    with new_file(Path(out)) as part:
+        nib.save(nib.Nifti1Image(np.asarray(moved.dataobj).astype(kind), target.affine), part)
 
 
 class ReadScan(mt.Transform):

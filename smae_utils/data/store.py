@@ -13,11 +13,11 @@ import monai
 import torch
 from torch import Tensor
 
+from smae_utils.atomic import new_file
 from smae_utils.data.case import Case, files_of
 from smae_utils.errors import UserError
 from smae_utils.locks import held
 from smae_utils.paths import split_series
-from smae_utils.whole import new_file
 
 LAYOUT = 1  # raise it when a prepared scan comes to mean something else
 

@@ -8,9 +8,9 @@ import nibabel as nib
 import numpy as np
 from PIL import Image
 
+from smae_utils.atomic import new_file
 from smae_utils.data.tasks import Task
 from smae_utils.data.volumes import Volume
-from smae_utils.whole import new_file
 
 
 def write_mask(stem: Path, labels: np.ndarray, task: Task, image: Volume | None) -> Path:

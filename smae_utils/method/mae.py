@@ -28,7 +28,8 @@ class MAEOutput:
     """What one forward pass gives.
 
     Attributes:
-        loss: scalar, mean squared error over the hidden patches.
+        loss: scalar, mean squared error over the hidden patches (without those of air, when `air_loss` is
+            False).
         pred: (B, H, p^d * C), the hidden patches as predicted, in the units of the target (normalised when
             `norm_pix_loss`) and in the order of `hidden`; of `predict_all` all patches (B, L, p^d * C) in
             their places.
@@ -49,10 +50,16 @@ class MaskedAutoencoder(nn.Module):
         img_size: spatial size; two numbers make a 2D model, three a 3D one.
         patch_size: an int, or one an axis.
         in_chans: channels of the image.
+        embed_dim, depth, num_heads: width, blocks and attention heads of the encoder.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: the same of the decoder, which is smaller.
         mask_ratio: share of patches that are hidden.
         norm_pix_loss: compare with each patch normalised by its own mean and biased variance (+ 1e-6), as the
             released 3D code does; facebookresearch/mae takes the unbiased variance.
+        air_loss: False leaves hidden patches of one single value, such as air, out of the loss.
         encoder: further arguments of `ViTEncoder` (class_token, qkv_bias, mlp_ratio, norm_eps).
+
+    Raises:
+        UserError: where patches do not divide the image, heads the width, or nothing would be hidden.
     """
 
     def __init__(
@@ -131,7 +138,7 @@ class MaskedAutoencoder(nn.Module):
             noise = torch.rand(shape, device=patches.device)
         if noise.shape != shape:
             raise UserError(f"noise must be (images, patches) {tuple(shape)}, got {tuple(noise.shape)}")
-        return split_by_noise(noise, mask_ratio or self.mask_ratio)
+        return split_by_noise(noise, self.mask_ratio if mask_ratio is None else mask_ratio)
 
     def encode(self, patches: Tensor, visible: Tensor) -> Tensor:
         """Patches (B, L, p^d * C), indices (B, V) -> normed visible tokens (B, prefix_tokens + V, D)."""

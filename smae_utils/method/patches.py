@@ -70,9 +70,8 @@ def patch_statistics(patches: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor
     """Mean and std (biased variance + eps) of each patch over its pixels and channels: (B, L, N) -> two (B,
     L, 1).
 
-    Biased as in the released 3D code of Zhou et al. (2203.05573). facebookresearch/mae divides by N - 1, so
-    its
-    targets differ from these by the factor sqrt((N - 1) / N): 0.1 % for a patch of 16 x 16 x 3 pixels.
+    Biased as in the released 3D code of Zhou et al. (2203.05573). facebookresearch/mae divides by N - 1: its
+    targets differ from these by the factor sqrt((N - 1) / N), 0.1 % for a patch of 16 x 16 x 3 pixels.
     """
     mean = patches.mean(-1, keepdim=True)
     return mean, (patches.var(-1, keepdim=True, unbiased=False) + eps).sqrt()
@@ -84,8 +83,7 @@ def visible_count(length: int, mask_ratio: float) -> int:
     if not 0 < mask_ratio < 1 or not 0 < keep < length:
         raise UserError(
             f"mask_ratio {mask_ratio} leaves {keep} of {length} patches visible: expected a ratio strictly "
-            "between 0 and 1 "
-            "that leaves at least one patch visible and one hidden"
+            "between 0 and 1 that leaves at least one patch visible and one hidden"
         )
     return keep
 

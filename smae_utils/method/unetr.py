@@ -18,9 +18,9 @@ class UNETR(nn.Module):
     """ViT encoder and a convolutional decoder with skips: (B, in_chans, *img_size) -> logits (B, out_chans,
     *img_size).
 
-    With patch size 2^n the decoder has n stages, each up-sampling by 2; skip k (1 .. n-1) is taken after
-    block index
-    k * depth / n (12 blocks, patch 16: 3, 6, 9) and brought to 1 / 2^k of the image. Blocks are MONAI's.
+    With patch size 2^n the decoder has n stages, each up-sampling by 2; skip k (1 .. n-1) is taken after the
+    block of index k * depth / n (12 blocks, patch 16: 3, 6, 9) and brought to 1 / 2^k of the image. Blocks
+    are MONAI's.
 
     Args:
         feature_size: channels at full resolution; they double at each stage down.
@@ -107,6 +107,7 @@ class UNETR(nn.Module):
         return tokens[:, self.encoder.prefix_tokens :].transpose(1, 2).unflatten(2, self.encoder.grid)
 
     def forward(self, image: Tensor) -> Tensor:
+        """(B, in_chans, *img_size) -> logits (B, out_chans, *img_size)."""
         tokens, taken = self.encoder(image, take=self.skip_blocks)
         if self.norm_skips:
             taken = [layer_norm(t, t.shape[-1:]) for t in taken]

@@ -31,9 +31,8 @@ def transformer_blocks(
     if dim % num_heads:
         raise UserError(f"{of}embed_dim {dim} does not divide into {of}num_heads {num_heads}")
     rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-    norm: Any = partial(
-        nn.LayerNorm, eps=norm_eps
-    )  # timm's types want a class; it calls whatever makes a norm
+    # timm's types want a class; it calls whatever makes a norm.
+    norm: Any = partial(nn.LayerNorm, eps=norm_eps)
     return nn.ModuleList(
         Block(
             dim,
@@ -74,6 +73,7 @@ class PatchEmbed(nn.Module):
         nn.init.xavier_uniform_(self.proj.weight.view(embed_dim, -1))
 
     def forward(self, patches: Tensor) -> Tensor:
+        """(B, L, p^d * C) -> tokens (B, L, embed_dim)."""
         kernel = self.proj.weight.movedim(1, -1).flatten(1)  # pixels in the order of `patchify`: channel last
         return F.linear(patches, kernel, self.proj.bias)
 
@@ -84,6 +84,9 @@ class ViTEncoder(nn.Module):
     Args:
         img_size: spatial size, 2 or 3 numbers; its length decides 2D or 3D.
         patch_size: an int or one an axis.
+        in_chans: channels of the image.
+        embed_dim, depth, num_heads: width D, blocks and attention heads.
+        drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
         learn_positions: False keeps the sine-cosine table fixed (pre-training), True starts from it and
             learns (fine-tuning).
         final_norm: False leaves the last norm out (for a head that brings its own).
@@ -173,18 +176,20 @@ class ViTClassifier(nn.Module):
     """ViT encoder and a linear head: (B, C, *img_size) -> logits (B, num_classes).
 
     Args:
+        num_classes: logits, one a class; classes do not exclude each other.
         pool: "cls" takes the normed class token; "mean" averages the patch tokens and then norms, as timm's
             `global_pool="avg"` and MAE's fine-tuning do.
+        encoder: further arguments of `ViTEncoder` (class_token, qkv_bias, mlp_ratio, norm_eps, drop_path).
     """
 
     def __init__(
         self,
-        img_size,
-        patch_size,
-        in_chans,
-        embed_dim,
-        depth,
-        num_heads,
+        img_size: Sequence[int],
+        patch_size: int | Sequence[int],
+        in_chans: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
         num_classes: int,
         pool: str = "cls",
         **encoder,
@@ -206,6 +211,7 @@ class ViTClassifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, image: Tensor) -> Tensor:
+        """(B, C, *img_size) -> logits (B, num_classes)."""
         tokens, _ = self.encoder(image)
         pooled = tokens[:, 0] if self.pool == "cls" else tokens[:, self.encoder.prefix_tokens :].mean(1)
         return self.head(self.fc_norm(pooled))

@@ -92,9 +92,8 @@ class Canvas:
                 self.axes, shift, (0.15 * latents.turn_x, 0, 0.35 * latents.turn_z), latents.scale
             )
             stretch = np.float32(1 + 0.07 * latents.aspect)
-            x = x / stretch + np.float32(9 * latents.asymmetry) * np.sin(
-                z / 70
-            )  # the whole trunk bends to one side
+            # The whole trunk bends to one side.
+            x = x / stretch + np.float32(9 * latents.asymmetry) * np.sin(z / 70)
             y = y * stretch
             moved = z - np.float32(11 * latents.breath) / (1 + np.exp(-z / 30))
             self._frames[latents] = (x, y, z), (x, y, moved)
@@ -148,9 +147,8 @@ def _lungs(p) -> np.ndarray:
     """
     domes = [ellipsoid(p, (side * 74, 0, low), (66, 88, 82), power=2.2) for side, low in ((1, 18), (-1, 12))]
     middle = ellipsoid(p[:2], (-4, -6), (34, 46))
-    floor = (
-        10 + 0.5 * np.clip(p[1] + 40, 0, None) + 45 * np.exp(-((p[0] / 40) ** 2))
-    )  # deepest at the back and the sides
+    # Deepest at the back and the sides.
+    floor = 10 + 0.5 * np.clip(p[1] + 40, 0, None) + 45 * np.exp(-((p[0] / 40) ** 2))
     return np.maximum.reduce([_outline(p, -15), -domes[0], -domes[1], -middle, 0.7 * (floor - p[2])])
 
 
@@ -240,9 +238,8 @@ def make_case(seed: int, case: int, size: str = "demo", context: float = 1.0, cl
     body = latents["body"]
     couch_y = 20 * body.shift_y - (103 + body.fat_mm) * body.scale - 26
     thick = shape[2] if size == "demo" else 8
-    for start in range(
-        0, shape[2], thick
-    ):  # in slabs: a full-size scan in float32 coordinates would take many GB
+    # In slabs: a full-size scan in float32 coordinates would take many GB.
+    for start in range(0, shape[2], thick):
         slab = slice(start, start + thick)
         canvas = Canvas((*axes[:2], axes[2][..., slab]), spacing_mm)
         canvas.paint(

@@ -13,6 +13,7 @@ from smae_utils.phantoms.shapes import (
     tube,
 )
 
+# Label = place here + 1.
 ORGANS = (
     "spleen",
     "right kidney",
@@ -27,14 +28,11 @@ ORGANS = (
     "pancreas",
     "right adrenal gland",
     "left adrenal gland",
-)  # label = place here + 1
+)
 
 
-REMOVABLE = (
-    "gallbladder",
-    "left kidney",
-    "spleen",
-)  # what surgery takes out; one patient in ten lacks one of them
+# What surgery takes out; one patient in ten lacks one of them.
+REMOVABLE = ("gallbladder", "left kidney", "spleen")
 
 
 class Latents(NamedTuple):
@@ -145,11 +143,12 @@ TISSUES = {
 }
 
 
+# Going up, across and down.
 _COLON = (
     ((100, 0, -150), (98, 5, -65)),
     ((90, 45, -52), (45, 66, -68), (-30, 68, -66), (-88, 40, -35)),
     ((-102, -8, -30), (-100, -10, -150)),
-)  # going up, across and down
+)
 
 
 def fold(z, period: float, phase: float):

@@ -70,9 +70,8 @@ def _paint_head(
     sulcus = 1.3 + 0.6 * atrophy  # half its width in mm
     white = pia - sulcus - 3.6
     canvas.paint(white, "grey")
-    tips = np.clip((np.abs(p[1] + 4) - 12) / 14, 0, 1) * np.clip(
-        (p[2] + 8) / 8, 0, 1
-    )  # caps sit on the front and back horns
+    # Caps sit on the front and back horns.
+    tips = np.clip((np.abs(p[1] + 4) - 12) / 14, 0, 1) * np.clip((p[2] + 8) / 8, 0, 1)
     canvas.paint(ventricle - 0.5 - (5.5 + 1.5 * atrophy) * tips, "gliosis")
     canvas.paint(deep, "deep grey")
     canvas.paint(np.minimum(ventricle, pia - sulcus), "csf")
@@ -166,32 +165,27 @@ def make_case(seed: int, case: int, size: str = "demo", context: float = 1.0, cl
         tissue: np.float32(row) * rng.uniform(0.93, 1.07, 4).astype(np.float32)
         for tissue, row in TISSUES.items()
     }
-    waves = rng.uniform(-1, 1, (4, 3, 4)) * (
-        *[2 * np.pi / 200] * 3,
-        np.pi,
-    )  # sequence, wave, (direction, phase)
+    # Sequence, wave, (direction, phase).
+    waves = rng.uniform(-1, 1, (4, 3, 4)) * (*[2 * np.pi / 200] * 3, np.pi)
     noise_sd = rng.uniform(0.015, 0.02)
 
     image, label = np.empty((*shape, 4), np.float32), np.empty(shape, np.uint8)
     axes = grid_mm(shape, spacing_mm)
     stretch = np.float32(1 + 0.05 * body.aspect)
-    for start in range(
-        0, shape[2], 16
-    ):  # in slabs: some forty float32 arrays of a full-size scan would take GBs
+    # In slabs: some forty float32 arrays of a full-size scan would take GBs.
+    for start in range(0, shape[2], 16):
         slab = slice(start, start + 16)
         part = (*axes[:2], axes[2][..., slab])
         x, y, z = to_body(part, shift_mm, body.angles, body.scale)
-        x = x / stretch - np.float32(3 * body.asymmetry) * np.sin(
-            y / 50
-        )  # bent: the poles lie off the midline, to either side
+        # Bent: the poles lie off the midline, to either side.
+        x = x / stretch - np.float32(3 * body.asymmetry) * np.sin(y / 50)
         canvas = Canvas(x.shape, float(np.mean(spacing_mm)), levels)
         mask = _paint_head(canvas, (x, y * stretch, z), latents, tumour, decoys)
         canvas.image *= np.stack([_bias(part, w) for w in waves], -1)
         if not clean:
             canvas.image += noise.standard_normal(canvas.image.shape, np.float32) * np.float32(noise_sd)
-        image[..., slab, :] = np.where(
-            mask[..., None], np.maximum(canvas.image * gains, 1), 0
-        )  # 0 is kept for the background
+        # 0 is kept for the background.
+        image[..., slab, :] = np.where(mask[..., None], np.maximum(canvas.image * gains, 1), 0)
         label[..., slab] = canvas.label * mask
     return Case(image, label, spacing_mm)
 

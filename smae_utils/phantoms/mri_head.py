@@ -118,12 +118,8 @@ TISSUES = {  # brightness in FLAIR, T1w, T1gd, T2w, with white matter in T1w as 
     "white": (0.52, 1.00, 1.01, 0.44),
     "deep grey": (0.60, 0.82, 0.85, 0.52),
     "vein": (0.22, 0.42, 1.45, 0.20),  # flowing blood is dark but for the contrast medium
-    "old fluid": (
-        0.46,
-        0.42,
-        0.44,
-        0.94,
-    ),  # with protein, so that FLAIR does not darken it: the same as in a tumour
+    # With protein, so that FLAIR does not darken it: the same as in a tumour.
+    "old fluid": (0.46, 0.42, 0.44, 0.94),
     "gliosis": (0.86, 0.76, 0.77, 0.78),
     "edema": (0.86, 0.76, 0.77, 0.78),
     "non-enhancing": (0.48, 0.43, 0.46, 0.92),

@@ -94,9 +94,8 @@ def paint_tumour(canvas: Canvas, tumour: Tumour, p, x_side, outer, white, keep_o
     limit = np.maximum(2.5 - outer, 2 - x_side)
     core = np.maximum(r - radius, limit)
     reach = radius + tumour.edema * (1 + 0.5 * tumour.lobe(n, 2) + 0.3 * np.abs(n[1]))
-    spared = -white - 7 * np.exp(
-        -np.clip(r - radius, 0, None) / 7
-    )  # the cortex stays free of edema but where it touches the tumour
+    # The cortex stays free of edema but where it touches the tumour.
+    spared = -white - 7 * np.exp(-np.clip(r - radius, 0, None) / 7)
     canvas.paint(np.maximum.reduce([r - reach, spared, -keep_out, limit]), "edema", EDEMA)
     canvas.paint(core, "weakly enhancing" if tumour.weak else "enhancing", ENHANCING)
     canvas.paint(np.maximum(r - radius + ring, limit + 0.7 * ring), "non-enhancing", NON_ENHANCING)

@@ -46,10 +46,8 @@ HEADER = (
 def pose_grid(pixels: int, rng: np.random.Generator) -> tuple[tuple[np.ndarray, np.ndarray], float]:
     """Patient coordinates of the pixels, two (H, W) float32 arrays, and the size of a pixel in patient
     units."""
-    scale, turn = (
-        rng.uniform(0.75, 1.1) * 1.1,
-        rng.uniform(-0.15, 0.15),
-    )  # at 0.75..1.1 of its size the thorax fills the film
+    # At 0.75..1.1 of its size the thorax fills the film.
+    scale, turn = (rng.uniform(0.75, 1.1) * 1.1, rng.uniform(-0.15, 0.15))
     # Up to 12 % of a field that is 2 wide; less for a large thorax, whose costophrenic angles must stay on
     # the film.
     shift = rng.uniform(-1, 1, 2) * np.clip(1.05 - 0.80 * scale, 0.08, 0.24) + (0, 0.06)

@@ -118,9 +118,8 @@ class Canvas:
 def build_chest(seed: int, patient: int, visit_rng: np.random.Generator, context: float) -> Chest:
     """The patient's anatomy; a structure drawn outside `context` follows the latents of somebody else."""
     own = Latents.draw(case_rng(seed, patient, 0))
-    own.inspiration = float(
-        np.clip(own.inspiration + visit_rng.uniform(-0.3, 0.3), -1, 1)
-    )  # no two breaths are alike
+    # No two breaths are alike.
+    own.inspiration = float(np.clip(own.inspiration + visit_rng.uniform(-0.3, 0.3), -1, 1))
 
     def follow(structure: int) -> Latents:
         rng = case_rng(seed, patient, 1 + structure)
@@ -130,9 +129,8 @@ def build_chest(seed: int, patient: int, visit_rng: np.random.Generator, context
         wall, ribs, vessels = (follow(first + k) for k in range(3))
         width = (0.70 + 0.06 * wall.width) * (1 + 0.05 * sign * wall.yaw)
         top = -0.76 - 0.05 * wall.height
-        dome = (
-            0.36 + 0.03 * sign + 0.08 * wall.inspiration + 0.04 * wall.height
-        )  # the liver holds the right dome up
+        # The liver holds the right dome up.
+        dome = 0.36 + 0.03 * sign + 0.08 * wall.inspiration + 0.04 * wall.height
         air = (1 + 0.07 * sign * wall.yaw) * (1 + 0.06 * wall.inspiration)
         return Side(
             sign,
@@ -172,9 +170,8 @@ def rib_map(canvas: Canvas, side: Side, wall: np.ndarray) -> np.ndarray:
     def bands(course: np.ndarray, half_width: float) -> np.ndarray:
         phase = (y - side.top - course) / period + 0.5 * side.ribs.rib_phase
         off = np.abs(phase - np.floor(phase) - 0.5) * period - half_width * period
-        return canvas.soft(off, 0.02) * (
-            1 + 0.35 * np.exp(-((off / 0.012) ** 2))
-        )  # the cortex is denser than the marrow
+        # The cortex is denser than the marrow.
+        return canvas.soft(off, 0.02) * (1 + 0.35 * np.exp(-((off / 0.012) ** 2)))
 
     inside = canvas.soft(wall - 0.02, 0.04) * canvas.soft(-x * side.sign, 0.03)
     inside = inside * (1 - 0.7 * canvas.soft(diaphragm(side, x) - y, 0.1))  # the abdomen drowns them
@@ -222,9 +219,8 @@ def open_canvas(chest: Chest, p: tuple[np.ndarray, np.ndarray], pixel: float) ->
             * canvas.soft(y - diaphragm(side, x), 0.025)
             * canvas.soft(-side.sign * (x - chest.shift), 0.03)
         )
-        depth = 0.72 + 0.28 * np.clip(
-            -wall / (0.3 * side.width), 0, 1
-        )  # the beam meets less lung near the chest wall
+        # The beam meets less lung near the chest wall.
+        depth = 0.72 + 0.28 * np.clip(-wall / (0.3 * side.width), 0, 1)
         canvas.wall.append(wall)
         canvas.lung.append(lung)
         canvas.air.append(lung * depth * np.float32(side.air))
@@ -238,9 +234,8 @@ def heart_map(chest: Chest, canvas: Canvas) -> np.ndarray:
     """
     width = chest.ratio * sum(side.width for side in chest.sides)
     lean, tall = 0.60, 0.18 + 0.16 * chest.ratio
-    across = np.sqrt(max((width / 2) ** 2 - (tall * np.sin(lean)) ** 2, 0.01)) / np.cos(
-        lean
-    )  # keeps the width while it leans
+    # Keeps the width while it leans.
+    across = np.sqrt(max((width / 2) ** 2 - (tall * np.sin(lean)) ** 2, 0.01)) / np.cos(lean)
     turn = np.array([[np.cos(lean), np.sin(lean)], [-np.sin(lean), np.cos(lean)]])
     bottom = (chest.sides[0].dome + chest.sides[1].dome) / 2
     return canvas.soft(
@@ -264,9 +259,8 @@ def body_map(chest: Chest, canvas: Canvas) -> np.ndarray:
     body = chest.body
     half = max(side.width for side in chest.sides) + 0.12 + 0.06 * body.fat
     top = min(side.top for side in chest.sides)
-    shoulder = (
-        top - 0.20 + 0.24 * np.clip(np.abs(x) / half - 0.1, 0, 2) ** 0.7
-    )  # the trapezius covers the apices
+    # The trapezius covers the apices.
+    shoulder = top - 0.20 + 0.24 * np.clip(np.abs(x) / half - 0.1, 0, 2) ** 0.7
     torso = np.maximum(np.abs(x) - half - 0.25 * np.clip(-y - 0.2, 0, 0.6), shoulder - y)
     neck = np.maximum(np.abs(x) - 0.24 - 0.05 * body.fat, y)
     thick = np.sqrt(np.clip(1.12 - (x / (half + 0.15)) ** 2, 0.2, 1)) * (1.0 + 0.09 * body.fat)

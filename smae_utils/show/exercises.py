@@ -21,9 +21,8 @@ from sklearn.metrics import f1_score, mean_squared_error, roc_auc_score
 
 from smae_utils.data.tasks.list_files import read_list
 
-Same = Callable[
-    [Any, Any], bool
-]  # (what the reader's function returned, what is right) -> whether they agree
+# (what the reader's function returned, what is right) -> whether they agree.
+Same = Callable[[Any, Any], bool]
 
 
 def _close(got: Any, right: Any) -> bool:
@@ -291,9 +290,8 @@ def check_split_by_patient(answer: Any) -> bool:
     for shared in ((), ("train", "val"), ("train", "test"), (), ("val", "test")):
         people = rng.permutation(30)
         owners = {"train": people[:8], "val": people[8:11], "test": people[11:15]}
-        owners = {
-            part: [*of, of[0]] for part, of in owners.items()
-        }  # one has two scans in the same part, which is no fault
+        # One has two scans in the same part, which is no fault.
+        owners = {part: [*of, of[0]] for part, of in owners.items()}
         if shared:
             owners[shared[1]].append(owners[shared[0]][-2])
         splits = {

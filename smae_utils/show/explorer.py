@@ -1,7 +1,7 @@
 """Look through a masked image in JupyterLab: the one place that knows ipywidgets. Nothing is loaded from
 outside.
 
-from smae_utils.show.explorer import explore
+from smae_utils import explore
 explore("runs/pre")                                  # the run's own held-out images
 explore("runs/pre", finetuned=["runs/self"])         # with the label and what the fine-tuned network says
 explore(model, image, spacing_mm=(1.5, 1.5, 2.0))    # any masked autoencoder, any array (C, *img_size)

@@ -163,8 +163,7 @@ def open_source(
             raise UserError(f"spacing_mm must be {ndim} positive numbers, got {tuple(spacing_mm)}")
         return Source(model_or_run, items, None, None, spacing_mm)
     run = model_or_run if isinstance(model_or_run, Run) else Run.open(model_or_run)
-    if not run.finished:
-        raise UserError(f"{run.path} is not finished: go on with --resume before looking at it")
+    run.need_finished()
     stage = run.config["stage"]
     if stage == "finetune":
         task, settings = task_of(run.config), settings_of(run, FinetuneSettings)

@@ -22,12 +22,8 @@ from smae_utils.method.patches import mask_noise, unpatchify
 from smae_utils.show.plots import PALETTE, PLANES, plane
 
 ROWS = ("original", "visible", "reconstruction", "visible + predicted", "error")
-SIDES = {
-    "axial": "RLAP",
-    "coronal": "RLSI",
-    "sagittal": "APSI",
-    "": "RL",
-}  # left, right, top, bottom of the picture
+# Left, right, top, bottom of the picture.
+SIDES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI", "": "RL"}
 HIDDEN_COLOUR = (59, 95, 127)
 ERROR_COLOURS = (np.asarray(matplotlib.colormaps["magma"](np.arange(256)))[:, :3] * 255).astype(np.uint8)
 

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
+from smae_utils.atomic import new_folder, write_text
 from smae_utils.data.batches import read_middle
 from smae_utils.data.case import Case
 from smae_utils.data.tasks import Task, get_task
 from smae_utils.data.tasks.lists import is_list
 from smae_utils.data.tasks.mni152 import write_list as write_mni152_list
+from smae_utils.data.transforms import prepare
 from smae_utils.phantoms import DEFAULT_N, write_phantoms
-from smae_utils.places import run_folder as run_folder
 from smae_utils.places import work_root
-from smae_utils.show.linear_probe import linear_probe, read_tokens
-from smae_utils.whole import new_folder
-from smae_utils.work.build import build_transform
-from smae_utils.work.settings import Settings
 
 
 def data_folder(task: str, data_dir: str = "", seed: int = 0) -> Path:
@@ -55,24 +54,25 @@ def own_list(task: str, data_dir: str, folder: Path) -> Path:
         return write_mni152_list(folder)
     record = get_task(task)
     splits = record.read_splits(data_folder(task, data_dir), 0, 0)
-    few = {
-        "training": (splits["train"] + splits["val"])[: 60 if record.spatial_dims == 2 else 6],
-        "test": splits["test"][: 30 if record.spatial_dims == 2 else 2],
-    }
-    plain = {
-        part: [
-            {
-                k: v if isinstance(v, str) else [None if np.isnan(x) else int(x) for x in v]
-                for k, v in c.items()
-            }
-            for c in cases
-        ]
-        for part, cases in few.items()
-    }
+    n_train, n_test = (60, 30) if record.spatial_dims == 2 else (6, 2)
+    training, test = (splits["train"] + splits["val"])[:n_train], splits["test"][:n_test]
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"name": f"a few scans of {task}", "like": task, **plain}
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    content = {
+        "name": f"a few scans of {task}",
+        "like": task,
+        "training": [_entry(case) for case in training],
+        "test": [_entry(case) for case in test],
+    }
+    write_text(path, json.dumps(content, indent=1))
     return path
+
+
+def _entry(case: Case) -> dict[str, Any]:
+    """A case as it stands in a list file; None where nobody knows a class."""
+    entry: dict[str, Any] = {**case}
+    if not isinstance(case.get("label", ""), str):
+        entry["label"] = [None if np.isnan(value) else int(value) for value in case["label"]]
+    return entry
 
 
 def fresh(folder: Path) -> Path:
@@ -90,22 +90,6 @@ def evidence_table(task: str) -> pd.DataFrame:
     return pd.read_csv(files[0], comment="#").round(3) if files else pd.DataFrame()
 
 
-def probe(
-    task: Task, settings: Settings, encoder: torch.nn.Module, cases: list[Case], most: int = 60
-) -> float:
-    """Mean AUC of a linear probe (see `linear_probe`) on the last third of the patients of at most so many
-    cases, fitted on the others.
-
-    Returns:
-        NaN where there are too few patients, or no class with both outcomes in both parts.
-    """
-    cases = cases[: most if task.kind == "classification" else most // 5]
-    patients = list(dict.fromkeys(case["patient"] for case in cases))
-    held_out = set(patients[len(patients) - max(1, len(patients) // 3) :])
-    parts = [[case for case in cases if (case["patient"] in held_out) == scored] for scored in (False, True)]
-    return linear_probe(*(read_tokens(task, settings, encoder, part) for part in parts))
-
-
 def versions() -> str:
     """One line of the versions that matter."""
     return "  ".join(
@@ -113,10 +97,10 @@ def versions() -> str:
     )
 
 
-def load_crop(task: Task, settings: Settings, case: dict) -> torch.Tensor:
+def load_crop(
+    task: Task, case: Case, crop_size: Sequence[int], spacing_mm: Sequence[float] = ()
+) -> torch.Tensor:
     """A prepared scan cut to the model's input around its middle: (C, *crop_size); what the network sees
     whole is resized.
     """
-    return read_middle(
-        build_transform(task, settings, with_label=False), case, settings.crop_size, task.whole
-    )[0]
+    return read_middle(prepare(task, False, spacing_mm, crop_size), case, crop_size, task.whole)[0]

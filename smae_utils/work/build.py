@@ -1,20 +1,17 @@
-"""Settings and task -> cases, transforms, model, loss, optimiser: the one place where settings become
-arguments.
-"""
+"""Settings and task -> cases, transforms, network, optimiser: here settings become arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from monai.losses import DiceLoss
 from monai.networks.nets import DenseNet, UNet
 from monai.transforms import Compose, Transform
-from torch import Tensor, nn
+from torch import nn
 
 from smae_utils.data.batches import Scans, read_splits
-from smae_utils.data.case import IGNORE, Case, Splits
+from smae_utils.data.case import Case, Splits
 from smae_utils.data.crops import CountClasses, CountForeground
 from smae_utils.data.store import Store
 from smae_utils.data.tasks import Task
@@ -25,6 +22,7 @@ from smae_utils.method.mae import MaskedAutoencoder
 from smae_utils.method.patches import visible_count
 from smae_utils.method.unetr import UNETR
 from smae_utils.method.vit import ViTClassifier
+from smae_utils.work.optimizer import adamw
 from smae_utils.work.settings import FinetuneSettings, PretrainSettings, Settings, learning_rate
 
 
@@ -71,8 +69,6 @@ def build_augmentation(task: Task, settings: Settings) -> Compose:
 
 
 def _encoder_args(task: Task, settings: Settings) -> dict:
-    if settings.positions not in ("sincos", "learned"):
-        raise UserError(f"positions must be sincos or learned, got {settings.positions!r}")
     if len(settings.crop_size) != task.spatial_dims:
         raise UserError(
             f"crop_size {settings.crop_size} has {len(settings.crop_size)} axes, task {task.name} is "
@@ -115,11 +111,6 @@ def build_model(task: Task, settings: FinetuneSettings) -> nn.Module:
         raise UserError(f"task {task.name} has images and no labels: it can be pre-trained, not fine-tuned")
     if settings.network == "cnn":
         return build_cnn(task)
-    if settings.network != "vit" or settings.encoder not in ("trained", "frozen"):
-        raise UserError(
-            f"expected network vit or cnn and encoder trained or frozen, got {settings.network!r} and "
-            f"{settings.encoder!r}"
-        )
     model = _build_vit(task, settings)
     if settings.encoder == "frozen":
         model.encoder.requires_grad_(False)
@@ -151,116 +142,15 @@ def _build_vit(task: Task, settings: FinetuneSettings) -> ViTClassifier | UNETR:
     )
 
 
-def region_targets(label: Tensor, task: Task) -> Tensor:
-    """Integer label (B, 1, *spatial) -> one channel a class (B, classes, *spatial), overlapping where regions
-    do.
-    """
-    values = label.new_tensor
-    return torch.cat([torch.isin(label, values(region)) for region in task.class_values], 1).float()
-
-
-def build_loss(task: Task, class_weights: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-    """(logits, label) -> scalar: BCE (findings), Dice + CE (organs), Dice on sigmoids (regions), in fp32.
-
-    Dice is summed over the batch and smoothed by one voxel on both sides: per sample and unsmoothed, a class
-    that is absent from most crops pays most for being predicted at all and collapses to empty.
-
-    Args:
-        class_weights: (out_chans,) weights of the cross-entropy, see `class_weights`; None weighs all alike.
-    """
-    if task.kind == "classification":
-        return known_bce
-    if not task.exclusive:
-        overlapping = DiceLoss(sigmoid=True, batch=True, smooth_nr=1.0, smooth_dr=1.0)
-        return lambda logits, label: overlapping(
-            as_background(logits.float(), label, False), region_targets(label, task)
-        )
-    dice = DiceLoss(
-        include_background=False, to_onehot_y=True, softmax=True, batch=True, smooth_nr=1.0, smooth_dr=1.0
-    )
-    ce = nn.CrossEntropyLoss(weight=class_weights, ignore_index=IGNORE)
-
-    def dice_ce(logits: Tensor, label: Tensor) -> Tensor:
-        logits = logits.float()
-        overlap = dice(as_background(logits, label, True), label.masked_fill(label == IGNORE, 0))
-        if bool((label == IGNORE).all()):  # the mean over no voxels is NaN
-            return overlap
-        return overlap + ce.to(logits.device)(logits, label[:, 0].long())
-
-    return dice_ce
-
-
-def known_bce(logits: Tensor, target: Tensor) -> Tensor:
-    """Binary cross-entropy (B, classes) over what is known; NaN in the target is unknown."""
-    known = torch.isfinite(target)
-    losses = nn.functional.binary_cross_entropy_with_logits(
-        logits.float(), target.nan_to_num(), reduction="none"
-    )
-    return (losses * known).sum() / known.sum().clamp(min=1)
-
-
-def as_background(logits: Tensor, label: Tensor, exclusive: bool) -> Tensor:
-    """Logits (B, K, *spatial) that say "nothing here" where the label (B, 1, *spatial) is `IGNORE`: no
-    overlap counts there, and no gradient comes.
-    """
-    ignored = label == IGNORE
-    if not bool(ignored.any()):
-        return logits
-    nothing = torch.full_like(logits, -1e4)
-    if exclusive:
-        nothing[:, 0] = 1e4
-    return torch.where(ignored, nothing, logits)
-
-
-def class_weights(counted: Iterable[Tensor], n_values: int, power: float) -> Tensor:
-    """(n_values,) weights proportional to frequency ** -power over the training labels, with a voxel-weighted
-    mean of 1.
-
-    Args:
-        counted: of each label, the voxels of its label numbers by slab, see `data.crops.slab_counts`.
-
-    Power 0.5 kept every organ of the CT phantom alive where unweighted cross-entropy lost nine of thirteen
-    within the same steps.
-    """
-    counts = torch.zeros(n_values, dtype=torch.double)
-    for slabs in counted:
-        own = slabs.sum(0)[:n_values]
-        counts[: len(own)] += own
-    counts = counts.clamp(min=1)
-    weights = (counts.sum() / counts) ** power
-    return (weights * counts.sum() / (weights * counts).sum()).float()
-
-
-def layer_of(name: str, depth: int) -> int:
-    """Layer of a parameter for layer decay: 0 embeddings, 1 .. depth blocks, depth + 1 all else (as in BEiT
-    and MAE).
-    """
-    if name.startswith(("encoder.patch_embed", "encoder.pos_embed", "encoder.cls_token")):
-        return 0
-    if name.startswith("encoder.blocks."):
-        return int(name.split(".")[2]) + 1
-    return depth + 1
-
-
 def build_optimizer(model: nn.Module, settings: Settings, layer_decay: float = 1.0) -> torch.optim.AdamW:
-    """AdamW; biases, norms, tokens and positions are not decayed. Groups carry `lr_scale`, which timm's
-    scheduler multiplies in.
-
-    The encoder's share of the rate is `encoder_lr` of fine-tuning, on top of layer decay.
-    """
-    depth, encoder_lr = settings.depth, getattr(settings, "encoder_lr", 1.0)
-    groups: dict[tuple[int, bool, bool], dict] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        plain = parameter.ndim <= 1 or name.endswith(("pos_embed", "cls_token", "mask_token"))
-        layer = layer_of(name, depth) if layer_decay != 1 else depth + 1
-        slow = encoder_lr != 1 and name.startswith("encoder.")
-        scale = layer_decay ** (depth + 1 - layer) * (encoder_lr if slow else 1)
-        group = groups.setdefault(
-            (layer, plain, slow),
-            {"params": [], "weight_decay": 0.0 if plain else settings.weight_decay, "lr_scale": scale},
-        )
-        group["params"].append(parameter)
-    betas = (settings.betas[0], settings.betas[1])
-    return torch.optim.AdamW(list(groups.values()), lr=learning_rate(settings), betas=betas, fused=True)
+    """AdamW with the rates of a stage, see `work.optimizer`."""
+    encoder_lr = settings.encoder_lr if isinstance(settings, FinetuneSettings) else 1.0
+    return adamw(
+        model,
+        lr=learning_rate(settings),
+        weight_decay=settings.weight_decay,
+        betas=settings.betas,
+        depth=settings.depth,
+        layer_decay=layer_decay,
+        encoder_lr=encoder_lr,
+    )

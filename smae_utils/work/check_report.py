@@ -42,9 +42,9 @@ def print_report(
         f"{sum(map(len, splits.values()))} cases"
     )
     if len(report.table):
-        for line in estimate(
-            task, len(splits["train"]), preset, _prepared_voxels(report.table, task, preset)
-        ):
+        n_train, n_val = len(splits["train"]), len(splits["val"])
+        voxels = _prepared_voxels(report.table, task, preset)
+        for line in estimate(task, n_train, preset, voxels, n_val=n_val):
             say(line)
         changed = (
             {"spacing_mm": report.proposal.get("spacing_mm"), **report.proposal.get("settings", {})}
@@ -56,8 +56,9 @@ def print_report(
             list(getattr(now, k)) != v if isinstance(v, list) else getattr(now, k) != v
             for k, v in changed.items()
         ):
-            voxels = np.array([canonical(row, row.shape) for row in report.table.itertuples()], float).prod(1)
-            for line in estimate(task, len(splits["train"]), preset, float(np.median(voxels)), changed)[:-1]:
+            shapes = np.array([canonical(row, row.shape) for row in report.table.itertuples()], float)
+            voxels = float(np.median(shapes.prod(1)))
+            for line in estimate(task, n_train, preset, voxels, changed, n_val)[:-1]:
                 say(f"with the proposal: {line}")
 
 
@@ -168,7 +169,5 @@ class Report:
 def canonical(row: Any, values: tuple) -> list:
     """Sizes along the axes of a scan in the order left-right, front-back, up-down, which is that of
     training."""
-    return [
-        values[next(i for i, code in enumerate(row.orientation) if code in pair)]
-        for pair in ("LR", "PA", "IS")
-    ]
+    order = dict(zip(row.orientation, values))
+    return [order.get(one, order.get(other)) for one, other in ("LR", "PA", "IS")]

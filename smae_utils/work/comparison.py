@@ -27,7 +27,7 @@ def read_metrics(run_dir: str | Path, split: str = "test") -> dict[str, Any]:
 
     file = metrics_file(run_dir, split)
     if not file.is_file():
-        raise UserError(f"{file} does not exist: run 'python -m smae_utils evaluate' on this run first")
+        raise UserError(f"{file} does not exist: run 'smae evaluate' on this run first")
     return json.loads(file.read_text(encoding="utf-8"))
 
 

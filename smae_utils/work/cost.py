@@ -72,9 +72,8 @@ def measured_flops_per_second(device: torch.device, precision: str = "fp32", sec
     (a @ a).sum().item()
     count, begin = 0, time.monotonic()
     while time.monotonic() - begin < seconds:
-        for _ in range(
-            together
-        ):  # a GPU works while Python goes on: wait for it once in a while, not each time
+        # A GPU works while Python goes on: wait for it once in a while, not each time.
+        for _ in range(together):
             b = a @ a
         b[0, 0].item()
         count += together

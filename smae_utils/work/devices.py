@@ -18,8 +18,8 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
 
+from smae_utils.atomic import new_folder, part_of_folder, swap_folder, telling_of_a_full_disk, write_text
 from smae_utils.errors import UserError
-from smae_utils.whole import new_folder, part_of_folder, swap_folder, telling_of_a_full_disk, write_text
 from smae_utils.work.run_folder import Run
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
@@ -128,6 +128,16 @@ def track_run(accelerator: Accelerator, run: Run) -> None:
     name = run.path.name
     own = {"wandb": {"name": name, "dir": str(run.path)}, "mlflow": {"run_name": name}}
     accelerator.init_trackers("smae", config=settings, init_kwargs=own)
+
+
+def on_device(accelerator: Accelerator, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch with its tensors where the network is, images in the memory format that is fastest there."""
+    moved = {
+        key: value.to(accelerator.device, non_blocking=True) if torch.is_tensor(value) else value
+        for key, value in batch.items()
+    }
+    form = memory_format(moved["image"].ndim - 2)
+    return {**moved, "image": moved["image"].contiguous(memory_format=form)}
 
 
 def processes() -> int:

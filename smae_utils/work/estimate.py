@@ -26,13 +26,19 @@ TOO_MANY = ", more than this machine has room for: --set store=FOLDER keeps them
 
 
 def estimate(
-    task: Task, n_train: int, preset: str, scan_voxels: float = 0.0, overrides: dict[str, Any] | None = None
+    task: Task,
+    n_train: int,
+    preset: str,
+    scan_voxels: float = 0.0,
+    overrides: dict[str, Any] | None = None,
+    n_val: int = 0,
 ) -> list[str]:
     """What a preset would cost on this machine, and how long to pre-train for so many cases.
 
     Args:
         overrides: settings that are to be other than the preset's.
         scan_voxels: voxels of a prepared scan, or pixels of a radiograph; 0 takes four crops.
+        n_val: validation cases, which fine-tuning keeps too.
     """
     device = devices.best_device()
     lines = []
@@ -51,7 +57,7 @@ def estimate(
         kept = (
             (scan_voxels or 4 * np.prod(settings.crop_size))
             * voxel
-            * n_train
+            * (n_train + (n_val if stage == "finetune" else 0))
             * (0 if settings.store and task.spatial_dims == 3 else settings.cache_rate)
             * max(1, settings.num_workers)
         )

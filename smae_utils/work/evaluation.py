@@ -12,21 +12,21 @@ import numpy as np
 import pandas as pd
 import torch
 
-from smae_utils.data.batches import read_case
+from smae_utils.atomic import write_text
+from smae_utils.data.batches import Scans, in_order
 from smae_utils.data.case import Case
 from smae_utils.data.reading import read_label
 from smae_utils.data.tasks import Task, task_of
 from smae_utils.data.tasks.lists import is_list
 from smae_utils.data.writing import write_mask
 from smae_utils.errors import UserError
-from smae_utils.whole import write_text
 from smae_utils.work import devices
 from smae_utils.work.build import build_splits
 from smae_utils.work.comparison import of_split
 from smae_utils.work.grids import dsc_of_classes, ignoring, label_map
 from smae_utils.work.metrics import dsc, hd95_mm, mean_auc
 from smae_utils.work.predictor import Predictor
-from smae_utils.work.progress import Say, WindowProgress, say
+from smae_utils.work.progress import ProgressLine, Say, WindowProgress, say
 from smae_utils.work.rebuild import settings_of
 from smae_utils.work.run_data import find_data
 from smae_utils.work.run_folder import Run
@@ -89,24 +89,25 @@ def evaluate(
     return table
 
 
-def score_cases(predictor: Predictor, cases: list[Case]) -> float:
+def score_cases(predictor: Predictor, scans: Scans) -> float:
     """One number for choosing on validation cases: the mean that is reported (mAUC, or the mean over classes
     of their mean DSC).
 
     DSC is that of the prepared grid; the final evaluation uses the scan's own.
+
+    Args:
+        scans: the cases as fine-tuning reads them, so that they are kept from one validation to the next.
     """
     task = predictor.task
     if task.kind == "classification":
-        return mean_auc(np.stack([c["label"] for c in cases]), predictor.classify(cases))[0]
-    transform = predictor.prepared(with_label=True)
+        return mean_auc(np.stack([c["label"] for c in scans.cases]), predictor.classify(scans))[0]
     scores = []
-    for case in cases:
-        data = read_case(transform, case)
-        label = torch.as_tensor(data["label"])[0].numpy()
+    for case, (sample,) in zip(scans.cases, in_order(scans, list, num_workers=predictor.num_workers)):
+        label = torch.as_tensor(sample["label"])[0].numpy()
         if task.spatial_dims == 2:
             numbers = predictor.segment(case).labels
         else:
-            numbers = label_map(predictor.probabilities(data["image"].as_tensor()), task)
+            numbers = label_map(predictor.probabilities(sample["image"]), task)
         scores.append(list(dsc_of_classes(numbers, label, task)))
     classes = [column[np.isfinite(column)] for column in np.array(scores, float).T]
     means = [column.mean() for column in classes if len(column)]
@@ -137,7 +138,8 @@ def _labelled(cases: list[Case] | None, split: str, where: str | Path, report: S
 
 
 def _classification_rows(predictor: Predictor, cases: list[Case]) -> pd.DataFrame:
-    task, scores = predictor.task, devices.in_shares(cases, lambda share: list(predictor.classify(share)))
+    task = predictor.task
+    scores = devices.in_shares(cases, lambda share: list(predictor.classify(predictor.scans(share))))
     rows = []
     for n, case in enumerate(cases):
         for i, name in enumerate(task.classes):
@@ -171,7 +173,8 @@ def _segmentation_rows(
         if folder:
             folder.mkdir(exist_ok=True)
             write_mask(folder / case["case"], predicted, task, image)
-        report(f"  {case['case']}  DSC {_mean(row['dsc'] for row in rows):.3f}  ({number}/{count})")
+        mean = _mean(row["dsc"] for row in rows)
+        report(ProgressLine(f"  {case['case']}  DSC {mean:.3f}  ({number}/{count})"))
         return rows
 
     return pd.DataFrame([row for rows in devices.in_shares(cases, score) for row in rows])
@@ -236,10 +239,9 @@ def summarise(table: pd.DataFrame, task: Task) -> dict[str, Any]:
     keys = ("dsc", distance, f"{distance}_detected", "miss_rate")
     mean = {key: _mean(c[key] for c in classes.values()) for key in keys}
     if task.subset:
-        mean |= {
-            f"{key}_{len(task.subset)}_classes": _mean(classes[name][key] for name in task.subset)
-            for key in keys[:2]
-        }
+        for key in task.metrics:
+            of_subset = [classes[name][key] for name in task.subset]
+            mean[f"{key}_{len(task.subset)}_classes"] = _mean(of_subset)
     return {"mean": mean, "classes": classes}
 
 

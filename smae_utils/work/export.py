@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from smae_utils.atomic import must_be_free, new_folder, write_text
 from smae_utils.data.tasks import Task
 from smae_utils.errors import UserError
 from smae_utils.method.checkpoints.other_libraries import MONAI_BLOCK
-from smae_utils.whole import must_be_free, new_folder, write_text
 from smae_utils.work.rebuild import load_finetuned, load_pretrained
 from smae_utils.work.run_folder import Run
 from smae_utils.work.settings import FinetuneSettings, Settings, StageSettings
@@ -37,8 +37,7 @@ def export(run_dir: str | Path, to: str, out: str | Path) -> Path:
     if to not in TARGETS:
         raise UserError(f"unknown target {to!r}: expected one of {', '.join(TARGETS)}")
     run = Run.open(run_dir)
-    if not run.finished:
-        raise UserError(f"{run.path} is not finished: go on with --resume before exporting")
+    run.need_finished()
     out = Path(out)
     must_be_free(out)
     model, task, settings = (load_finetuned if run.config["stage"] == "finetune" else load_pretrained)(run)
@@ -100,9 +99,8 @@ def _timm(
     tuned = isinstance(settings, FinetuneSettings)
     _need("timm", settings, {"norm_eps": 1e-6, **({"network": "vit"} if tuned else {})})
     out = _encoder(tensors)
-    if (
-        settings.class_token
-    ):  # there the class token has a row of the position table; ours is part of the token
+    # There the class token has a row of the position table; ours is part of the token.
+    if settings.class_token:
         out["pos_embed"] = torch.cat([torch.zeros_like(out["pos_embed"][:, :1]), out["pos_embed"]], 1)
     mean = isinstance(settings, FinetuneSettings) and settings.pool == "mean"
     out |= {k: v for k, v in tensors.items() if k.startswith(("head.", "fc_norm."))}

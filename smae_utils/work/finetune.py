@@ -10,21 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from smae_utils.data.batches import derive_seed
+from smae_utils.data.case import Case, Splits
 from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
-from smae_utils.method.checkpoints.load import (
-    load_weights,
-)
-from smae_utils.work.build import (
-    build_augmentation,
-    build_loss,
-    build_model,
-    build_scans,
-    build_splits,
-    class_weights,
-)
+from smae_utils.method.checkpoints.load import load_weights
+from smae_utils.work.build import build_augmentation, build_model, build_scans, build_splits
 from smae_utils.work.evaluation import score_cases
 from smae_utils.work.loop import Loop, kept_generators
+from smae_utils.work.losses import build_loss, class_weights
 from smae_utils.work.predictor import Predictor
 from smae_utils.work.presets import resolve
 from smae_utils.work.progress import Say, say
@@ -56,7 +49,7 @@ def finetune(
         init: "scratch", or a pre-training run folder, a checkpoint file, or "timm:NAME". The two arms differ
             in the encoder's weights and in what the preset gives them as `scratch` and `self` (their learning
             rates); seed, data order and augmentation are the same.
-        preset: name or YAML file of the settings, see `settings.resolve`.
+        preset: name or YAML file of the settings, see `work.presets`.
         overrides: settings that count more than the preset's.
         resume: go on from the run folder's last state; the loss sequence equals an uninterrupted run's.
         report: receives each line of progress.
@@ -73,15 +66,8 @@ def finetune(
     splits = build_splits(record, data_dir, settings)
     if not scratch:
         check_unseen(init, splits)
-    tell_notes(record, report)
-    for part in splits:
-        labelled = [c for c in splits[part] if "label" in c]
-        if len(labelled) < len(splits[part]):
-            report(
-                f"{len(splits[part]) - len(labelled)} of {len(splits[part])} {part} cases have no "
-                "label and are left out of fine-tuning"
-            )
-        splits[part] = labelled
+    tell_notes(record, report, settings.store)
+    splits = _labelled_parts(splits, report)
     if not splits["train"]:
         raise UserError(
             f"no training case of {task} has a label: fine-tuning needs labels, pre-training does not"
@@ -93,24 +79,15 @@ def finetune(
         )
     if settings.labelled:
         splits["train"] = few_labelled(splits["train"], settings.labelled, settings.seed)
-    if settings.select not in ("last", "best"):
-        raise UserError(f"select must be last or best, got {settings.select!r}")
-    if settings.select == "best" and not splits["val"]:
-        raise UserError(
-            "select=best needs labelled validation cases, there are none: "
-            "use --set train_on_val=false, list some, or --set select=last"
-        )
-    if settings.select == "best" and not settings.val_every:
-        raise UserError(
-            "select=best needs validation while training, and val_every=0 is never: use --set val_every=100, "
-            "for example, or --set select=last"
-        )
+    if settings.select == "best":
+        _check_selection(splits["val"], settings.val_every)
     torch.manual_seed(derive_seed(settings.seed, 20))
     model = build_model(record, settings)
-    facts = facts_of(record, settings, splits["train"], init)
+    facts = facts_of(record, settings.spacing_mm, splits["train"], init)
     if not scratch:
         report(str(load_weights(model, init, adapt=adapt, expect=facts)))
     scans = build_scans(record, settings, splits["train"])
+    val_scans = build_scans(record, settings, splits["val"])
 
     weights = None
     if record.exclusive and settings.ce_weight_power:
@@ -123,12 +100,36 @@ def finetune(
         return criterion(net(batch["image"]), batch["label"])
 
     def validate(net: nn.Module) -> dict[str, float]:
-        return {"val_score": score_cases(Predictor.of(net, record, settings), splits["val"])}
+        return {"val_score": score_cases(Predictor.of(net, record, settings), val_scans)}
 
     config = config_of("finetune", task, record, data_dir, out, preset, settings, splits, init, adapt)
     augment = build_augmentation(record, settings)
     loop = Loop(config, out, model, scans, augment, settings, loss_of, report, settings.layer_decay, facts)
     return loop.run(resume, validate if splits["val"] else None, best=settings.select == "best")
+
+
+def _labelled_parts(splits: Splits, report: Say) -> Splits:
+    """The cases with labels; `report` hears how many have none."""
+    out = {}
+    for part, cases in splits.items():
+        out[part] = [case for case in cases if "label" in case]
+        if without := len(cases) - len(out[part]):
+            report(f"{without} of {len(cases)} {part} cases have no label and are left out of fine-tuning")
+    return out
+
+
+def _check_selection(val: list[Case], val_every: int) -> None:
+    """Refuse to keep the best weights where nothing tells which are."""
+    if not val:
+        raise UserError(
+            "select=best needs labelled validation cases, there are none: "
+            "use --set train_on_val=false, list some, or --set select=last"
+        )
+    if not val_every:
+        raise UserError(
+            "select=best needs validation while training, and val_every=0 is never: use --set val_every=100, "
+            "for example, or --set select=last"
+        )
 
 
 def few_labelled(items: list[Item], count: int, seed: int) -> list[Item]:

@@ -40,10 +40,8 @@ def slabs(size: int, window: int, overlap: float, planes: int) -> Iterator[tuple
         # The next window would start here; the last of all is moved back so that it ends with the scan.
         last = size if stop == size else min(start + (rows + 1) * step, size - window)
         yield start, stop, done, last
-        row, done = (
-            max(0, (last - window + step) // step),
-            last,
-        )  # from where every window that holds the next plane is there
+        # From where every window that holds the next plane is there.
+        row, done = (max(0, (last - window + step) // step), last)
 
 
 def activate(logits: Tensor, task: Task) -> Tensor:

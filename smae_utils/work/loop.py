@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smae_utils.data.batches import Scans, derive_seed, training_loader
+from smae_utils.data.batches import Scans, Steps, check_batch, derive_seed, training_loader
 from smae_utils.errors import UserError
 from smae_utils.method.checkpoints.load import parameter_count
 from smae_utils.method.checkpoints.save import WEIGHTS, save_weights
 from smae_utils.timm_library import CosineLRScheduler
 from smae_utils.work import devices
 from smae_utils.work.build import build_optimizer
-from smae_utils.work.progress import Say
+from smae_utils.work.progress import ProgressLine, Say
 from smae_utils.work.provenance import commit, now
 from smae_utils.work.run_folder import Run, forget_dead_lock, only_process
 from smae_utils.work.settings import Settings, as_dict, learning_rate, total_steps
@@ -80,7 +80,14 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
 def in_parts(batch: dict[str, Any], count: int) -> list[dict[str, Any]]:
     """A batch as `count` smaller ones, of crops in their order."""
     size = len(batch["image"]) // count
-    return [{k: v[i * size : (i + 1) * size] for k, v in batch.items()} for i in range(count)]
+    parts = (slice(i * size, (i + 1) * size) for i in range(count))
+    return [{key: values[part] for key, values in batch.items()} for part in parts]
+
+
+def check_parts(scans: int, parts: int) -> None:
+    """Refuse gradients in parts of unequal size; `scans` are those of a step in one process."""
+    if scans % parts:
+        raise UserError(f"accumulate={parts} must divide the {scans} scans of a step in each process")
 
 
 class Loop:
@@ -122,8 +129,9 @@ class Loop:
         track = self.settings.track
         accelerator, precision = devices.make_accelerator(precision, track, run.path)
         report = devices.of_main_process(self.report)
-        # Its checks, before a folder is made.
-        self._loader(0, 0, accelerator)
+        # Before a folder is made:
+        check_batch(len(self.scans), self.settings.batch_size, accelerator.num_processes)
+        check_parts(self.settings.batch_size // accelerator.num_processes, self.settings.accumulate)
         if run.finished:
             forget_dead_lock(self.out)
             report(f"{run.path} is already finished")
@@ -151,13 +159,22 @@ class Loop:
         model, optimizer = accelerator.prepare(self.model, optimizer)
         schedule = self._schedule(optimizer)
         state = self._begin(run, accelerator, precision, report)
-        loader = self._loader(state["step"], self.steps, accelerator)
+        loader = self._loader(state["step"], accelerator)
         first, begin, started = state["step"], time.monotonic(), time.monotonic() - state["seconds"]
         model.train()
         with deferred_interrupt() as interrupted:
             for step, batch in enumerate(loader, start=first + 1):
+                # Seeded anew each step, so that drop path after a resume draws what it would have drawn.
+                torch.manual_seed(derive_seed(self.settings.seed, 30, step, accelerator.process_index))
                 schedule.step_update(step)
-                loss = self._step(accelerator, model, optimizer, batch, step)
+                optimizer.zero_grad()
+                loss = self._gradients(accelerator, model, devices.on_device(accelerator, batch))
+                norm = accelerator.clip_grad_norm_(model.parameters(), self.settings.clip_grad or math.inf)
+                # The only place in a step that waits for the device.
+                loss, norm = torch.stack([loss, norm.to(loss)]).tolist()
+                self._check_finite(loss, norm, step, batch)
+                optimizer.step()
+
                 state["losses"].append(loss)
                 state["step"], state["seconds"] = step, time.monotonic() - started
                 scores = self._scores(accelerator, model, validate, step)
@@ -181,19 +198,9 @@ class Loop:
         accelerator.wait_for_everyone()
         report(f"wrote {run.path / WEIGHTS} after {state['seconds']:.0f} s")
 
-    def _step(self, accelerator, model: nn.Module, optimizer, batch: dict, step: int) -> float:
-        """One update; returns the loss averaged over processes."""
-        # Seeded anew each step, so that drop path after a resume draws what it would have drawn.
-        torch.manual_seed(derive_seed(self.settings.seed, 30, step, accelerator.process_index))
-        batch = {
-            k: v.to(accelerator.device, non_blocking=True) if torch.is_tensor(v) else v
-            for k, v in batch.items()
-        }
-        batch["image"] = batch["image"].contiguous(
-            memory_format=devices.memory_format(batch["image"].ndim - 2)
-        )
+    def _gradients(self, accelerator, model: nn.Module, batch: dict) -> Tensor:
+        """Forward and backward of a step, in `accumulate` parts; the loss (), averaged over processes."""
         parts, total = in_parts(batch, self.settings.accumulate), torch.zeros(1, device=accelerator.device)
-        optimizer.zero_grad()
         for number, part in enumerate(parts, start=1):
             # Several processes share their gradients once a step, with those of the last part.
             with nullcontext() if number == len(parts) else accelerator.no_sync(model):
@@ -201,39 +208,26 @@ class Loop:
                     loss = self.loss_of(model, part) / len(parts)
                 accelerator.backward(loss)
             total += loss.detach()
-        value = accelerator.gather(total).mean().item()
-        if not math.isfinite(value):
-            raise UserError(self._diverged("loss", value, step, batch))
-        norm = accelerator.clip_grad_norm_(model.parameters(), self.settings.clip_grad or math.inf)
-        if not math.isfinite(float(norm)):
-            raise UserError(self._diverged("gradient", float(norm), step, batch))
-        optimizer.step()
-        return value
+        return accelerator.gather(total).mean()
 
-    def _diverged(self, what: str, value: float, step: int, batch: dict) -> str:
-        kept = (
-            "The run folder holds an earlier state"
-            if Run(self.out).state()
-            else "Nothing was saved before that"
-        )
-        return (
-            f"the {what} is {value} at step {step} with cases "
+    def _check_finite(self, loss: float, norm: float, step: int, batch: dict) -> None:
+        """Refuse to step where the loss or the gradient's norm is not finite."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        what = f"gradient is {norm}" if math.isfinite(loss) else f"loss is {loss}"
+        saved = Run(self.out).state()
+        raise UserError(
+            f"the {what} at step {step} with cases "
             f"{', '.join(sorted(set(batch['case'])))}: look at these scans, "
-            f"or lower lr (now {learning_rate(self.settings):g}). {kept}"
+            f"or lower lr (now {learning_rate(self.settings):g}). "
+            + ("The run folder holds an earlier state" if saved else "Nothing was saved before that")
         )
 
-    def _loader(self, start: int, stop: int, accelerator) -> Iterable[dict]:
-        """Batches of this process for steps `start` .. `stop` - 1."""
-        ours = (self.settings.num_workers, accelerator.process_index, accelerator.num_processes)
-        scans, parts = self.settings.batch_size // accelerator.num_processes, self.settings.accumulate
-        if scans % parts:
-            raise UserError(
-                f"accumulate={parts} must divide the {scans} scans of a "
-                f"step{' in each process' if ours[2] > 1 else ''}"
-            )
-        return training_loader(
-            self.scans, self.augment, self.settings.seed, self.settings.batch_size, start, stop, *ours
-        )
+    def _loader(self, start: int, accelerator) -> Iterable[dict]:
+        """Batches of this process from step `start` + 1 to the last."""
+        settings, rank, world = self.settings, accelerator.process_index, accelerator.num_processes
+        steps = Steps(start, self.steps, settings.batch_size, rank, world)
+        return training_loader(self.scans, self.augment, settings.seed, steps, settings.num_workers)
 
     def _schedule(self, optimizer) -> CosineLRScheduler:
         # Steps count from 1: one more than there are after the warm-up, or the last would be taken with a
@@ -318,7 +312,7 @@ class Loop:
         if accelerator.is_main_process:
             run.log(**entry, seconds=round(state["seconds"], 2))
         shown = "  ".join(f"{k} {v:.4f}" for k, v in entry.items() if k not in ("step", "lr"))
-        report(f"step {step:>6}/{self.steps}  {shown}  lr {lr:.2e}  {left:.0f} s left")
+        report(ProgressLine(f"step {step:>6}/{self.steps}  {shown}  lr {lr:.2e}  {left:.0f} s left"))
 
     def _save(self, run: Run, accelerator, state: dict[str, Any], stop: bool) -> None:
         """Weights to watch the network learn, and a state to go on from, where they are due."""

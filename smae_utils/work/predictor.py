@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +17,12 @@ from monai.transforms import Compose
 from torch import Tensor, nn
 
 from smae_utils.data import out_of_core
-from smae_utils.data.batches import read_case
+from smae_utils.data.batches import Scans, in_order, read_case, whole_images
 from smae_utils.data.case import Case, case_of
 from smae_utils.data.pictures import ReadRadiograph
 from smae_utils.data.reading import CheckCase, ReadScan
 from smae_utils.data.tasks import Task
 from smae_utils.data.transforms import ResizeRadiograph, prepare
-from smae_utils.errors import UserError
 from smae_utils.work import devices
 from smae_utils.work.grids import activate, label_map, slabs, to_scan_grid, windows
 from smae_utils.work.progress import Say, say
@@ -58,6 +58,7 @@ class Predictor:
         spacing_mm: voxel size that 3D scans are resampled to; empty: the task's own.
         overlap: of neighbouring windows, as a share of one.
         precision: "fp32" or "bf16"; "": whatever computes around it, as in training.
+        num_workers: processes that read whole images ahead of the network; 0: none.
     """
 
     model: nn.Module
@@ -66,11 +67,20 @@ class Predictor:
     spacing_mm: tuple[float, ...] = ()
     overlap: float = 0.5
     precision: str = ""
+    num_workers: int = 0
 
     @classmethod
     def of(cls, model: nn.Module, task: Task, settings: FinetuneSettings, precision: str = "") -> Predictor:
         """With the windows that a fine-tuning's settings say."""
-        return cls(model, task, settings.crop_size, settings.spacing_mm, settings.overlap, precision)
+        return cls(
+            model,
+            task,
+            settings.crop_size,
+            settings.spacing_mm,
+            settings.overlap,
+            precision,
+            settings.num_workers,
+        )
 
     @classmethod
     def from_run(
@@ -85,8 +95,7 @@ class Predictor:
             UserError: for a folder that is no finished fine-tuning run.
         """
         run = run if isinstance(run, Run) else Run.open(run, stage="finetune")
-        if not run.finished:
-            raise UserError(f"{run.path} is not finished: go on with finetune --resume first")
+        run.need_finished()
         model, task, settings = load_finetuned(run)
         device = device or devices.best_device()
         precision, note = devices.usable_precision(run.config.get("precision", "auto"), device)
@@ -104,7 +113,7 @@ class Predictor:
         """
         case = case_of([scan] if isinstance(scan, (str, Path)) else scan)
         if self.task.kind == "classification":
-            return dict(zip(self.task.classes, map(float, self.classify([case])[0])))
+            return dict(zip(self.task.classes, map(float, self.classify(self.scans([case]))[0])))
         self.check(case)
         return self.segment(case)
 
@@ -119,9 +128,13 @@ class Predictor:
             else torch.inference_mode()
         )
 
-    def prepared(self, with_label: bool = False) -> Compose:
+    def prepared(self) -> Compose:
         """What is done with a scan before the network sees it, see `data.transforms.prepare`."""
-        return prepare(self.task, with_label, self.spacing_mm, self.crop_size)
+        return prepare(self.task, False, self.spacing_mm, self.crop_size)
+
+    def scans(self, cases: Sequence[Case]) -> Scans:
+        """Cases as the network sees them, read when they are asked for."""
+        return Scans(list(cases), self.prepared())
 
     def check(self, case: Case) -> None:
         """Refuse a scan that cannot be predicted, before anything is.
@@ -196,18 +209,12 @@ class Predictor:
             out[..., first:last] = probs[..., first - start : last - start].numpy()
         return torch.from_numpy(out)
 
-    def classify(self, cases: list[Case], batch_size: int = 64) -> np.ndarray:
+    def classify(self, scans: Scans) -> np.ndarray:
         """Probabilities (cases, classes) of whole images at the model's input size."""
-        read = Compose([self.prepared(), ResizeRadiograph(self.crop_size)])
-        batch_size = batch_size if self.task.spatial_dims == 2 else 4
+        together = partial(whole_images, size=self.crop_size)
+        batch_size = 64 if self.task.spatial_dims == 2 else 4
         rows = []
-        for start in range(0, len(cases), batch_size):
-            images = torch.stack(
-                [
-                    torch.as_tensor(read_case(read, case)["image"])
-                    for case in cases[start : start + batch_size]
-                ]
-            )
+        for images in in_order(scans, together, batch_size, self.num_workers):
             with self._computing():
                 rows.append(self.model(images.to(self.device)).float().sigmoid().cpu())
         return torch.cat(rows).numpy()

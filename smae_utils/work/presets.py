@@ -128,12 +128,10 @@ def resolve(
     for where, layer in layers:
         found = {k: v for k, v in layer.items() if k not in (*STAGES, *ARMS) or where == "--set"}
         for name, other in EITHER:
-            means_other = name in ("steps", "epochs", "base_lr") and not found.get(
-                name
-            )  # 0 there means: take the other
-            if (
-                name in found and other not in found and not means_other
-            ):  # what is said last counts, also over an earlier section
+            # 0 there means: take the other.
+            means_other = name in ("steps", "epochs", "base_lr") and not found.get(name)
+            # What is said last counts, also over an earlier section.
+            if name in found and other not in found and not means_other:
                 values[other], origin[other] = 0, where
         values.update(found)
         origin.update(dict.fromkeys(found, where))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from smae_utils.data.batches import Crops, derive_seed, join
-from smae_utils.data.case import Splits
+from smae_utils.data.case import Splits, without_label
 from smae_utils.data.tasks import get_task
-from smae_utils.method.checkpoints.load import (
-    load_weights,
-)
+from smae_utils.method.checkpoints.load import load_weights
 from smae_utils.method.patches import mask_noise
 from smae_utils.work.build import build_augmentation, build_mae, build_scans, build_splits
 from smae_utils.work.loop import Loop, kept_generators
 from smae_utils.work.presets import resolve
 from smae_utils.work.progress import Say, say
 from smae_utils.work.run_folder import Run
-from smae_utils.work.settings import PretrainSettings
 from smae_utils.work.start import config_of, facts_of, is_scratch, seen_of, tell_notes
 
 # At most so many crops are scored, and kept in memory, for the validation loss of pre-training.
@@ -48,7 +46,7 @@ def pretrain(
         data_dir: where its download lies; of a list what its paths are relative to, "" for the list's own
             folder.
         out: run folder to make.
-        preset: name or YAML file of the settings, see `settings.resolve`.
+        preset: name or YAML file of the settings, see `work.presets`.
         overrides: settings that count more than the preset's.
         resume: go on from the run folder's last state; the loss sequence equals an uninterrupted run's.
         report: receives each line of progress.
@@ -64,14 +62,11 @@ def pretrain(
     settings = resolve(record, "pretrain", preset, overrides=overrides)
     scratch = is_scratch(init)
     splits = build_splits(record, data_dir, settings)
-    images: Splits = {
-        part: [{"case": c["case"], "patient": c["patient"], "image": c["image"]} for c in cases]
-        for part, cases in splits.items()
-    }
-    tell_notes(record, report)
+    images: Splits = {part: list(map(without_label, cases)) for part, cases in splits.items()}
+    tell_notes(record, report, settings.store)
     torch.manual_seed(derive_seed(settings.seed, 10))
     model = build_mae(record, settings)
-    facts = facts_of(record, settings, images["train"], init)
+    facts = facts_of(record, settings.spacing_mm, images["train"], init)
     if not scratch:
         if seen := seen_of(init, images["test"]):
             report(
@@ -86,7 +81,9 @@ def pretrain(
     def loss_of(net: nn.Module, batch: dict) -> Tensor:
         noise = mask_noise(batch["noise_seed"], length).to(batch["image"].device)
         return net(
-            batch["image"], noise, drawn_ratio(settings, batch["noise_seed"][0]) if net.training else None
+            batch["image"],
+            noise,
+            drawn_ratio(settings.mask_ratio_range, batch["noise_seed"][0]) if net.training else None,
         ).loss
 
     def validate(net: nn.Module) -> dict[str, float]:
@@ -122,11 +119,11 @@ def pretrain(
     return loop.run(resume, validate if images["val"] else None)
 
 
-def drawn_ratio(settings: PretrainSettings, seed: int) -> float | None:
-    """The mask ratio of a step, uniform in `mask_ratio_range` and drawn from the step's own seed; None: the
-    model's own ratio.
+def drawn_ratio(between: Sequence[float], seed: int) -> float | None:
+    """The mask ratio of a step, uniform between two numbers and drawn from the step's own seed; None where
+    there are no two, for the model's own ratio.
     """
-    if not settings.mask_ratio_range:
+    if not between:
         return None
-    low, high = settings.mask_ratio_range
+    low, high = between
     return float(np.random.default_rng(int(seed) % 2**63).uniform(low, high))

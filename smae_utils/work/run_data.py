@@ -17,9 +17,8 @@ def find_data(run: Run, data_dir: str | Path | None = None) -> tuple[str, str]:
     Args:
         data_dir: where they were moved to. Of a list: the list file itself; or a folder that holds a list of
             the same name, whose paths are then relative to it; or the folder that the paths of the recorded
-            list are relative to.
-            Without it: the recorded place, else the same place seen from the run folder, for both moved
-                together.
+            list are relative to. Without it: the recorded place, else the same place as seen from the run
+            folder, for where both were moved together.
 
     Raises:
         UserError: naming the places where nothing is.
@@ -31,9 +30,8 @@ def find_data(run: Run, data_dir: str | Path | None = None) -> tuple[str, str]:
         )
     name = Path(config["task"]).name
     recorded = config.get("data") or ""
-    own = not recorded or recorded == os.path.dirname(
-        config["task"]
-    )  # paths are relative to the list's own folder
+    # Paths are relative to the list's own folder.
+    own = not recorded or recorded == os.path.dirname(config["task"])
     if data_dir:
         folder = absolute(data_dir)
         if os.path.isfile(folder):

@@ -1,10 +1,11 @@
 """The run folder: the contract between notebooks, command line and batch runner.
 
-config.yaml         everything needed to repeat the run, versions and git commit included; `segments` has a
-line a sitting log.jsonl           one line a logged step, with at least `step` and `loss` last/
-resumable state; always whole, see `whole.swap_folder` model.safetensors   the weights, once the run is
-finished metrics.csv, .json  written by evaluation .lock               there while a process trains this run,
-see `only_process`
+config.yaml         all that is needed to repeat the run, versions and commit too; `segments`: its sittings
+log.jsonl           one line a logged step, with at least `step` and `loss`
+last/               resumable state; always whole, see `atomic.swap_folder`
+model.safetensors   the weights, once the run is finished
+metrics.csv, .json  written by evaluation
+.lock               there while a process trains this run, see `only_process`
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from typing import Any
 
 import yaml
 
+from smae_utils.atomic import newest_folder, write_text
 from smae_utils.data.tasks.lists import is_list
 from smae_utils.errors import UserError
 from smae_utils.locks import Timeout, held
 from smae_utils.method.checkpoints.save import WEIGHTS
-from smae_utils.whole import newest_folder, write_text
+from smae_utils.work.settings import rate
 from smae_utils.yaml_text import read_yaml, write_yaml
 
 # Of config.yaml. 2: places are absolute, and relative to the run beside that; `segments`.
@@ -49,7 +51,7 @@ def absolute(path: str | Path) -> str:
     )
 
 
-def places(run: str | Path, **paths: str | Path) -> dict[str, str]:
+def recorded_places(run: str | Path, **paths: str | Path) -> dict[str, str]:
     """Each path as `NAME`, absolute, and as `NAME_from_run`, relative to the run folder: it survives moving
     both together.
     """
@@ -125,10 +127,8 @@ class Run:
         if not resume:
             raise UserError(f"{run.path} already holds a run: go on with --resume, or choose another --out")
         before, after = _deciding(run.config, defaults), _deciding(config)
-        if None not in (
-            before["init_digest"],
-            after["init_digest"],
-        ):  # where the weights lie is then no matter
+        # Where the weights lie is then no matter.
+        if None not in (before["init_digest"], after["init_digest"]):
             before["init"] = after["init"]
         for key, old in before.items():
             new = after[key]
@@ -235,13 +235,17 @@ class Run:
         """Whether the weights are there."""
         return (self.path / WEIGHTS).is_file()
 
+    def need_finished(self) -> None:
+        """Refuse a run whose weights are not there yet."""
+        if not self.finished:
+            raise UserError(f"{self.path} is not finished: go on with {self.config['stage']} --resume first")
+
     def add_segment(self, segment: dict[str, Any]) -> None:
         """Add a sitting to `segments` of config.yaml; `step` of it is the step after which it begins."""
         config = self.config
         said = config.get("segments") or []
-        if (
-            not said and "precision" in config and segment["step"]
-        ):  # of an older version: one sitting is what it tells of
+        # Of an older version: one sitting is what it tells of.
+        if not said and "precision" in config and segment["step"]:
             first = {"step": 0, **{k: config.get("provenance", {}).get(k) for k in ("date", "commit")}}
             said = [
                 {
@@ -308,8 +312,7 @@ def _deciding(config: dict[str, Any], defaults: Mapping[str, Any] = MappingProxy
     """Of a configuration what decides the result. A list is told by what it says, not by where it lies."""
     settings = {**defaults, **config["settings"]}
     # The two ways to say a learning rate are one.
-    base = settings.pop("base_lr", 0)
-    settings["lr"] = base * settings["batch_size"] / 256 if base else settings.get("lr")
+    settings["lr"] = rate(settings.get("lr", 0.0), settings.pop("base_lr", 0), settings["batch_size"])
     return {
         "stage": config["stage"],
         "task": "a list" if is_list(config["task"]) else config["task"],

@@ -1,9 +1,5 @@
-"""Settings of a run, and the presets that fill them: the one place where YAML and `--set` become named
-arguments.
-
-A preset is a YAML file that holds only what differs from the defaults below, in sections that are applied in
-this order: `all`, `TASK`, each with the sub-sections `pretrain` and `finetune`, and inside `finetune` an arm:
-`scratch` or `self`.
+"""Settings of a run: their defaults, what they mean, and which values make sense. `work.presets` says where a
+run's values come from.
 """
 
 from __future__ import annotations
@@ -26,11 +22,19 @@ STAGES = ("pretrain", "finetune")
 ARMS = ("scratch", "self")
 
 
-def option(default: Any, text: str, unit: str = "", least: float = -math.inf, most: float = math.inf) -> Any:
-    """A setting: its default, what it does in one line, its unit, and the smallest and largest number that
-    make sense (of each, in a list).
+def option(
+    default: Any,
+    text: str,
+    unit: str = "",
+    least: float = -math.inf,
+    most: float = math.inf,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A setting: its default, what it does in one line, its unit, and what makes sense: the smallest and
+    largest number (of each, in a list), or the words to choose from.
     """
-    return field(default=default, metadata={"help": text, "unit": unit, "least": least, "most": most})
+    metadata = {"help": text, "unit": unit, "least": least, "most": most, "choices": choices}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,9 @@ class Settings:
     positions: str = option(
         "sincos",
         "sincos: a fixed table while pre-training, learned from there on; learned: learned in both stages",
+        choices=("sincos", "learned"),
     )
-    norm_eps: float = option(1e-6, "epsilon of the layer norms; MONAI has 1e-5")
+    norm_eps: float = option(1e-6, "epsilon of the layer norms; MONAI has 1e-5", "", 0)
     # The data.
     spacing_mm: tuple[float, ...] = option((), "voxel size to resample to; empty: the task's own", "mm", 1e-3)
     split_seed: int = option(
@@ -106,7 +111,9 @@ class Settings:
     weight_decay: float = option(0.05, "of AdamW, not on norms, biases, tokens and positions", "", 0)
     betas: tuple[float, ...] = option((0.9, 0.95), "of AdamW", "", 0, 0.999999)
     clip_grad: float = option(1.0, "largest gradient norm; 0: no clipping", "", 0)
-    precision: str = option("auto", "auto, fp32 or bf16")
+    precision: str = option(
+        "auto", "auto takes bf16 where the device computes it", choices=("auto", "fp32", "bf16")
+    )
     track: tuple[str, ...] = option(
         (), "also log to these, where they are installed: tensorboard (in the run folder), wandb, mlflow"
     )
@@ -142,10 +149,14 @@ class FinetuneSettings(Settings):
     """Fine-tuning of the whole network, from scratch or from a pre-trained encoder."""
 
     network: str = option(
-        "vit", "vit: UNETR or the ViT classifier; cnn: a small U-Net or DenseNet of MONAI, for comparison"
+        "vit",
+        "vit: UNETR or the ViT classifier; cnn: a small U-Net or DenseNet of MONAI, for comparison",
+        choices=("vit", "cnn"),
     )
     encoder: str = option(
-        "trained", "trained, or frozen: it stays as it started and the decoder or head learns alone"
+        "trained",
+        "trained, or frozen: it stays as it started and the decoder or head learns alone",
+        choices=("trained", "frozen"),
     )
     labelled: int = option(
         0, "fine-tune on so many of the labelled training cases, drawn by seed; 0: all", "cases", 0
@@ -157,7 +168,11 @@ class FinetuneSettings(Settings):
         "norm the hidden states that UNETR's decoder reads: "
         "a pre-trained encoder's are larger than a random one's",
     )
-    pool: str = option("cls", "what the classifier reads: cls or mean")
+    pool: str = option(
+        "cls",
+        "what the classifier reads: the class token, or the mean of the patches",
+        choices=("cls", "mean"),
+    )
     drop_path: float = option(0.1, "stochastic depth of the last block; less below", "", 0, 0.99)
     encoder_lr: float = option(1.0, "factor on the learning rate of the encoder alone", "", 0, 1)
     layer_decay: float = option(
@@ -166,13 +181,17 @@ class FinetuneSettings(Settings):
     ce_weight_power: float = option(
         0.0, "cross-entropy weighs a class by frequency ** -power; 0: all alike", "", 0
     )
-    select: str = option("last", "which weights are kept: last, or best on the validation cases")
+    select: str = option(
+        "last",
+        "which weights are kept: the last, or the best on the validation cases",
+        choices=("last", "best"),
+    )
     rotate_prob: float = option(
         0.2, "probability of quarter turns in the axial plane, where crops are square there", "", 0, 1
     )
     intensity_prob: float = option(0.1, "probability of scaled, and of shifted, intensities", "", 0, 1)
     intensity_scale: float = option(0.1, "by how much they are scaled at most", "", 0)
-    intensity_shift: float = option(0.1, "by how much they are shifted at most")
+    intensity_shift: float = option(0.1, "by how much they are shifted at most", "", 0)
     rand_augment: str = option("", "timm policy for 2D images, as rand-m9-mstd0.5-inc1; empty: none")
     overlap: float = option(0.5, "of the windows in prediction", "", 0, 0.99)
 
@@ -204,13 +223,14 @@ def make_settings(cls: type[Asked], values: Mapping[str, Any], where: str | Mapp
         if made.get(name) and (len(made[name]) != 2 or list(made[name]) != sorted(made[name])):
             raise UserError(f"{said[name]} must be two numbers, the smaller first, got {list(made[name])}")
     for name, value in made.items():
-        low, high = (cls.__dataclass_fields__[name].metadata[bound] for bound in ("least", "most"))
+        known = cls.__dataclass_fields__[name].metadata
+        low, high, choices = known["least"], known["most"], known["choices"]
+        if choices and value not in choices:
+            raise UserError(f"{said[name]} must be one of {', '.join(choices)}, got {value!r}")
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, (int, float)) and not low <= number <= high:
-                raise UserError(
-                    f"{said[name]} must be {_range(low, high)}, got "
-                    f"{list(value) if isinstance(value, tuple) else value}"
-                )
+                shown = list(value) if isinstance(value, tuple) else value
+                raise UserError(f"{said[name]} must be {_range(low, high)}, got {shown}")
     return cls(**made)
 
 
@@ -287,8 +307,15 @@ def as_dict(settings: Settings) -> dict[str, Any]:
 
 
 def learning_rate(settings: Settings) -> float:
-    """The rate after the warm-up: as given, or from `base_lr` by the rule of the MAE papers."""
-    return settings.base_lr * settings.batch_size / 256 if settings.base_lr else settings.lr
+    """The rate after the warm-up."""
+    return rate(settings.lr, settings.base_lr, settings.batch_size)
+
+
+def rate(lr: float, base_lr: float, batch_size: int) -> float:
+    """A learning rate as given, or from `base_lr` by the rule of the MAE papers (Goyal et al., arXiv
+    1706.02677).
+    """
+    return base_lr * batch_size / 256 if base_lr else lr
 
 
 def describe(stages: Iterable[str] = STAGES) -> list[dict[str, str]]:
@@ -298,7 +325,9 @@ def describe(stages: Iterable[str] = STAGES) -> list[dict[str, str]]:
         for f in dataclasses.fields(STAGE_SETTINGS.get(stage, Settings)):
             if stage == "both" or f.name not in shared:
                 least, most = f.metadata["least"], f.metadata["most"]
-                bounds = "" if (least, most) == (-math.inf, math.inf) else _range(least, most)
+                bounds = ", ".join(f.metadata["choices"])
+                if (least, most) != (-math.inf, math.inf):
+                    bounds = _range(least, most)
                 default = list(f.default) if isinstance(f.default, tuple) else f.default
                 rows.append(
                     {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,11 @@ from smae_utils.data.tasks import Task
 from smae_utils.data.tasks.from_run import record_of
 from smae_utils.data.tasks.lists import is_list
 from smae_utils.errors import UserError
-from smae_utils.method.checkpoints.load import (
-    hash_case,
-    seen_cases,
-    weights_file,
-)
+from smae_utils.method.checkpoints.load import hash_case, seen_cases, weights_file
 from smae_utils.method.checkpoints.other_libraries import TIMM
 from smae_utils.work.progress import Say
 from smae_utils.work.provenance import provenance
-from smae_utils.work.run_folder import absolute, places
+from smae_utils.work.run_folder import absolute, recorded_places
 from smae_utils.work.settings import Settings, as_dict
 
 
@@ -59,12 +56,17 @@ def is_scratch(init: str | Path) -> bool:
     return False
 
 
-def tell_notes(record: Task, report: Say) -> None:
-    for note in getattr(record, "notes", ()):
+def tell_notes(record: Task, report: Say, store: str = "") -> None:
+    """Say what was assumed of a list, and which setting is of no effect."""
+    for note in record.notes:
         report(f"note: {note}")
+    if store and record.spatial_dims == 2:
+        report("note: store is of no effect: 2D images are read anew, or kept in memory by cache_rate")
 
 
-def facts_of(record: Task, settings: Settings, train: list[Case], init: str | Path) -> dict[str, Any]:
+def facts_of(
+    record: Task, spacing_mm: Sequence[float], train: list[Case], init: str | Path
+) -> dict[str, Any]:
     """What weights have to say of themselves when another run starts from them, see
     `method.checkpoints.load.save_weights`.
     """
@@ -72,7 +74,7 @@ def facts_of(record: Task, settings: Settings, train: list[Case], init: str | Pa
     z_score = "z-score of non-zero voxels" if record.spatial_dims == 3 else "z-score of all pixels"
     return {
         "channels": list(record.channels),
-        "spacing_mm": list(settings.spacing_mm or record.spacing_mm),
+        "spacing_mm": list(spacing_mm or record.spacing_mm),
         "window": list(record.window) if record.window else None,
         "normalisation": "window" if record.window else z_score,
         "seen": sorted(earlier | {hash_case(c["case"]) for c in train}),
@@ -94,10 +96,10 @@ def config_of(
     """Everything needed to repeat the run. Places are absolute, so that they hold from another folder too."""
     if is_list(task):
         own_folder = str(data_dir) in ("", ".")
-        where = places(out, task=task, data=Path(absolute(task)).parent if own_folder else data_dir)
+        where = recorded_places(out, task=task, data=Path(absolute(task)).parent if own_folder else data_dir)
         said = {"task": where.pop("task"), "record": record_of(record), **where}
     else:
-        said = {"task": record.name, **places(out, data=data_dir)}
+        said = {"task": record.name, **recorded_places(out, data=data_dir)}
     start: dict[str, Any] = {"init": str(init), "adapt": adapt}
     if str(init) != "scratch" and not str(init).startswith(TIMM):
         start["init"] = absolute(init)

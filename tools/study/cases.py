@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from smae_utils.atomic import write_text
 from smae_utils.data.case import Case
 from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
 from smae_utils.locks import held
-from smae_utils.whole import write_text
 from smae_utils.work.finetune import few_labelled
 from tools.study.plan import Row, Study
 

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from smae_utils.whole import write_text
+from smae_utils.atomic import write_text
 from tools.study.plan import Study
 from tools.study.tables import Results, intervals, patient_interval
 

@@ -108,9 +108,8 @@ def run_study(
         "out": str(Path(out).resolve()),
     }
     whole = _study(name, quick)
-    Unit(
-        whole, Place(common["data"], Path(out)), study.dev_seed
-    )  # wrong data are told before processes start
+    # Wrong data are told before processes start.
+    Unit(whole, Place(common["data"], Path(out)), study.dev_seed)
     for part in PARTS:
         if part not in parts:
             continue

@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from smae_utils.atomic import write_text
 from smae_utils.errors import UserError
 from smae_utils.places import work_root
-from smae_utils.whole import write_text
 from tools.study.plan import Study
 
 KEYS = {

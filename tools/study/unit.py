@@ -13,18 +13,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from smae_utils.atomic import new_file
 from smae_utils.data.batches import derive_seed
 from smae_utils.data.tasks import get_task
 from smae_utils.locks import held
 from smae_utils.method.checkpoints.load import load_weights
 from smae_utils.method.checkpoints.save import WEIGHTS
-from smae_utils.show.linear_probe import effective_rank, linear_probe, read_tokens
-from smae_utils.whole import new_file
 from smae_utils.work.build import build_model
 from smae_utils.work.comparison import read_metrics
 from smae_utils.work.cost import crop_cost
 from smae_utils.work.evaluation import evaluate
 from smae_utils.work.finetune import finetune
+from smae_utils.work.linear_probe import effective_rank, linear_probe, read_tokens
 from smae_utils.work.pretrain import pretrain
 from smae_utils.work.provenance import provenance
 from smae_utils.work.settings import FinetuneSettings, PretrainSettings, Settings, make_settings
@@ -111,9 +111,8 @@ class Unit:
         crops = out.pop("crops", self.study.crops)
         scans = len(self.training if row is None else draw_labelled(self.training, row, self.seed))
         out["batch_size"] = max(n for n in range(1, crops + 1) if crops % n == 0 and n <= scans)
-        out["crops_per_scan"] = (
-            1 if self.spatial_dims == 2 else crops // out["batch_size"]
-        )  # a 2D image gives one
+        # A 2D image gives one.
+        out["crops_per_scan"] = 1 if self.spatial_dims == 2 else crops // out["batch_size"]
         return out
 
     def pretrained(self, name: str, row: Row) -> Path:
@@ -239,7 +238,8 @@ class Unit:
             draw_labelled(self.training, row, self.seed),
             self.test if task.kind == "classification" else self.test[:PROBED],
         )
-        fitted, held_out = (read_tokens(task, settings, model.encoder, cases) for cases in (labelled, scored))
+        fitted = read_tokens(task, model.encoder, labelled, settings.spacing_mm)
+        held_out = read_tokens(task, model.encoder, scored, settings.spacing_mm)
         figures = {"auc": linear_probe(fitted, held_out), "effective_rank": effective_rank(held_out[0])}
         source = provenance()
         return figures, Made(

@@ -40,17 +40,12 @@ def read_splits(data_dir: Path, seed: int = 0, fold: int = 0) -> Splits:
     listed = {}
     for split, name in (("train", "train_val_list.txt"), ("test", "test_list.txt")):
         path = existing_folder(root, name)
-        listed[split] = [
-            line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()
-        ]
-    cases = {
-        split: [
-            {"case": name, "patient": rows[name][1], "image": str(files[name]), "label": rows[name][0]}
-            for name in names
-            if name in files
-        ]
-        for split, names in listed.items()
-    }
+        listed[split] = list(map(str.strip, path.read_text(encoding="utf-8-sig").splitlines()))
+    cases: Splits = {"train": [], "test": []}
+    for split, names in listed.items():
+        for name in filter(files.__contains__, names):
+            label, patient = rows[name]
+            cases[split].append({"case": name, "patient": patient, "image": str(files[name]), "label": label})
     shared = {c["patient"] for c in cases["train"]} & {c["patient"] for c in cases["test"]}
     if shared:
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -117,11 +118,8 @@ def images_of(path: str | Path) -> list[Case]:
         UserError: naming the images that are not there.
     """
     path = Path(path)
-    every = [
-        {k: v for k, v in e.items() if k != "label"}
-        for entries in read_list(path)["cases"].values()
-        for e in entries
-    ]
+    entries = itertools.chain(*read_list(path)["cases"].values())
+    every = [{k: v for k, v in entry.items() if k != "label"} for entry in entries]
     _all_there(path, path.parent, every, "")
     bare = Task("", "", "segmentation", 3, (), (), no_reader)
     return [

@@ -105,10 +105,9 @@ def mask_classes(path: Path, labels: Any) -> tuple[tuple[str, ...], dict[str, An
                     f"{narrow} {inner} is not inside {wide} {outer}"
                 )
         values = sorted(set(used))
-        stored, regions = (
-            (first, *((v,) for v in values)),
-            tuple(tuple(values.index(v) + 1 for v in of) for _, of in pairs),
-        )
+        number = {value: i for i, value in enumerate(values, start=1)}
+        stored = (first, *((v,) for v in values))
+        regions = tuple(tuple(map(number.__getitem__, of)) for _, of in pairs)
     plain = stored == tuple((i,) for i in range(len(stored)))
     return tuple(name for name, _ in pairs), {
         "regions": regions, "stored_labels": () if plain else stored,

@@ -4,8 +4,9 @@ CSV. No code to edit.
 JSON:
     {"name": "liver_ct", "labels": {"0": "background", "1": "liver", "2": "tumour"}, "modality": {"0": "CT"},
      "window": [-100, 240], "spacing_mm": [1.5, 1.5, 2], "sided": false,
-     "training": [{"image": "img/1.nii.gz", "label": "lab/1.nii.gz", "patient": "p1"}, ...], "validation":
-         [...], "test": [...]}
+     "training": [{"image": "img/1.nii.gz", "label": "lab/1.nii.gz", "patient": "p1"}, ...],
+     "validation": [...], "test": [...]}
+
     `image` may be a list of files, one a channel; a DICOM series is its folder, or folder#series. `label` is
     a mask file, or for classification a class, several joined by |, a list of classes, the number of a class,
     or zeros and ones (-1: unknown). `labels` may also be nnU-Net's {"liver": 1, "whole": [1, 2], "ignore":

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from smae_utils.atomic import write_text
 from smae_utils.data.case import Splits
 from smae_utils.data.tasks.record import Task
 from smae_utils.data.tasks.registry import existing_folder
@@ -76,7 +77,7 @@ def write_list(out: Path) -> Path:
         "training": entries[:3], "test": entries[3:],
     }  # fmt: skip
     path = out / "list.json"
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1))
     return path
 
 

@@ -29,12 +29,11 @@ class Task:
         spacing_mm: voxel size that scans are resampled to; of 2D images the pixel size, where it is known.
         window: intensity range mapped to 0..1 (HU for CT); None standardises the non-zero voxels of each
             channel.
-        regions: label numbers that make up each class, when classes overlap (then each class has its own
-            sigmoid);
-            None: class i has label number i + 1 and classes exclude each other (softmax with background).
+        regions: label numbers that make up each class, when classes overlap: then each class has its own
+            sigmoid. None: class i has label number i + 1, and classes exclude each other (softmax with
+            background).
         stored_labels: which values in mask files mean label number 0, 1, ...; the first of each is what
-            predictions are written with.
-            Empty: number i is stored as i.
+            predictions are written with. Empty: number i is stored as i.
         ignored_labels: values in mask files that neither loss nor scores look at.
         real_train: training scans of the real data set, for counting what a recipe costs there.
         sided: labels tell left from right, so images are not mirrored left-right.
@@ -91,6 +90,16 @@ class Task:
     def distance(self) -> str:
         """Name of the surface distance: `hd95_mm`, or `hd95_px` of 2D images whose pixel size nobody said."""
         return "hd95_mm" if self.spatial_dims == 3 or self.spacing_mm else "hd95_px"
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the mean figures that a run is judged by, the main one first."""
+        return ("mauc",) if self.kind == "classification" else ("dsc", self.distance)
+
+    @property
+    def class_metric(self) -> str:
+        """Name of the main figure of a single class."""
+        return "auc" if self.kind == "classification" else "dsc"
 
     @property
     def label_values(self) -> int:

@@ -50,7 +50,7 @@ def existing_folder(data_dir: Path | str, *candidates: str) -> Path:
     if not root.is_dir():
         raise UserError(
             f"data folder {root} does not exist: give the folder of the download, or write phantoms there "
-            "with 'python -m smae_utils phantom'"
+            "with 'smae phantom'"
         )
     for candidate in candidates:
         if (root / candidate).exists():

@@ -100,9 +100,8 @@ def adapt_patches(weight: Tensor, shape: torch.Size) -> Tensor:
     """A patch embedding (D, C, p, p[, p]) for other channels or one more dimension.
 
     Channels as timm does it: summed for one, else repeated and scaled by C / n. From 2D to 3D as in I3D
-    (Carreira and
-    Zisserman, arXiv 1705.07750): repeated along the new last axis and divided by its length, so that a stack
-    of equal slices gives the response of one.
+    (Carreira and Zisserman, arXiv 1705.07750): repeated along the new last axis and divided by its length, so
+    that a stack of equal slices gives the response of one.
     """
     chans, wanted = weight.shape[1], shape[1]
     if chans != wanted:

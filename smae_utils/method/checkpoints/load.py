@@ -1,8 +1,8 @@
 """Handing weights over by name: what was loaded, what was not, and an error when the encoder is not whole.
 
 All weights are written as safetensors, and beside them what the encoder is and was trained on (see
-`save_weights`). Other people's checkpoints are read by `foreign`. Loading goes: read and convert, compare
-with the model, put channels in order, fold class rows, fit, refuse or load.
+`save_weights`). Other people's checkpoints are read by `other_libraries`. Loading goes: read and convert,
+compare with the model, put channels in order, fold class rows, fit, refuse or load.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def weights_file(source: str | Path) -> Path:
 
 
 def read_weights(source: str | Path) -> Checkpoint:
-    """A checkpoint by this package's names; other people's are converted, see `foreign`."""
+    """A checkpoint by this package's names; other people's are converted, see `other_libraries`."""
     if str(source).startswith(TIMM):
         return read_timm(str(source).removeprefix(TIMM))
     return read_file(weights_file(source))
@@ -140,8 +140,8 @@ def load_weights(
 
     Args:
         model: any model with an `encoder` (MAE, classifier, UNETR), or one that `save_weights` wrote.
-        source: "timm:NAME" (downloaded by timm), run folder, safetensors file, or a checkpoint that `foreign`
-            knows.
+        source: "timm:NAME" (downloaded by timm), run folder, safetensors file, or a checkpoint that
+            `other_libraries` knows.
         require: every tensor of the model whose name starts so must be loaded; "" requires all (to evaluate).
         adapt: also fit a patch embedding of other channels, or of 2D into 3D, as for weights of natural
             images.

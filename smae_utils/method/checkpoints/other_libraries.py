@@ -213,9 +213,8 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
         what = f"it wants to run {wanted[1]}" if wanted else "it is no checkpoint of tensors, or damaged"
         advice = "Only tensors and plain values are read; ask its maker for safetensors"
         raise UserError(f"{file} was not loaded: {what}. {advice}") from None
-    except (
-        Exception
-    ) as error:  # whatever a damaged file makes torch's reader stumble over; it executes nothing
+    # Whatever a damaged file makes torch's reader stumble over; it executes nothing.
+    except Exception as error:
         line = " ".join(str(error).split())[:160]
         raise UserError(
             f"{file} is no whole PyTorch checkpoint ({line}): copy or download it again"
@@ -244,9 +243,8 @@ def convert(tensors: dict[str, Tensor], source: str) -> Checkpoint:
         UserError: if two different tensors get one name, as a student's and a teacher's do.
     """
     if any("patch_embedding." in name for name in tensors):
-        used = {
-            name: value for name, value in tensors.items() if "cross_attn" not in name
-        }  # that branch is not
+        # That branch is not.
+        used = {name: value for name, value in tensors.items() if "cross_attn" not in name}
         return Checkpoint(_renamed(used, MONAI_BLOCK, MONAI_NAMES, source), None, MONAI_EPS, False)
     if any("layernorm_before." in name for name in tensors):
         out = _joined_qkv(_renamed(tensors, TRANSFORMERS_BLOCK, TRANSFORMERS_NAMES, source))

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from smae_utils.whole import new_file
+from smae_utils.atomic import new_file
 
 WEIGHTS = "model.safetensors"
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -13,31 +13,59 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor, nn
+from torch import Tensor
 
 from smae_utils.data.batches import read_case, read_middle
 from smae_utils.data.case import Case
+from smae_utils.data.crops import plain
 from smae_utils.data.tasks import Task
+from smae_utils.data.transforms import prepare
 from smae_utils.method.patches import patchify
-from smae_utils.work.build import build_transform
-from smae_utils.work.settings import Settings
+from smae_utils.method.vit import ViTEncoder
 
 # A patch counts as a class when so much of it is.
 SHARE = 0.3
 
 
-Tokens = tuple[np.ndarray, np.ndarray]  # (N, D) tokens, (N, classes) labels: 1, 0, or NaN where nobody knows
+# (N, D) tokens, (N, classes) labels: 1, 0, or NaN where nobody knows.
+Tokens = tuple[np.ndarray, np.ndarray]
 
 
-def read_tokens(task: Task, settings: Settings, encoder: nn.Module, cases: list[Case]) -> Tokens:
+def probe(
+    task: Task, encoder: ViTEncoder, cases: list[Case], spacing_mm: Sequence[float] = (), most: int = 60
+) -> float:
+    """Mean AUC of a linear probe (see `linear_probe`) on the last third of the patients of some cases, fitted
+    on the others.
+
+    Args:
+        encoder: a `ViTEncoder`, trained or not.
+        spacing_mm: voxel size that scans are resampled to; empty: the task's own.
+        most: so many cases at most, of segmentation a fifth of them.
+
+    Returns:
+        NaN where there are too few patients, or no class with both outcomes in both parts.
+    """
+    cases = cases[: most if task.kind == "classification" else most // 5]
+    patients = list(dict.fromkeys(case["patient"] for case in cases))
+    held_out = set(patients[len(patients) - max(1, len(patients) // 3) :])
+    fitted = [case for case in cases if case["patient"] not in held_out]
+    scored = [case for case in cases if case["patient"] in held_out]
+    return linear_probe(*(read_tokens(task, encoder, part, spacing_mm) for part in (fitted, scored)))
+
+
+def read_tokens(
+    task: Task, encoder: ViTEncoder, cases: list[Case], spacing_mm: Sequence[float] = ()
+) -> Tokens:
     """Tokens of an encoder and the labels that belong to them.
 
     Masks: is more than `SHARE` of a patch this class, for each token; windows lie at both ends of each axis,
-    so that one place in a window is
-    several in the scan. Classes of whole images: the mean of an image's tokens.
+    so that one place in a window is several in the scan. Classes of whole images: the mean of an image's
+    tokens.
     """
+    rows: list[tuple[np.ndarray, np.ndarray]] = []
     with torch.inference_mode():
-        rows = [row for case in cases for row in _rows(task, settings, encoder.eval(), case)]
+        for case in cases:
+            rows += _rows(task, encoder.eval(), case, spacing_mm)
     tokens, labels = zip(*rows) if rows else ([np.empty((0, 0))], [np.empty((0, 0))])
     return np.concatenate(tokens), np.concatenate(labels)
 
@@ -70,28 +98,30 @@ def effective_rank(tokens: np.ndarray) -> float:
     return float(np.exp(-(shares * np.log(shares.clip(1e-12))).sum()))
 
 
-def _windows(task: Task, settings: Settings, case: Case) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Images (C, *crop_size) of a case, and label numbers (1, *crop_size) where it has a mask."""
+def _windows(
+    task: Task, case: Case, size: Sequence[int], spacing_mm: Sequence[float]
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Images (C, *size) of a case, and label numbers (1, *size) where it has a mask."""
     masked = task.kind == "segmentation" and "label" in case
-    transform, size = build_transform(task, settings, with_label=masked), settings.crop_size
+    transform = prepare(task, masked, spacing_mm, size)
     if task.whole:
         yield read_middle(transform, case, size, whole=True)
         return
     sample = read_case(transform, case)
-    image, label = (sample[key].as_tensor() if key in sample else None for key in ("image", "label"))
+    image, label = plain(sample["image"]), plain(sample["label"]) if masked else None
     ends = [sorted({0, n - c}) for n, c in zip(image.shape[1:], size)]
     for corner in itertools.product(*ends):
         box = (slice(None), *(slice(o, o + c) for o, c in zip(corner, size)))
-        yield image[box], label[box] if masked else None
+        yield image[box], None if label is None else label[box]
 
 
 def _rows(
-    task: Task, settings: Settings, encoder: nn.Module, case: Case
+    task: Task, encoder: ViTEncoder, case: Case, spacing_mm: Sequence[float]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Tokens (N, D) and labels (N, classes; NaN: unknown) of each window."""
-    for image, label in _windows(task, settings, case):
+    for image, label in _windows(task, case, encoder.img_size, spacing_mm):
         tokens = encoder(image[None])[0][0, encoder.prefix_tokens :].numpy()
-        if task.kind == "classification":
+        if label is None:
             yield tokens.mean(0, keepdims=True), np.asarray(case["label"], float)[None]
         else:
             masks = [torch.from_numpy(mask).float() for mask in task.class_masks(label.numpy())]
