@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from tools import speed
+from tools import memory, speed
 from tools.speed_works import AS_IT_COMES, Work, step_of
 
 
@@ -63,3 +65,11 @@ def test_rows_of_other_works_stay_with_what_says_how_they_were_made(tmp_path, mo
     assert dict(zip(table.work, table.ratio_median)) == {"one": 1.0, "two": 3.0}
     text = (tmp_path / "speed.csv").read_text()
     assert "--repeats 1\n" in text and "--repeats 2 --only 'two'" in text and text.count("\none,") == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells it")
+def test_the_highest_memory_of_a_call_is_counted_from_where_it_began(monkeypatch):
+    work = Work("one", "peer", lambda _: torch.ones(50_000_000).sum(), lambda _: torch.ones(10).sum())
+    monkeypatch.setattr(memory, "WORKS", {"one": lambda: work})
+    assert memory.peak_gb("one", "ours", "fp32") == pytest.approx(0.2, abs=0.03)
+    assert memory.peak_gb("one", "theirs", "fp32") < 0.03

@@ -38,11 +38,13 @@ def _parser() -> argparse.ArgumentParser:
         "benchmark",
         _benchmark,
         "two steps of each paper preset at batch 1 on full-size phantoms; the explorer's speed; speed "
-        "beside MONAI; or one and two processes",
+        "or memory beside MONAI; or one and two processes",
     )
-    command.add_argument("--what", choices=["paper", "explorer", "speed", "processes"], default="paper")
+    command.add_argument(
+        "--what", choices=["paper", "explorer", "speed", "memory", "processes"], default="paper"
+    )
     command.add_argument("--repeats", type=int, default=5, help="of speed: pairs of calls")
-    command.add_argument("--only", default="", help="of speed: works whose name begins so")
+    command.add_argument("--only", default="", help="of speed and memory: works whose name begins so")
     command.add_argument("--task", nargs="*", default=[])
     command.add_argument("--out", type=Path, default=Path("build/benchmark"))
 
@@ -179,6 +181,10 @@ def _benchmark(args) -> None:
         from tools.speed import benchmark_speed
 
         benchmark_speed(args.out, args.repeats, args.only)
+    elif args.what == "memory":
+        from tools.memory import benchmark_memory
+
+        benchmark_memory(args.out, args.only)
     else:
         benchmark(args.out, args.task)
 

@@ -259,6 +259,13 @@ def speed_block(root: Path) -> str:
     return _table(text.replace("nan", "")) + "\n" + _facts(file)
 
 
+def memory_block(root: Path) -> str:
+    """Table of `results/bench/memory.csv`."""
+    file = root / "results" / "bench" / "memory.csv"
+    text = pd.read_csv(file, comment="#").map(lambda v: f"{v:.3g}" if isinstance(v, float) else v)
+    return _table(text) + "\n" + _facts(file)
+
+
 def processes_block(root: Path) -> str:
     """Table of `results/bench/processes.csv`."""
     file = root / "results" / "bench" / "processes.csv"
@@ -292,7 +299,7 @@ BLOCKS: dict[str, dict[str, Callable[[Path], str]]] = {
     "docs/demo.md": {"demo": demo_block, "real": partial(demo_block, name="hippocampus")},
     "docs/real_data.md": {"paper": paper_block},
     "docs/explorer.md": {"explorer": explorer_block},
-    "docs/speed.md": {"speed": speed_block},
+    "docs/speed.md": {"speed": speed_block, "memory": memory_block},
     "docs/faults.md": {"faults": faults_block},
     "docs/processes.md": {"processes": processes_block},
     "docs/evidence.md": {
