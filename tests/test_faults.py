@@ -12,7 +12,7 @@ import pytest
 
 from smae_utils.atomic import new_file
 from smae_utils.errors import UserError
-from tools import faults
+from tools import fault_works, faults
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in Linux's /proc")
 ONE_PROCESS = ("pretrain", "finetune", "evaluate", "predict")
@@ -44,7 +44,7 @@ def test_a_result_that_differs_or_a_file_that_is_left_counts_as_wrong(tmp_path):
     assert right.right
     for wrong in ({"again": 2}, {"equal": False}, {"left_behind": "run/.lock"}, {"orphans": 1}):
         assert not faults.Tried(**{**vars(right), **wrong}).right
-    work = faults.Work(["predict"], lambda place: "this", forks=False)
+    work = fault_works.Work(["predict"], lambda place: "this", forks=False)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".part_mask.nii.gz").touch()
     tried = faults._again(right, work, tmp_path, wanted="that")

@@ -8,62 +8,27 @@ on the work.
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import nbformat
 import pandas as pd
-from safetensors import safe_open
 
 from smae_utils.atomic import write_text
 from smae_utils.errors import UserError
 from smae_utils.work.provenance import provenance
+from tools.fault_works import Work, end, last_line, prepare, start
 
-TINY = """
-all:
-  {crop_size: [24, 24, 24], spacing_mm: [7.0, 7.0, 7.0], patch_size: 8, embed_dim: 48, depth: 3, num_heads: 2}
-pretrain: {decoder_embed_dim: 24, decoder_depth: 1, decoder_num_heads: 2, steps: 30, batch_size: 2}
-finetune: {feature_size: 4, steps: 20, batch_size: 2, overlap: 0.25}
-"""
-STAGES = ["log_every=1", "save_every=2", "val_every=5"]
-NOTEBOOK = """
-from smae_utils import pretrain
-changes = {"seed": seed, "save_every": 2, "val_every": 5}
-pretrain(task, data_dir, f"{run_dir}/pretrain", preset, changes, resume=True)
-"""
-PARAMETERS = 'task: str = ""\ndata_dir: str = ""\nrun_dir: str = ""\npreset: str = ""\nseed: int = 0'
-PATIENCE = 300.0  # seconds that a work may take
 WORKS = ("pretrain", "finetune", "evaluate", "predict", "batch")
 DISK_MB = 64
 LEFT_BEHIND = ("*.part", ".part_*", "*.new", "*.old", ".lock", "*.lock", "*.tmp")
-
-
-@dataclass(frozen=True)
-class Work:
-    """Something that may be killed.
-
-    Attributes:
-        words: of the command line, with PLACE for the folder that it writes to.
-        before: what has to be in that folder, copied there.
-        result: digest of what came out.
-        forks: whether it is one process, started as a fork of this one.
-    """
-
-    words: list[str]
-    result: Callable[[Path], str]
-    before: Path | None = None
-    forks: bool = True
 
 
 @dataclass
@@ -111,7 +76,7 @@ def try_faults(
     out = Path(out).resolve()
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    all_works, rng, rows = _prepare(out), random.Random(seed), []
+    all_works, rng, rows = prepare(out), random.Random(seed), []
     undisturbed = {name: _undisturbed(all_works[name], out / f"plain-{name}") for name in works}
     for kind, trials in (("kill", kills), ("full disk", full_disks)):
         for number in range(trials):
@@ -165,162 +130,15 @@ def _write(table: pd.DataFrame, results: Path, command: str) -> None:
     )
 
 
-def _prepare(out: Path) -> dict[str, Work]:
-    """Phantoms, a preset, a notebook, and a run to evaluate and to predict with."""
-    data, preset, notebook = out / "data", out / "tiny.yaml", out / "train.ipynb"
-    # Also imports what the forks need. No training in this process: forks of one that has trained would hang.
-    from smae_utils.phantoms import write_phantoms
-
-    write_phantoms("brats", data, 8, 0, "demo", 1.0)
-    preset.write_text(_preset(), encoding="utf-8")
-    cells = [
-        nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
-        nbformat.v4.new_code_cell(NOTEBOOK),
-    ]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), notebook)
-    batch = f"""
-parameters: {{task: brats, data_dir: "{data}", preset: "{preset}", run_dir: "PLACE/runs-{{seed}}"}}
-cross: {{seed: [0, 1]}}
-runs: {{train: {{notebook: "{notebook}"}}}}
-"""
-    (out / "batch.yaml").write_text(batch, encoding="utf-8")
-    start = ["--task", "brats", "--data", str(data), "--preset", str(preset)]
-    goes_on = ["--out", "PLACE/run", "--resume", "--set", *STAGES]
-    scans = [str(f) for f in sorted((data / "Task01_BrainTumour" / "imagesTr").glob("BRATS_*.nii.gz"))[:3]]
-    tuned = out / "tuned"
-    works = {
-        "pretrain": Work(["pretrain", *start, *goes_on, "num_workers=1"], _weights),
-        "finetune": Work(["finetune", *start, *goes_on], _weights),
-    }
-    if _end(_start(works["finetune"], tuned)) != 0:
-        raise UserError(f"the fine-tuning that is evaluated failed: {_last_line(tuned)}")
-    works["evaluate"] = Work(["evaluate", "PLACE/run"], _scores, before=tuned / "run")
-    works["predict"] = Work(
-        ["predict", str(tuned / "run"), *scans, "--probabilities", "--out", "PLACE/out"], _masks
-    )
-    works["batch"] = Work(
-        ["batch", str(out / "batch.yaml"), "--jobs", "2", "--out", "PLACE/batch"], _weights, forks=False
-    )
-    return works
-
-
-def _preset() -> str:
-    """The tiny settings with those of a stage below `all`, where presets have them."""
-    import yaml
-
-    said = yaml.safe_load(TINY)
-    return yaml.safe_dump({"all": {**said.pop("all"), **said}})
-
-
-# What comes out.
-
-
-def _digest(files: dict[str, bytes]) -> str:
-    return hashlib.sha256(
-        repr([(k, hashlib.sha256(v).hexdigest()) for k, v in sorted(files.items())]).encode()
-    ).hexdigest()
-
-
-def _contents(place: Path, pattern: str) -> dict[str, bytes]:
-    out = {}
-    for file in place.rglob(pattern):
-        content = file.read_bytes()
-        out[str(file.relative_to(place))] = gzip.decompress(content) if file.suffix == ".gz" else content
-    return out
-
-
-def _weights(place: Path) -> str:
-    """Final weights, bit by bit, with what the files say of them, and the losses of each step."""
-    content = {
-        str(f.parent.relative_to(place)): str(
-            pd.read_json(f, lines=True).drop(columns="seconds", errors="ignore").to_dict("list")
-        ).encode()
-        for f in place.rglob("log.jsonl")
-    }
-    for file in place.rglob("model.safetensors"):
-        with safe_open(file, framework="np") as handle:  # the order of entries in the file is not its content
-            tensors = {key: handle.get_tensor(key).tobytes() for key in sorted(handle.keys())}  # noqa: SIM118
-            said = sorted((handle.metadata() or {}).items())
-        content[str(file.relative_to(place))] = repr((_digest(tensors), said)).encode()
-    return _digest(content)
-
-
-def _scores(place: Path) -> str:
-    return _digest(
-        {**_contents(place, "metrics.csv"), **_contents(place / "run" / "predictions", "*.nii.gz")}
-    )
-
-
-def _masks(place: Path) -> str:
-    return _digest({**_contents(place, "*.nii.gz"), **_contents(place, "volumes.csv")})
-
-
 # Starting, killing, waiting.
-
-
-def _start(work: Work, place: Path) -> int:
-    """Start a work in a session of its own; it writes to PLACE/../NAME.log. Returns its process id."""
-    place.mkdir(parents=True, exist_ok=True)
-    if work.before and not (place / work.before.name).exists():
-        shutil.copytree(work.before, place / work.before.name)
-    words = [w.replace("PLACE", str(place)) for w in work.words]
-    if work.words[0] == "batch":
-        file = place.with_name(place.name + ".yaml")
-        file.write_text(
-            Path(words[1]).read_text(encoding="utf-8").replace("PLACE", str(place)), encoding="utf-8"
-        )
-        words[1] = str(file)
-    log = os.open(place.with_name(place.name + ".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    if not work.forks:
-        return subprocess.Popen(
-            [sys.executable, "-m", "smae_utils", *words], stdout=log, stderr=log, start_new_session=True
-        ).pid
-    pid = os.fork()
-    if pid == 0:
-        code = 70
-        try:
-            os.setsid()
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            import torch
-
-            from smae_utils.cli import main
-
-            torch.set_num_threads(1)
-            code = main(words)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    os.close(log)
-    return pid
-
-
-def _end(pid: int) -> int:
-    """Exit code of a process, or minus the signal that ended it."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return -signal.SIGALRM
-
-
-def _last_line(place: Path) -> str:
-    log = place.with_name(place.name + ".log")
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
-    return lines[-1][:300] if lines else ""
 
 
 def _undisturbed(work: Work, place: Path) -> tuple[str, float, int]:
     """Result, seconds, and bytes on the disk."""
     begin = time.monotonic()
-    if code := _end(_start(work, place)):
+    if code := end(start(work, place)):
         raise UserError(
-            f"{' '.join(work.words[:1])} fails undisturbed (exit code {code}): {_last_line(place)}"
+            f"{' '.join(work.words[:1])} fails undisturbed (exit code {code}): {last_line(place)}"
         )
     return (
         work.result(place),
@@ -331,7 +149,7 @@ def _undisturbed(work: Work, place: Path) -> tuple[str, float, int]:
 
 def _killed(name: str, work: Work, place: Path, wanted: str, seconds: float, rng: random.Random) -> Tried:
     moment = rng.random()
-    pid = _start(work, place)
+    pid = start(work, place)
     deadline = time.monotonic() + moment * seconds
     code = None
     while code is None and time.monotonic() < deadline:
@@ -349,7 +167,7 @@ def _killed(name: str, work: Work, place: Path, wanted: str, seconds: float, rng
                 os.kill(victim, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-        code = _end(pid)  # the runner of a batch whose run was killed goes on
+        code = end(pid)  # the runner of a batch whose run was killed goes on
     ended = "killed" if code == -signal.SIGKILL else str(code)
     return _again(Tried(name, "kill", moment, ended, 0, False), work, place, wanted)
 
@@ -359,8 +177,8 @@ def _again(tried: Tried, work: Work, place: Path, wanted: str) -> Tried:
     _wait_until_alone(place)
     # Predict refuses to overwrite what is whole.
     if work.words[0] != "predict" or not (place / "out").exists():
-        tried.again = _end(_start(work, place))
-    tried.said = _last_line(place) if tried.again else ""
+        tried.again = end(start(work, place))
+    tried.said = last_line(place) if tried.again else ""
     tried.orphans = len(_wait_until_alone(place))
     tried.equal = work.result(place) == wanted
     left = {str(f.relative_to(place)) for pattern in LEFT_BEHIND for f in place.rglob(pattern)}
@@ -434,10 +252,10 @@ def _on_a_full_disk(name: str, work: Work, place: Path, wanted: str, size: int, 
         ballast = place / "ballast"
         with ballast.open("wb") as handle:
             os.posix_fallocate(handle.fileno(), 0, max(4096, status.f_bavail * status.f_frsize - room))
-        code = _end(_start(work, place))
+        code = end(start(work, place))
         ballast.unlink()
         tried = Tried(name, "full disk", moment, str(code), 0, False)
         if code not in (0, 2):  # what is full is told in a line, and is no fault of the package
-            tried.left_behind = f"exit code {code}: {_last_line(place)}"
+            tried.left_behind = f"exit code {code}: {last_line(place)}"
             return tried
         return _again(tried, work, place, wanted)

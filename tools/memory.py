@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +17,7 @@ from tools.speed import WORKS
 from tools.speed_works import AS_IT_COMES
 
 COLUMNS = ["work", "subject", "peer", "subject_gb", "peer_gb", "ratio"]
-MEASURED = ("mae 96^3 x 1, mask .75", "unetr 96^3 x 1", "unetr 128^3 x 4", "sliding window 512 x 512 x 150")
+MEASURED = ("mae 96^3 x 1, mask .75", "unetr 96^3 x 1", "sliding window 512 x 512 x 150")
 
 
 def benchmark_memory(out: str | Path, only: str = "") -> pd.DataFrame:
@@ -48,9 +49,7 @@ def benchmark_memory(out: str | Path, only: str = "") -> pd.DataFrame:
         work = WORKS[name]()
         same = auto if auto in work.precisions else "fp32"
         for mine, other in ((auto, AS_IT_COMES), (same, same)):
-            own, peer = (
-                _alone(name, side, precision) for side, precision in (("ours", mine), ("theirs", other))
-            )
+            own, peer = _alone(name, "ours", mine), _alone(name, "theirs", other)
             figures = (float(f"{v:.3g}") for v in (own, peer, peer / own))
             rows.append((work.name, f"smae_utils {mine}", f"{work.peer} {other}", *figures))
             print(*rows[-1], flush=True)
@@ -60,6 +59,7 @@ def benchmark_memory(out: str | Path, only: str = "") -> pd.DataFrame:
     return table
 
 
+@cache
 def _alone(name: str, side: str, precision: str) -> float:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(peak_gb, (name, side, precision))
