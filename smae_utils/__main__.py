@@ -1,3 +1,5 @@
+"""`python -m smae_utils COMMAND` is the same as `smae COMMAND`."""
+
 from smae_utils.cli import main
 
 if __name__ == "__main__":

@@ -21,14 +21,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser, add = command_line("smae", "Self pre-training with masked autoencoders for medical images.")
     parser.add_argument("--version", action=Version, nargs=0, help="show the version and stop")
 
-    command = add("phantom", _phantom, "write a drop-in for a real download", "data")
+    command = add("phantom", _phantom, "write synthetic scans in the layout of a real download", "data")
     command.add_argument("--task", required=True, help="btcv, cxr14 or brats")
     command.add_argument("--out", required=True, type=Path, help="folder to make")
     command.add_argument("--n", required=True, type=int, help="number of scans")
     command.add_argument("--seed", type=int, default=0, help="draws the patients")
     command.add_argument("--size", default="demo", help="demo or full")
     command.add_argument(
-        "--context", type=float, default=1.0, help="share of structures that follow the patient's latents"
+        "--context",
+        type=float,
+        default=1.0,
+        help="how far one structure of a phantom tells of the others: 1 as much as there is, 0 not at all",
     )
 
     for name, function, text in (
@@ -37,7 +40,9 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         command = add(name, function, text, "training")
         command.add_argument(
-            "--task", required=True, help="cxr14, btcv, brats, or a list file (.json, .csv) of your own scans"
+            "--task",
+            required=True,
+            help="cxr14, btcv, brats, hippocampus, or a list file (.json, .csv) of your own scans",
         )
         command.add_argument(
             "--data",
@@ -60,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
         )
         start = {
             "pretrain": "weights to go on from: the encoder, and the decoder where it fits",
-            "finetune": "where the encoder comes from",
+            "finetune": "where the weights of the encoder come from",
         }
         command.add_argument(
             "--init", default="scratch", metavar="scratch|RUN|FILE|timm:NAME", help=start[name]
@@ -85,7 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
         default="",
         help="folder of a task's download; of a list file: what its paths are relative to",
     )
-    command.add_argument("--preset", default="small", help="whose cost to estimate")
+    command.add_argument("--preset", default="small", help="preset whose time and memory are estimated")
 
     command = add("evaluate", _evaluate, "score a fine-tuned run on the test cases", "training")
     command.add_argument("run", type=Path, metavar="RUN", help="run folder of a fine-tuning")
@@ -107,14 +112,16 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--occlusion",
         action="store_true",
-        help="draw which places speak for the likeliest finding (radiographs)",
+        help="draw which places speak for the likeliest class (2D images)",
     )
 
     command = add(
         "download", _download, "fetch a public data set: the only command that uses the network", "data"
     )
-    command.add_argument("name", metavar="hippocampus|brats|chestmnist")
-    command.add_argument("--size", type=int, default=64, help="pixels of chestmnist: 64, 128 or 224")
+    command.add_argument("name", metavar="hippocampus|brats|chestmnist", help="which data set")
+    command.add_argument(
+        "--size", type=int, default=64, help="edge of chestmnist's images in pixels: 64, 128 or 224"
+    )
     command.add_argument("--out", required=True, type=Path, help="folder to put it into")
 
     command = add(
@@ -147,7 +154,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar=("NAME", "VALUE"),
-        help="of its `parameters` cell; may be given again",
+        help="value for a parameter of its `parameters` cell; may be given again",
     )
     command.add_argument(
         "--out",
@@ -166,11 +173,17 @@ def make_parser() -> argparse.ArgumentParser:
         help="FILE.yaml to run; or: status OUT, collect OUT",
     )
     command.add_argument("--out", type=Path, help="folder of the batch; runs/batch-FILE when left out")
-    command.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
-    command.add_argument("--gpus", nargs="+", default=[], help="numbers of GPUs, one for each run at a time")
+    command.add_argument(
+        "--jobs", type=int, help="runs at a time, which share the cores; one for each GPU, else one"
+    )
+    command.add_argument("--gpus", nargs="+", default=[], help="GPUs by number, one for each run at a time")
     command.add_argument("--backend", default="local", help="local, or slurm for jobs of a cluster")
     command.add_argument(
-        "--slurm", nargs="+", default=[], metavar="key=value", help="timeout_min=60 slurm_partition=gpu ..."
+        "--slurm",
+        nargs="+",
+        default=[],
+        metavar="key=value",
+        help="what jobs ask for, as submitit calls it: timeout_min=60 slurm_partition=gpu ...",
     )
 
     command = add("settings", _settings, "every setting: default, unit, bounds, what it does", "training")
@@ -293,7 +306,8 @@ def _batch(args) -> None:
     if more:
         raise UserError(f"batch takes one YAML file, got {' '.join(args.words)}")
     out = args.out or work_root() / "runs" / f"batch-{Path(word).stem}"
-    run_batch(word, out, args.jobs, args.gpus, args.backend, parse_overrides(args.slurm))
+    jobs = max(1, len(args.gpus)) if args.jobs is None else args.jobs
+    run_batch(word, out, jobs, args.gpus, args.backend, parse_overrides(args.slurm))
     print(f"all runs are done; batch collect {out} writes their figures and a page")
 
 

@@ -13,7 +13,13 @@ FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the numbers that everybody writes."""
+    """YAML with the numbers that everybody writes, in which a name twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [k.value for k, _ in node.value if k.tag != "tag:yaml.org,2002:merge"]
+        if twice := next((n for i, n in enumerate(names) if n in names[:i]), None):
+            raise yaml.YAMLError(f"{twice!r} stands twice in one mapping, line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -20,6 +20,7 @@ from smae_utils.batch.plan import read_batch
 from smae_utils.batch.run import run_batch
 from smae_utils.batch.runs import Batch, execute
 from smae_utils.errors import UserError
+from smae_utils.locks import held
 
 # Writes a line when it begins and one when it is through, so that a test can count.
 CODE = """
@@ -110,6 +111,12 @@ def test_notebooks_of_the_package_run_in_folders_that_are_told_apart(write):
         ("runs: {a: {notebook: NOTE, after: b}, b: {notebook: NOTE, after: a}}", "in a circle"),
         ("runs: {a: {notebook: NOTE}, A: {notebook: NOTE}}", "two runs would be called"),
         ("runs: {a: {notebook: NOTE, parameters: {name: '{who}'}}}", "which is no other parameter"),
+        ("runs: {a: {notebook: NOTE, parameters: {name: '{seed.x}'}}}", "which is no other parameter"),
+        ("runs: {a: {notebook: 3}}", "expected a path or a name, got 3"),
+        ("runs: {a: {notebook: NOTE, after: 3}}", "waits for '3'"),
+        ("runs: {a: {notebook: NOTE}, a: {notebook: NOTE}}", "'a' stands twice"),
+        ("runs: {../x: {notebook: NOTE}}", "cannot be the name of a run's folder"),
+        ("runs: {batch.json: {notebook: NOTE}}", "cannot be the name of a run's folder"),
         ("runs: []", "is no batch"),
         ("runs: [", "is no YAML file"),
         (
@@ -126,6 +133,29 @@ def test_what_cannot_run_is_refused_before_anything_starts(write, tmp_path, text
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"jobs": 0}, "at least 1"),
+        ({"backend": "cloud"}, "unknown backend 'cloud'"),
+        ({"gpus": ["-1"]}, "'-1' is no GPU"),
+        ({"gpus": ["0", "0"]}, "names a GPU twice"),
+        ({"slurm": {"timeout_min": 1}}, "--slurm for --backend slurm"),
+    ],
+)
+def test_a_place_that_cannot_execute_is_refused(write, tmp_path, how, words):
+    with pytest.raises(UserError, match=words):
+        run_batch(write("runs: {a: {notebook: NOTE}}"), tmp_path / "out", **how)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_runner_of_one_folder_is_refused(write, tmp_path):
+    (tmp_path / "out").mkdir()
+    with held(tmp_path / "out" / ".lock"), pytest.raises(UserError, match="is being run by another process"):
+        run_batch(write("runs: {a: {notebook: NOTE}}"), tmp_path / "out")
+    assert not (tmp_path / "out" / "batch.json").exists()
+
+
 def test_a_batch_runs_once_shares_cores_and_gpus_and_is_collected(write, tmp_path, capsys):
     text = TWO.replace("where: WHERE", "where: WHERE, seconds: 1")
     states = run_batch(write(text), tmp_path / "out", jobs=2, gpus=["4", "5"])
@@ -239,12 +269,13 @@ def test_a_slurm_job_that_could_not_be_launched_is_taken_back_and_one_that_is_he
         def cancel(self, check):
             self.cancelled = True
 
-    queue = "7_0 None\n7_1 launch failed requeued held\n7_2 JobHeldUser\n8_0 Priority\n"
+    queue = "7_0 RUNNING JobHeldAdmin\n7_1 PENDING launch failed requeued held\n7_2 PENDING JobHeldUser\n"
+    queue += "7_3 PENDING Priority\n"
     answer = subprocess.CompletedProcess([], 0, stdout=queue)
     monkeypatch.setattr(slurm.subprocess, "run", lambda *_, **__: answer)
     monkeypatch.setattr(slurm, "ASK_EVERY", 0.0)
     said, place = [], object.__new__(slurm.SlurmJobs)
-    jobs = {name: Job(i) for i, name in enumerate(["runs", "broken", "held", "over"])}
+    jobs = {name: Job(i) for i, name in enumerate(["runs", "broken", "held", "waits", "over"])}
     place.report, place.jobs, place.told, place.asked = said.append, dict(jobs), set(), 0.0
     assert place.ended() == ["broken", "over"] and place.ended() == []
     assert [name for name, job in jobs.items() if job.cancelled] == ["broken"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import MODEL, STAGE, TASK
 
-from smae_utils.data.batches import Crops, Steps, training_loader
+from smae_utils.data.batches import Crops, Steps, in_order, training_loader
 from smae_utils.data.store import Store
 from smae_utils.data.tasks import get_task
 from smae_utils.errors import UserError
@@ -66,6 +66,12 @@ def test_another_preparation_and_a_changed_file_are_made_anew(btcv, tmp_path):
     before = store.file(case)
     os.utime(file, ns=(1, 1))
     assert store.file(case) != before
+    pair = {"case": "pair", "patient": "", "image": str(tmp_path / "scan.mhd")}
+    for ending in ("mhd", "raw"):
+        (tmp_path / f"scan.{ending}").write_bytes(b"1")
+    before = store.file(pair)
+    (tmp_path / "scan.raw").write_bytes(b"22")  # the header alone says nothing of the voxels
+    assert store.file(pair) != before
     folder = tmp_path / "dicom"
     folder.mkdir()
     case["image"] = f"{folder}#1.2"
@@ -159,3 +165,17 @@ def test_scans_that_do_not_fit_into_memory_are_told_of_the_store(monkeypatch):
     assert any("0.0 GB for scans that are kept" in line for line in stored) and "FOLDER" not in " ".join(
         stored
     )
+
+
+def test_scans_that_are_kept_are_read_once_and_others_in_their_order_by_loading_processes(btcv):
+    kept, _ = scans_of("finetune", btcv)
+    prepared, made = kept._prepared, []
+    kept._prepared = lambda case: made.append(case["case"]) or prepared(case)
+    names = [case["case"] for case in kept.cases]
+    for _ in range(2):
+        assert [batch[0]["case"] for batch in in_order(kept, list, num_workers=2)] == names
+    assert made == names
+    before = torch.get_rng_state()
+    others, _ = scans_of("finetune", btcv, cache_rate=0.0)
+    assert [batch[0]["case"] for batch in in_order(others, list, num_workers=2)] == names
+    assert torch.equal(torch.get_rng_state(), before)

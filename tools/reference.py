@@ -70,15 +70,15 @@ def _wrapped(text: str) -> str:
 
 
 def modules_block(root: Path) -> str:
-    """Each module with the first sentence of its docstring, a list a folder."""
+    """Each module of the package and of `tools` with the first sentence of its docstring, a list a folder."""
     folders: dict[str, list[str]] = {}
-    for file in sorted((root / "smae_utils").rglob("*.py")):
+    for file in sorted(f for top in ("smae_utils", "tools") for f in (root / top).rglob("*.py")):
         text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-        sentence = re.split(r"(?<=\.)\s", " ".join(text.split()), maxsplit=1)[0]
+        sentence = re.split(r"(?<=\.)(?<!al\.)\s", " ".join(text.split()), maxsplit=1)[0]
         folder = file.parent.relative_to(root).as_posix()
         if file.name == "__init__.py":
             folders[folder] = [f"## {folder}\n\n{sentence}\n", *folders.get(folder, [])]
-        elif sentence:
+        else:
             folders.setdefault(folder, []).append(f"* `{file.stem}`: {sentence}")
     return "\n\n".join("\n".join(lines) for _, lines in sorted(folders.items()))
 

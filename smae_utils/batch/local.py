@@ -31,6 +31,10 @@ class LocalProcesses:
         self.slots = min(jobs, len(gpus)) if gpus else jobs
         self.processes: dict[str, tuple[subprocess.Popen, IO, str]] = {}
 
+    def taken_over(self) -> list[str]:
+        """Runs that an earlier runner left: none, for they end with it."""
+        return []
+
     def start(self, names: Sequence[str]) -> list[str]:
         """Start as many of these as there is room for: their names."""
         started = []

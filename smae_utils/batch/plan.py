@@ -17,6 +17,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -34,6 +35,8 @@ from smae_utils.yaml_text import read_yaml
 
 TOP = ("parameters", "cross", "runs")
 OF_A_RUN = ("notebook", "parameters", "cross", "after")
+# Of a run's folder, beside what a batch writes itself.
+NAME = re.compile(r"(?!(?:slurm|batch\.json|results\.csv|index\.html)$)\w[\w .+-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,9 @@ class Planned:
         with another key is not done.
         """
         file = self.notebook
-        content = _hash_of(file, file.stat().st_mtime_ns) if file else self.function
+        content = self.function
+        if file:
+            content = _hash_of(file, file.stat().st_mtime_ns) if file.is_file() else "gone"
         said = [content, self.parameters, _version()]
         return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -109,8 +114,9 @@ def read_batch(file: str | Path) -> list[Planned]:
     if not isinstance(content, dict) or not isinstance(content.get("runs"), dict) or not content["runs"]:
         raise UserError(f"{path} is no batch: expected 'runs', each with a 'notebook'")
     _known(path, "the batch", content, TOP)
-    groups = {str(name): _expand(path, str(name), spec, content) for name, spec in content["runs"].items()}
-    runs = [_joined(path, run, content["runs"][group], groups) for group, of in groups.items() for run in of]
+    specs = {str(name): spec for name, spec in content["runs"].items()}
+    groups = {name: _expand(path, name, spec, content) for name, spec in specs.items()}
+    runs = [_joined(path, run, specs[group], groups) for group, of in groups.items() for run in of]
     _apart(path, runs)
     try:
         order = list(TopologicalSorter({run.name: run.after for run in runs}).static_order())
@@ -141,8 +147,9 @@ def _expand(path: Path, group: str, spec: Any, content: dict) -> list[Planned]:
     """One run for each combination of what a group crosses; whom they wait for is not said yet."""
     spec = _mapping(path, f"run {group}", spec)
     _known(path, f"run {group}", spec, OF_A_RUN)
-    if "notebook" not in spec:
-        raise UserError(f"{path}: run {group} names no 'notebook'")
+    if not isinstance(spec.get("notebook"), str):
+        given = spec.get("notebook")
+        raise UserError(f"{path}: run {group} names no 'notebook': expected a path or a name, got {given!r}")
     try:
         notebook = notebook_path(spec["notebook"]).resolve()
     except UserError as error:
@@ -177,13 +184,15 @@ def _filled(name: str, value: Any, values: dict[str, Any]) -> Any:
         return value
     try:
         return value.format_map({k: v for k, v in values.items() if k != name})
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
         raise UserError(f"{name}: {value!r} names {error}, which is no other parameter of this run") from None
 
 
 def _short(value: Any) -> str:
     """A value as a part of a name of a file."""
-    text = Path(value).stem if isinstance(value, str) else str(value)
+    text = (
+        re.sub(r"\.(ya?ml|json|csv|ipynb)$", "", Path(value).name) if isinstance(value, str) else str(value)
+    )
     return "".join(c if c.isalnum() or c in "._+" else "_" for c in text)
 
 
@@ -191,7 +200,7 @@ def _joined(path: Path, run: Planned, spec: dict, groups: dict[str, list[Planned
     """The run with the names of those that it waits for."""
     after = (spec or {}).get("after") or []
     names: list[str] = []
-    for group in [after] if isinstance(after, str) else after:
+    for group in map(str, after if isinstance(after, list) else [after]):
         if group not in groups:
             raise UserError(
                 f"{path}: run {run.name} waits for {group!r}: expected some of {', '.join(groups)}"
@@ -212,8 +221,16 @@ def _apart(path: Path, runs: list[Planned]) -> None:
     names: dict[str, Planned] = {}
     folders: dict[tuple[str, Path], Planned] = {}
     for run in runs:
+        if not NAME.fullmatch(run.name):
+            raise UserError(
+                f"{path}: {run.name[:120]!r} cannot be the name of a run's folder: expected up to 100 "
+                "letters, digits, spaces, - _ . +, and none of slurm, batch.json, results.csv, index.html"
+            )
         if run.name.casefold() in names:
-            raise UserError(f"{path}: two runs would be called {run.name}: give their groups other names")
+            raise UserError(
+                f"{path}: two runs would be called {run.name}: give their groups, or the values that "
+                "they cross, names that differ"
+            )
         names[run.name.casefold()] = run
         if run.trains_in is None:
             continue

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +15,7 @@ from smae_utils.batch.local import LocalProcesses
 from smae_utils.batch.plan import Planned, read_batch
 from smae_utils.batch.runs import Batch, line_of, reason
 from smae_utils.errors import UserError
+from smae_utils.locks import Timeout, held
 
 POLL = 0.5  # seconds
 BACKENDS = ("local", "slurm")
@@ -21,6 +25,8 @@ ATTEMPTS = 3
 
 class Backend(Protocol):
     """Where runs are executed."""
+
+    def taken_over(self) -> list[str]: ...
 
     def start(self, names: Sequence[str]) -> list[str]: ...
 
@@ -55,7 +61,7 @@ def run_batch(
     Raises:
         UserError: for a batch that cannot run, before anything starts; and at the end when runs failed.
     """
-    check_place(jobs, backend)
+    check_place(jobs, backend, gpus, slurm)
     return run_planned(read_batch(file), out, jobs, gpus, backend, slurm, report)
 
 
@@ -71,6 +77,26 @@ def run_planned(
 ) -> dict[str, str]:
     """As `run_batch`, with runs that need no file; `done` gets each as it is done, with its name."""
     batch = Batch(Path(out).absolute(), tuple(runs))
+    batch.out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:  # one that plans otherwise would change the runs of the first below its feet
+            stack.enter_context(held(batch.out / ".lock", timeout=0))
+        except Timeout:
+            raise UserError(
+                f"{out} is being run by another process: wait for it, or choose another --out"
+            ) from None
+        return _run(batch, jobs, gpus, backend, slurm, report, done)
+
+
+def _run(
+    batch: Batch,
+    jobs: int,
+    gpus: Sequence[str],
+    backend: str,
+    slurm: dict[str, Any] | None,
+    report: Callable[[str], None],
+    done: Callable[[Batch, str], None] | None,
+) -> dict[str, str]:
     batch.save()
     if backend == "slurm":
         from smae_utils.batch.slurm import SlurmJobs
@@ -86,12 +112,20 @@ def run_planned(
     return states
 
 
-def check_place(jobs: int, backend: str) -> None:
+def check_place(jobs: int, backend: str, gpus: Sequence[str] = (), slurm: Any = None) -> None:
     """Refuse what no batch can be executed by."""
     if jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {jobs}")
     if backend not in BACKENDS:
         raise UserError(f"unknown backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+    if wrong := next((g for g in gpus if not re.fullmatch(r"\d+|(GPU|MIG)-[\w-]+", g)), ""):
+        raise UserError(
+            f"--gpus {wrong!r} is no GPU: expected numbers as 0 1, or names as nvidia-smi -L has them"
+        )
+    if len(set(gpus)) < len(gpus):
+        raise UserError(f"--gpus {' '.join(gpus)} names a GPU twice: two runs on one stall each other")
+    if (gpus and backend != "local") or (slurm and backend != "slurm"):
+        raise UserError(f"--gpus is for --backend local, --slurm for --backend slurm; this is {backend}")
 
 
 def _loop(
@@ -100,7 +134,7 @@ def _loop(
     told: set[str] = set()
     shown = Shown(batch, report)
     attempts = dict.fromkeys((run.name for run in batch.runs), 0)
-    alive: set[str] = set()
+    alive = set(place.taken_over())
     try:
         while True:
             alive.difference_update(place.ended())
@@ -168,7 +202,8 @@ class Shown:
                 self.bars.pop(name).close()
             if state == "running":
                 if name not in self.bars:
-                    place = next(i for i in range(1, 99) if i not in {-b.pos for b in self.bars.values()})
+                    taken = {-bar.pos for bar in self.bars.values()}
+                    place = next(i for i in itertools.count(1) if i not in taken)
                     self.bars[name] = tqdm(bar_format="{desc}", position=place, leave=False)
                 self.bars[name].set_description_str(f"{name}: {line_of(self.batch, name)}")
 

@@ -54,7 +54,7 @@ class Batch:
             for r in self.runs
         ]
         self.out.mkdir(parents=True, exist_ok=True)
-        write_text(self.out / "batch.json", json.dumps({"runs": rows}, indent=1))
+        write_text(self.out / "batch.json", json.dumps({"runs": rows}, indent=1, default=str))
 
     @classmethod
     def open(cls, out: str | Path) -> Batch:
@@ -75,7 +75,10 @@ class Batch:
 
     def of(self, name: str) -> Planned:
         """The run of that name."""
-        return next(run for run in self.runs if run.name == name)
+        for run in self.runs:
+            if run.name == name:
+                return run
+        raise UserError(f"{self.out} has no run {name}: was the batch changed while it ran?")
 
     def states(self) -> dict[str, str]:
         """The state of each run, in the order of the batch."""

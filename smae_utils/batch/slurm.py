@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from smae_utils.atomic import write_text
 from smae_utils.batch.runs import Batch, execute
 from smae_utils.errors import UserError
 
+# Of what waits, reasons that pass by themselves.
+PATIENT = ("None", "Priority", "Resources", "BeginTime", "JobArrayTaskLimit", "Cleaning")
+# So often a job may reach its time limit and go on; submitit's own limit is three.
+MOST_TIMEOUTS = 1000
 # Seconds between two questions to the cluster.
 ASK_EVERY = 5.0
 
@@ -47,7 +53,9 @@ class SlurmJobs:
             raise UserError("--backend slurm needs submitit: pip install 'smae-utils[slurm]'") from None
         self.batch, self.report = batch, report
         try:
-            self.executor = submitit.AutoExecutor(batch.out / "slurm", cluster="slurm")
+            self.executor = submitit.AutoExecutor(
+                batch.out / "slurm", cluster="slurm", slurm_max_num_timeout=MOST_TIMEOUTS
+            )
             self.executor.update_parameters(name="smae", **parameters)
         except (RuntimeError, NameError, TypeError) as error:
             text = " ".join(str(error).split())[:300]
@@ -55,14 +63,31 @@ class SlurmJobs:
                 f"SLURM cannot be used so: {text}. Is sbatch there, and are the names submitit's?"
             ) from None
         self.jobs: dict[str, Any] = {}
-        self.told: set[str] = set()
+        self.told: set[tuple[str, str]] = set()
         self.asked = time.monotonic()
+        self.file = batch.out / "slurm" / "jobs.json"  # for the next runner, where this one is killed
+        known, names = self._known() or {}, {run.name for run in batch.runs}
+        if self.file.is_file():
+            for name, number in json.loads(self.file.read_text(encoding="utf-8")).items():
+                if number in known and name in names:
+                    self.jobs[name] = submitit.SlurmJob(folder=batch.out / "slurm", job_id=number)
+
+    def taken_over(self) -> list[str]:
+        """Runs whose jobs an earlier runner, which was killed, left to the cluster."""
+        return list(self.jobs)
 
     def start(self, names: Sequence[str]) -> list[str]:
         """Submit all of these as one array."""
         if names:
-            jobs = self.executor.map_array(Executed(), [str(self.batch.out)] * len(names), names)
+            from submitit.core.utils import FailedJobError
+
+            try:
+                jobs = self.executor.map_array(Executed(), [str(self.batch.out)] * len(names), names)
+            except FailedJobError as error:
+                text = " ".join(str(error).split())[:300]
+                raise UserError(f"SLURM takes no job: {text}. Look at what --slurm says") from None
             self.jobs.update(zip(names, jobs))
+            write_text(self.file, json.dumps({name: job.job_id for name, job in self.jobs.items()}))
         return list(names)
 
     def ended(self) -> list[str]:
@@ -70,31 +95,42 @@ class SlurmJobs:
         if not self.jobs or time.monotonic() - self.asked < ASK_EVERY:
             return []
         self.asked = time.monotonic()
-        # submitit would ask the accounting of the cluster, which many have not.
-        words = ["squeue", "--me", "--noheader", "--array", "--format=%i %r"]
-        answer = subprocess.run(words, capture_output=True, text=True)
-        if answer.returncode:  # the controller is busy or restarts: ask again later
+        known = self._known()
+        if known is None:
             return []
-        known = dict(line.strip().partition(" ")[::2] for line in answer.stdout.splitlines())
         names = [name for name, job in self.jobs.items() if not self._goes_on(name, job, known)]
         for name in names:
             self.jobs.pop(name)
         return names
 
-    def _goes_on(self, name: str, job: Any, known: Mapping[str, str]) -> bool:
+    def _known(self) -> dict[str, tuple[str, str]] | None:
+        """State and reason of each job of this user; None while the controller is busy or restarts."""
+        # submitit would ask the accounting of the cluster, which many have not.
+        words = ["squeue", "--me", "--noheader", "--array", "--format=%i %T %r"]
+        try:
+            answer = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        except subprocess.TimeoutExpired:
+            return None
+        if answer.returncode:
+            return None
+        lines = (line.strip().split(" ", 2) for line in answer.stdout.splitlines() if line.strip())
+        return {number: (state, why) for number, state, why in lines}
+
+    def _goes_on(self, name: str, job: Any, known: Mapping[str, tuple[str, str]]) -> bool:
         """Whether the cluster will do something with a job; `known` says why a job waits."""
         if job.job_id not in known:
             return False
-        why = known[job.job_id].strip()
+        state, why = known[job.job_id]
+        if state != "PENDING":
+            return True
         if "launch failed" in why.lower():
             self.report(f"{name}: taken back, job {job.job_id} could not be launched on its node ({why})")
             job.cancel(check=False)
             return False
-        if "held" in why.lower() and job.job_id not in self.told:
-            self.told.add(job.job_id)
-            self.report(
-                f"{name}: job {job.job_id} is held ({why}); 'scontrol release {job.job_id}' lets it go"
-            )
+        if why not in PATIENT and (name, why) not in self.told:
+            self.told.add((name, why))
+            free = f"; 'scontrol release {job.job_id}' lets it go" if "held" in why.lower() else ""
+            self.report(f"{name}: job {job.job_id} waits, {why}{free}")
         return True
 
     def stop(self) -> None:

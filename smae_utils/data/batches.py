@@ -293,13 +293,14 @@ def in_order(
 
     Args:
         collate: `batch_size` samples -> what comes out.
-        num_workers: processes that read ahead; 0: this one reads.
+        num_workers: processes that read ahead; 0: this one reads. It also does where scans are kept, which
+            those processes could not hand back.
     """
     return Batches(
         scans,
         batch_size,
         collate_fn=collate,
-        num_workers=num_workers if len(scans) > batch_size else 0,
+        num_workers=0 if scans.limit or len(scans) <= batch_size else num_workers,
         worker_init_fn=_ignore_interrupt,
         generator=torch.Generator(),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from smae_utils.errors import UserError
 from smae_utils.locks import held
 from smae_utils.paths import split_series
 
+HEADERS = (".hdr", ".img", ".mhd", ".nhdr")
 LAYOUT = 1  # raise it when a prepared scan comes to mean something else
 
 
@@ -82,6 +84,11 @@ class Store:
 def _fingerprint(file: str) -> list[Any]:
     """Place, size and time of a file; of a folder, of what is in it."""
     path, series = split_series(file)
-    inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+    if path.is_dir():
+        inside = sorted(path.rglob("*"))
+    elif path.suffix.lower() in HEADERS:  # voxels lie in a file beside it, of the same name
+        inside = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))
+    else:
+        inside = [path]
     states = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in inside if p.is_file()]
     return [str(path.absolute()), series, states]

@@ -44,84 +44,93 @@ class Settings:
     """
 
     # The encoder: the same in both stages, or the weights do not fit.
-    crop_size: tuple[int, ...] = option((96, 96, 96), "input of the network", "voxels or pixels", 1)
+    crop_size: tuple[int, ...] = option((96, 96, 96), "size of the network's input", "voxels or pixels", 1)
     patch_size: int = option(16, "edge of a patch; UNETR needs 4, 8, 16, ...", "voxels or pixels", 1)
     embed_dim: int = option(768, "width of the encoder", least=1)
     depth: int = option(12, "blocks of the encoder", least=1)
     num_heads: int = option(12, "attention heads of the encoder", least=1)
-    class_token: bool = option(True, "a token that stands for the whole image")
+    class_token: bool = option(True, "give the encoder a class token, which stands for the whole image")
     positions: str = option(
         "sincos",
-        "sincos: a fixed table while pre-training, learned from there on; learned: learned in both stages",
+        "sincos: a fixed table in pre-training, trained in fine-tuning; learned: trained in both stages",
         choices=("sincos", "learned"),
     )
     norm_eps: float = option(1e-6, "epsilon of the layer norms; MONAI has 1e-5", "", 0)
     # The data.
     spacing_mm: tuple[float, ...] = option((), "voxel size to resample to; empty: the task's own", "mm", 1e-3)
     split_seed: int = option(
-        0, "draws the held-out cases; apart from seed, so that seeds share their test cases", least=0
+        0, "random seed of the split alone: runs that differ only in seed share their test cases", least=0
     )
     fold: int = option(
         0,
-        "which fold is the test part, where a task has folds; of a list with folds the validation part",
+        "number of the fold that is held out: of a task as its test part, of a list as its validation part",
         least=0,
     )
     test_share: float = option(
         0.0,
-        "share of the labelled patients held out as test cases, where a list has no labelled ones",
+        "share of the labelled patients held out for testing, where a list names no labelled test cases",
         "",
         0,
         0.9,
     )
     train_on_val: bool = option(
-        False, "give the validation cases back for training; nothing can be selected then"
+        False, "train on the validation cases too; no weights can be selected on them then"
     )
     cache_rate: float = option(1.0, "share of the training scans kept in memory after resampling", "", 0, 1)
     store: str = option(
         "",
         "folder in which prepared 3D scans are kept, for all runs; "
-        "only crops are read from it, and cache_rate is of no effect",
+        "a training reads only its crops from there, and cache_rate has no effect",
     )
     num_workers: int = option(0, "processes that load data; 0: the training process itself", least=0)
     flip_prob: float = option(0.2, "probability of a flip, for each axis", "", 0, 1)
     mirror: bool = option(
-        False, "also mirror left-right where labels have sides; elsewhere that is always done"
+        False,
+        "also mirror left-right where labels have sides, as left and right kidney; else that is always done",
     )
     crop_area: tuple[float, ...] = option(
         (0.08, 1.0), "share of a 2D image that a random crop covers, from and to", "", 1e-3, 1
     )
     # The optimiser.
-    seed: int = option(0, "of weights, order, augmentation and masks", least=0)
-    steps: int = option(0, "updates; 0: take epochs", least=0)
-    epochs: int = option(0, "passes over the training scans; 0: take steps", least=0)
-    warmup_steps: int = option(0, "steps of linear warm-up", least=0)
+    seed: int = option(
+        0, "random seed of the first weights, the order of scans, augmentation and masks", least=0
+    )
+    steps: int = option(0, "updates of the weights; 0: as many as epochs say", least=0)
+    epochs: int = option(0, "passes over the training scans; 0: as many as steps say", least=0)
+    warmup_steps: int = option(0, "first steps, in which the learning rate rises to lr", least=0)
     warmup_epochs: int = option(0, "the same in epochs", least=0)
-    batch_size: int = option(6, "scans of a step, over all processes", "scans", 1)
+    batch_size: int = option(6, "scans of a step, of all processes together", "scans", 1)
     accumulate: int = option(
-        1, "parts of a batch that are computed one after the other: less memory for the same step", least=1
+        1, "compute a batch in so many parts, one after the other: less memory for the same step", least=1
     )
     crops_per_scan: int = option(1, "crops of each scan", least=1)
-    lr: float = option(1.5e-4, "learning rate after the warm-up; it falls as a cosine", "", 0)
+    lr: float = option(
+        1.5e-4, "learning rate at the end of the warm-up; from there it falls as a cosine", "", 0
+    )
     base_lr: float = option(
         0.0,
-        "the other way to say it, as in the MAE papers: lr = base_lr * batch_size / 256; 0: take lr",
+        "another way to give lr, as in the MAE papers: lr = base_lr * batch_size / 256; 0: take lr",
         "",
         0,
     )
-    weight_decay: float = option(0.05, "of AdamW, not on norms, biases, tokens and positions", "", 0)
-    betas: tuple[float, ...] = option((0.9, 0.95), "of AdamW", "", 0, 0.999999)
-    clip_grad: float = option(1.0, "largest gradient norm; 0: no clipping", "", 0)
+    weight_decay: float = option(
+        0.05, "weight decay of AdamW; norms, biases, tokens and positions have none", "", 0
+    )
+    betas: tuple[float, ...] = option(
+        (0.9, 0.95), "AdamW's decay of its running means of the gradient and of its square", "", 0, 0.999999
+    )
+    clip_grad: float = option(1.0, "gradients of a larger norm are scaled down to it; 0: never", "", 0)
     precision: str = option(
-        "auto", "auto takes bf16 where the device computes it", choices=("auto", "fp32", "bf16")
+        "auto", "auto: bf16 where the device computes in it, else fp32", choices=("auto", "fp32", "bf16")
     )
     track: tuple[str, ...] = option(
         (), "also log to these, where they are installed: tensorboard (in the run folder), wandb, mlflow"
     )
-    log_every: int = option(50, "a line of progress", "steps", 1)
-    save_every: int = option(500, "a state to go on from", "steps", 1)
-    val_every: int = option(0, "validation; 0: never", "steps", 0)
+    log_every: int = option(50, "between two lines of progress", "steps", 1)
+    save_every: int = option(500, "between two saves of the state that --resume goes on from", "steps", 1)
+    val_every: int = option(0, "between two validations; 0: none", "steps", 0)
     keep_every: int = option(
-        0, "also keep these weights, to watch a network learn; 0: only the last", "steps", 0
+        0, "between weights that are kept, to watch a network learn; 0: only the last", "steps", 0
     )
 
 
@@ -131,13 +140,19 @@ class PretrainSettings(Settings):
 
     mask_ratio: float = option(0.75, "share of the patches that are hidden", "", 0, 1)
     mask_ratio_range: tuple[float, ...] = option(
-        (), "draw the ratio of each step between these two; validation keeps mask_ratio", "", 1e-3, 0.99
+        (),
+        "draw the mask ratio of each step between these two; empty: always mask_ratio, as in validation",
+        "",
+        1e-3,
+        0.99,
     )
     norm_pix_loss: bool = option(
-        True, "predict each patch with its own mean and spread taken out; false: intensities as they are"
+        True,
+        "predict each patch normalised by its own mean and deviation; false: intensities as they are",
     )
     air_loss: bool = option(
-        True, "false: hidden patches of one single value, as air around a body, do not count"
+        True,
+        "false: hidden patches of one single value, such as air around the body, do not count in the loss",
     )
     decoder_embed_dim: int = option(384, "width of the decoder", least=1)
     decoder_depth: int = option(8, "blocks of the decoder", least=1)
@@ -155,45 +170,64 @@ class FinetuneSettings(Settings):
     )
     encoder: str = option(
         "trained",
-        "trained, or frozen: it stays as it started and the decoder or head learns alone",
+        "frozen: the encoder keeps its first weights, only the decoder or head is trained",
         choices=("trained", "frozen"),
     )
     labelled: int = option(
-        0, "fine-tune on so many of the labelled training cases, drawn by seed; 0: all", "cases", 0
+        0, "fine-tune on so many of the labelled training cases, drawn by seed; 0: on all", "cases", 0
     )
     feature_size: int = option(16, "UNETR's channels at full resolution", least=1)
-    image_skip: bool = option(True, "UNETR's connection from the image to the last stage, past the encoder")
+    image_skip: bool = option(
+        True, "keep UNETR's skip connection from the image itself, which goes past the encoder"
+    )
     norm_skips: bool = option(
         False,
-        "norm the hidden states that UNETR's decoder reads: "
-        "a pre-trained encoder's are larger than a random one's",
+        "layer-normalise the hidden states that UNETR's decoder reads: "
+        "those of a pre-trained encoder are larger than those of a random one",
     )
     pool: str = option(
         "cls",
-        "what the classifier reads: the class token, or the mean of the patches",
+        "what the classifier reads. cls: the class token; mean: the mean of the patch tokens",
         choices=("cls", "mean"),
     )
-    drop_path: float = option(0.1, "stochastic depth of the last block; less below", "", 0, 0.99)
-    encoder_lr: float = option(1.0, "factor on the learning rate of the encoder alone", "", 0, 1)
+    drop_path: float = option(
+        0.1,
+        "stochastic depth: probability that a crop skips the last block; less for earlier blocks",
+        "",
+        0,
+        0.99,
+    )
+    encoder_lr: float = option(1.0, "factor on the learning rate, for the encoder alone", "", 0, 1)
     layer_decay: float = option(
-        1.0, "factor on the learning rate for each block further down; 1: the same everywhere", "", 0, 1
+        1.0, "factor on the learning rate from each block to the one below; 1: the same everywhere", "", 0, 1
     )
     ce_weight_power: float = option(
-        0.0, "cross-entropy weighs a class by frequency ** -power; 0: all alike", "", 0
+        0.0,
+        "power p of the class weights frequency ** -p in the cross-entropy; 0: all classes weigh alike",
+        "",
+        0,
     )
     select: str = option(
         "last",
-        "which weights are kept: the last, or the best on the validation cases",
+        "which weights are kept: those of the last step, or the best on the validation cases",
         choices=("last", "best"),
     )
     rotate_prob: float = option(
         0.2, "probability of quarter turns in the axial plane, where crops are square there", "", 0, 1
     )
-    intensity_prob: float = option(0.1, "probability of scaled, and of shifted, intensities", "", 0, 1)
-    intensity_scale: float = option(0.1, "by how much they are scaled at most", "", 0)
-    intensity_shift: float = option(0.1, "by how much they are shifted at most", "", 0)
-    rand_augment: str = option("", "timm policy for 2D images, as rand-m9-mstd0.5-inc1; empty: none")
-    overlap: float = option(0.5, "of the windows in prediction", "", 0, 0.99)
+    intensity_prob: float = option(
+        0.1, "probability that intensities are scaled, and that they are shifted", "", 0, 1
+    )
+    intensity_scale: float = option(0.1, "largest relative change when intensities are scaled", "", 0)
+    intensity_shift: float = option(
+        0.1, "largest change when intensities are shifted, after normalisation", "", 0
+    )
+    rand_augment: str = option(
+        "", "RandAugment of 2D images, as timm writes it, for example rand-m9-mstd0.5-inc1; empty: none"
+    )
+    overlap: float = option(
+        0.5, "overlap of neighbouring windows in prediction, as a share of a window", "", 0, 0.99
+    )
 
 
 StageSettings = PretrainSettings | FinetuneSettings
