@@ -31,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--context",
         type=float,
         default=1.0,
-        help="how far one structure of a phantom tells of the others: 1 as much as there is, 0 not at all",
+        help="1: the structures of a phantom depend on one another; 0: each is drawn on its own",
     )
 
     for name, function, text in (
@@ -115,9 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="draw which places speak for the likeliest class (2D images)",
     )
 
-    command = add(
-        "download", _download, "fetch a public data set: the only command that uses the network", "data"
-    )
+    command = add("download", _download, "fetch a public data set from the network", "data")
     command.add_argument("name", metavar="hippocampus|brats|chestmnist", help="which data set")
     command.add_argument(
         "--size", type=int, default=64, help="edge of chestmnist's images in pixels: 64, 128 or 224"
@@ -308,7 +306,7 @@ def _batch(args) -> None:
     out = args.out or work_root() / "runs" / f"batch-{Path(word).stem}"
     jobs = max(1, len(args.gpus)) if args.jobs is None else args.jobs
     run_batch(word, out, jobs, args.gpus, args.backend, parse_overrides(args.slurm))
-    print(f"all runs are done; batch collect {out} writes their figures and a page")
+    print(f"all runs are done; smae batch collect {out} writes their figures and a page")
 
 
 def _settings(args) -> None:

@@ -92,7 +92,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, default=Path("build/faults"))
     command.add_argument("--results", type=Path, default=Path("results/faults"), help="folder of the table")
 
-    command = add("readme", _readme, "write the figures of README.md and docs/ anew from results/")
+    command = add(
+        "readme",
+        _readme,
+        "write figures (from results/) and reference (from the code) into README.md and docs/",
+    )
     command.add_argument(
         "--picture",
         type=Path,

@@ -1,4 +1,6 @@
-"""Figures of the README: written from committed result files by `python -m tools readme`, never by hand."""
+"""Figures of the documents, from committed result files, and pages of reference, from the code:
+`python -m tools readme` writes both, never a hand.
+"""
 
 from __future__ import annotations
 

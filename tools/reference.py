@@ -1,5 +1,5 @@
-"""The pages that say what the command line and the Python interface take: written from the parsers and the
-docstrings, so that they cannot say anything else than these do.
+"""The pages on command line, Python interface and modules: written from the parsers and the docstrings, so
+that they cannot say anything else than these do.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from typing import Any
 
 import smae_utils
 from smae_utils.cli import make_parser
+from smae_utils.method.mae import MAEOutput
+from smae_utils.work.predictor import Segmented
 
 SECTIONS = ("Args", "Attributes", "Returns", "Raises")
 # Methods of classes that are of use beside calling an object.
 METHODS = {"Predictor": ("from_run", "__call__", "segment", "classify"), "MaskedAutoencoder": ("forward",)}
+# What such methods give.
+GIVEN = {"Predictor": Segmented, "MaskedAutoencoder": MAEOutput}
 
 
 def commands_block(root: Path) -> str:
@@ -96,6 +100,8 @@ def _entry(name: str) -> Iterator[str]:
     for method in METHODS.get(name, ()):
         function = inspect.getattr_static(thing, method)
         yield f"### {name}.{method}\n\n{_described(getattr(function, '__func__', function), method)}"
+    if given := GIVEN.get(name):
+        yield f"### {given.__name__}\n\n{_docstring(given)}"
 
 
 def _described(thing: Any, name: str) -> str:
