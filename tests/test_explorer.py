@@ -13,7 +13,8 @@ from PIL import Image
 
 from smae_utils.errors import UserError
 from smae_utils.method.mae import MaskedAutoencoder
-from smae_utils.method.patches import mask_noise, patch_statistics, patchify, split_by_noise, unpatchify
+from smae_utils.method.masking import mask_noise, split_by_noise
+from smae_utils.method.patches import patch_statistics, patchify, unpatchify
 from smae_utils.show import explorer as module
 from smae_utils.show.explorer import explore
 from smae_utils.show.masked_scene import HIDDEN_COLOUR, Look, hide_box, make_scene, picture

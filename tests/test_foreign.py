@@ -19,7 +19,7 @@ from smae_utils import timm_library  # noqa: F401 (makes timm importable beside 
 from smae_utils.errors import UserError
 from smae_utils.method.checkpoints.load import load_weights
 from smae_utils.method.mae import MaskedAutoencoder
-from smae_utils.method.patches import split_by_noise
+from smae_utils.method.masking import split_by_noise
 from smae_utils.method.unetr import UNETR
 from smae_utils.method.vit import ViTClassifier
 from smae_utils.work.export import export

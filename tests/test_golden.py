@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 from smae_utils.method.checkpoints.load import load_weights
 from smae_utils.method.mae import MaskedAutoencoder
-from smae_utils.method.patches import patchify, split_by_noise
+from smae_utils.method.masking import split_by_noise
+from smae_utils.method.patches import patchify
 from smae_utils.method.unetr import UNETR
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -13,15 +13,9 @@ from torch.testing import assert_close
 from smae_utils import timm_library  # noqa: F401  (before timm: it mends the import of torchvision)
 from smae_utils.errors import UserError
 from smae_utils.method.mae import MaskedAutoencoder, paste_visible, pixel_mask, sanity_band
+from smae_utils.method.masking import split_by_noise
 from smae_utils.method.norms import keep_channels_last
-from smae_utils.method.patches import (
-    as_tuple,
-    gather_tokens,
-    patchify,
-    sincos_positions,
-    split_by_noise,
-    unpatchify,
-)
+from smae_utils.method.patches import as_tuple, gather_tokens, patchify, sincos_positions, unpatchify
 from smae_utils.method.unetr import UNETR
 from smae_utils.method.vit import PatchEmbed, ViTClassifier
 

@@ -10,17 +10,15 @@ from torch.testing import assert_close
 
 from smae_utils.errors import UserError
 from smae_utils.method.mae import paste_visible, pixel_mask, sanity_band
+from smae_utils.method.masking import mask_noise, split_by_noise, visible_count
 from smae_utils.method.patches import (
     as_tuple,
     gather_tokens,
     grid_size,
-    mask_noise,
     patch_statistics,
     patchify,
     sincos_positions,
-    split_by_noise,
     unpatchify,
-    visible_count,
 )
 
 CASES = [

@@ -17,7 +17,7 @@ from tools.speed import WORKS
 from tools.speed_works import AS_IT_COMES
 
 COLUMNS = ["work", "subject", "peer", "subject_gb", "peer_gb", "ratio"]
-MEASURED = ("mae 96^3 x 1, mask .75", "unetr 96^3 x 1", "sliding window 512 x 512 x 150")
+MEASURED = ("mae 96^3 x 1, mask .75", "unetr 96^3 x 1")
 
 
 def benchmark_memory(out: str | Path, only: str = "") -> pd.DataFrame:

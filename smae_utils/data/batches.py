@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,53 +18,11 @@ from monai.transforms import Compose
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from smae_utils.data.case import Case, Splits, hold_out
+from smae_utils.data.case import Case
 from smae_utils.data.crops import plain
 from smae_utils.data.store import Store
-from smae_utils.data.tasks import Task
 from smae_utils.data.transforms import ResizeRadiograph, middle, resize
 from smae_utils.errors import UserError
-
-
-def read_splits(
-    task: Task,
-    data_dir: str | Path,
-    split_seed: int = 0,
-    fold: int = 0,
-    test_share: float = 0.0,
-    train_on_val: bool = False,
-) -> Splits:
-    """Train, validation and test cases of a data folder.
-
-    Args:
-        task: whose reader knows the folder.
-        data_dir: where the download lies.
-        split_seed, fold: as `Task.read_splits` takes them.
-        test_share: of the labelled training patients, who become the test part where no test case has a
-            label.
-        train_on_val: give the validation cases back to the training ones.
-    """
-    splits = task.read_splits(Path(data_dir), split_seed, fold)
-    if test_share and not any("label" in c for c in splits["test"]):
-        splits = hold_out_test(splits, test_share, split_seed)
-    if train_on_val:
-        names = {c["case"] for c in splits["val"]}
-        train = sorted(splits["train"] + splits["val"], key=lambda c: c["case"])
-        splits = {"train": train, "val": [], "test": [c for c in splits["test"] if c["case"] not in names]}
-    return splits
-
-
-def hold_out_test(splits: Splits, share: float, seed: int) -> Splits:
-    """Draw test cases from the labelled training and validation cases, by patient; validation keeps its share
-    of the rest.
-    """
-    labelled = [c for c in splits["train"] + splits["val"] if "label" in c]
-    _, test = hold_out(labelled, share, seed)
-    patients = {c["patient"] for c in test}
-    rest = {part: [c for c in splits[part] if c["patient"] not in patients] for part in ("train", "val")}
-    if not rest["val"] and len({c["patient"] for c in rest["train"]}) > 1:
-        rest["train"], rest["val"] = hold_out(rest["train"], 0.1, seed)
-    return {**rest, "test": test}
 
 
 def derive_seed(*parts: int) -> int:

@@ -8,7 +8,6 @@ from typing import NotRequired, TypedDict
 
 import numpy as np
 
-from smae_utils.errors import UserError
 from smae_utils.paths import case_name
 
 # In label images as training holds them: voxels that neither loss nor scores look at.
@@ -52,16 +51,3 @@ def case_of(files: Sequence[str | Path]) -> Case:
 def without_label(case: Case) -> Case:
     """The image alone."""
     return {"case": case["case"], "patient": case["patient"], "image": case["image"]}
-
-
-def hold_out(cases: list[Case], share: float, seed: int) -> tuple[list[Case], list[Case]]:
-    """Split a part off **by patient**, at least one patient: (rest, part), both in their old order."""
-    patients = sorted({c["patient"] for c in cases})
-    if len(patients) < 2:
-        raise UserError(
-            f"{len(cases)} training cases of {len(patients)} patient: at least 2 patients are needed to hold "
-            "one out for validation"
-        )
-    count = min(max(1, round(share * len(patients))), len(patients) - 1)
-    chosen = {patients[i] for i in np.random.default_rng(seed).permutation(len(patients))[:count]}
-    return [c for c in cases if c["patient"] not in chosen], [c for c in cases if c["patient"] in chosen]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from smae_utils.errors import UserError
+from smae_utils.method.masking import split_by_noise, visible_count
 from smae_utils.method.patches import (
     as_tuple,
     gather_tokens,
@@ -16,9 +17,7 @@ from smae_utils.method.patches import (
     patch_statistics,
     patchify,
     sincos_positions,
-    split_by_noise,
     unpatchify,
-    visible_count,
 )
 from smae_utils.method.vit import ViTEncoder, init_transformer, transformer_blocks
 

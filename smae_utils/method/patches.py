@@ -1,4 +1,4 @@
-"""Patches, masks and positions: the arithmetic of a masked autoencoder, for 2D and 3D alike.
+"""Patches and positions: the arithmetic of a vision transformer, for 2D and 3D alike.
 
 One convention for masks everywhere: **1 = hidden**. Pixels of a patch are ordered spatial axes first, channel
 last.
@@ -75,41 +75,6 @@ def patch_statistics(patches: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor
     """
     mean = patches.mean(-1, keepdim=True)
     return mean, (patches.var(-1, keepdim=True, unbiased=False) + eps).sqrt()
-
-
-def visible_count(length: int, mask_ratio: float) -> int:
-    """int(L * (1 - mask_ratio)), checked to leave something visible and something hidden."""
-    keep = int(length * (1 - mask_ratio))
-    if not 0 < mask_ratio < 1 or not 0 < keep < length:
-        raise UserError(
-            f"mask_ratio {mask_ratio} leaves {keep} of {length} patches visible: expected a ratio strictly "
-            "between 0 and 1 that leaves at least one patch visible and one hidden"
-        )
-    return keep
-
-
-def mask_noise(seeds: Sequence[int], length: int) -> Tensor:
-    """(B, L) uniform noise, one seed an image, drawn on the CPU: the same mask on every device and in every
-    batch.
-    """
-    rows = [torch.rand(length, generator=torch.Generator().manual_seed(int(seed) % 2**63)) for seed in seeds]
-    return torch.stack(rows)
-
-
-def split_by_noise(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Which patches stay visible: those with the smallest noise (MAE, He et al. 2111.06377, appendix A.1).
-
-    Args:
-        noise: (B, L).
-        mask_ratio: share of hidden patches.
-
-    Returns:
-        visible (B, V) and hidden (B, L - V) patch indices in order of noise, mask (B, L) with 1 = hidden.
-    """
-    keep = visible_count(noise.shape[1], mask_ratio)
-    order = noise.argsort(dim=1, stable=True)
-    mask = torch.ones_like(noise).scatter(1, order[:, :keep], 0.0)
-    return order[:, :keep], order[:, keep:], mask
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:

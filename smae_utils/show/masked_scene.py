@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw
 
 from smae_utils.errors import UserError
 from smae_utils.method.mae import MaskedAutoencoder, paste_visible, pixel_mask, sanity_band
-from smae_utils.method.patches import mask_noise, unpatchify
+from smae_utils.method.masking import mask_noise
+from smae_utils.method.patches import unpatchify
 from smae_utils.show.plots import PALETTE, PLANES, plane
 
 ROWS = ("original", "visible", "reconstruction", "visible + predicted", "error")

@@ -14,7 +14,8 @@ from matplotlib.patches import Patch
 
 from smae_utils.data.case import IGNORE
 from smae_utils.method.mae import MaskedAutoencoder, paste_visible, pixel_mask
-from smae_utils.method.patches import mask_noise, patchify, split_by_noise, unpatchify
+from smae_utils.method.masking import mask_noise, split_by_noise
+from smae_utils.method.patches import patchify, unpatchify
 from smae_utils.work.run_folder import Run
 
 # Okabe and Ito's palette and Tol's muted one: told apart by colour-blind readers too.

@@ -10,16 +10,17 @@ from monai.networks.nets import DenseNet, UNet
 from monai.transforms import Compose, Transform
 from torch import nn
 
-from smae_utils.data.batches import Scans, read_splits
+from smae_utils.data.batches import Scans
 from smae_utils.data.case import Case, Splits
 from smae_utils.data.crops import CountClasses, CountForeground
+from smae_utils.data.splits import read_splits
 from smae_utils.data.store import Store
 from smae_utils.data.tasks import Task
 from smae_utils.data.tasks.from_run import record_of
 from smae_utils.data.transforms import augment_finetune, augment_pretrain, prepare
 from smae_utils.errors import UserError
 from smae_utils.method.mae import MaskedAutoencoder
-from smae_utils.method.patches import visible_count
+from smae_utils.method.masking import visible_count
 from smae_utils.method.unetr import UNETR
 from smae_utils.method.vit import ViTClassifier
 from smae_utils.work.optimizer import adamw
@@ -27,9 +28,9 @@ from smae_utils.work.settings import FinetuneSettings, PretrainSettings, Setting
 
 
 def build_splits(task: Task, data_dir: str | Path, settings: Settings) -> Splits:
-    """Train, validation and test cases, see `data.batches.read_splits`."""
+    """Train, validation and test cases, see `data.splits.read_splits`."""
     values = {name: getattr(settings, name) for name in ("split_seed", "fold", "test_share", "train_on_val")}
-    return read_splits(task, data_dir, **values)
+    return read_splits(task.read_splits, data_dir, **values)
 
 
 def build_transform(task: Task, settings: Settings, with_label: bool) -> Compose:

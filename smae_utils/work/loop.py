@@ -20,9 +20,9 @@ from smae_utils.data.batches import Scans, Steps, check_batch, derive_seed, trai
 from smae_utils.errors import UserError
 from smae_utils.method.checkpoints.load import parameter_count
 from smae_utils.method.checkpoints.save import WEIGHTS, save_weights
-from smae_utils.timm_library import CosineLRScheduler
 from smae_utils.work import devices
 from smae_utils.work.build import build_optimizer
+from smae_utils.work.optimizer import cosine_schedule
 from smae_utils.work.progress import ProgressLine, Say
 from smae_utils.work.provenance import commit, now
 from smae_utils.work.run_folder import Run, forget_dead_lock, only_process
@@ -157,7 +157,7 @@ class Loop:
         form = devices.memory_format(len(self.settings.crop_size))
         self.model.to(memory_format=form)  # type: ignore[call-overload]  # torch's types leave it out
         model, optimizer = accelerator.prepare(self.model, optimizer)
-        schedule = self._schedule(optimizer)
+        schedule = cosine_schedule(optimizer, self.steps, self.warmup)
         state = self._begin(run, accelerator, precision, report)
         loader = self._loader(state["step"], accelerator)
         first, begin, started = state["step"], time.monotonic(), time.monotonic() - state["seconds"]
@@ -228,14 +228,6 @@ class Loop:
         settings, rank, world = self.settings, accelerator.process_index, accelerator.num_processes
         steps = Steps(start, self.steps, settings.batch_size, rank, world)
         return training_loader(self.scans, self.augment, settings.seed, steps, settings.num_workers)
-
-    def _schedule(self, optimizer) -> CosineLRScheduler:
-        # Steps count from 1: one more than there are after the warm-up, or the last would be taken with a
-        # rate of 0.
-        after = self.steps - self.warmup + 1
-        return CosineLRScheduler(
-            optimizer, t_initial=after, warmup_t=self.warmup, warmup_prefix=True, t_in_epochs=False
-        )
 
     def _begin(self, run: Run, accelerator, precision: str, report: Say) -> dict[str, Any]:
         """The state to go on from; notes down in the run who goes on, with what."""

@@ -1,4 +1,6 @@
-"""AdamW as masked autoencoders are fine-tuned with it: what decays, and which layer learns at which rate."""
+"""AdamW as masked autoencoders are fine-tuned with it: what decays, which layer learns at which rate, and the
+schedule of the rate.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+
+from smae_utils.timm_library import CosineLRScheduler
 
 
 def adamw(
@@ -53,3 +57,12 @@ def layer_of(name: str, depth: int) -> int:
     if name.startswith("encoder.blocks."):
         return int(name.split(".")[2]) + 1
     return depth + 1
+
+
+def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> CosineLRScheduler:
+    """Learning rates of steps 1 .. `steps`: up on a line for `warmup` steps, then down as half a cosine,
+    which would reach 0 one step after the last.
+    """
+    return CosineLRScheduler(
+        optimizer, t_initial=steps - warmup + 1, warmup_t=warmup, warmup_prefix=True, t_in_epochs=False
+    )

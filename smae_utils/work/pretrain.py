@@ -14,7 +14,7 @@ from smae_utils.data.batches import Crops, derive_seed, join
 from smae_utils.data.case import Splits, without_label
 from smae_utils.data.tasks import get_task
 from smae_utils.method.checkpoints.load import load_weights
-from smae_utils.method.patches import mask_noise
+from smae_utils.method.masking import mask_noise
 from smae_utils.work.build import build_augmentation, build_mae, build_scans, build_splits
 from smae_utils.work.loop import Loop, kept_generators
 from smae_utils.work.presets import resolve

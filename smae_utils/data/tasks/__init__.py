@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from smae_utils.data.case import IGNORE, Case, Splits, hold_out
+from smae_utils.data.case import IGNORE, Case, Splits
+from smae_utils.data.splits import hold_out
 from smae_utils.data.tasks.from_run import task_from_record
 from smae_utils.data.tasks.lists import is_list, task_from_list
 from smae_utils.data.tasks.record import Task

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from smae_utils.data.case import Splits, hold_out
+from smae_utils.data.case import Splits
+from smae_utils.data.splits import hold_out
 from smae_utils.data.tasks.record import Task
 from smae_utils.data.tasks.registry import existing_folder
 from smae_utils.errors import UserError

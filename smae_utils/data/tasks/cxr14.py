@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from smae_utils.data.case import Splits, hold_out
+from smae_utils.data.case import Splits
+from smae_utils.data.splits import hold_out
 from smae_utils.data.tasks.record import Task
 from smae_utils.data.tasks.registry import existing_folder
 from smae_utils.errors import UserError

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from smae_utils.data.case import Case, Splits, files_of, hold_out
+from smae_utils.data.case import Case, Splits, files_of
+from smae_utils.data.splits import hold_out
 from smae_utils.data.tasks.list_files import read_list
 from smae_utils.data.tasks.list_labels import class_vector
 from smae_utils.data.tasks.record import Task
