@@ -16,9 +16,9 @@ import pytest
 
 from smae_utils.batch import slurm
 from smae_utils.batch.collect import collect, status
-from smae_utils.batch.plan import read_batch
+from smae_utils.batch.plan import Planned, read_batch
 from smae_utils.batch.run import run_batch
-from smae_utils.batch.runs import Batch, execute
+from smae_utils.batch.runs import Batch, execute, reason
 from smae_utils.errors import UserError
 from smae_utils.locks import held
 
@@ -237,10 +237,10 @@ def test_a_kill_leaves_no_orphan_and_the_next_start_finishes(write, tmp_path, vi
 
 
 @pytest.mark.slow
-def test_trainings_of_a_batch_are_found_by_their_figures(tmp_path, write, cxr14):
+def test_trainings_of_a_batch_are_found_by_their_figures(tmp_path, write, cxr14, monkeypatch):
     preset = Path(__file__).parent / "tiny.yaml"
     text = f"""
-parameters: {{task: cxr14, data_dir: "{cxr14}", preset: {preset}, run_dir: "{tmp_path}/runs/{{seed}}"}}
+parameters: {{task: cxr14, data_dir: "{cxr14}", preset: {preset}, run_dir: "runs/{{seed}}"}}
 cross: {{seed: [3]}}
 runs:
   pretrain: {{notebook: 02_self_pretraining}}
@@ -248,7 +248,9 @@ runs:
   evaluate: {{notebook: 04_evaluation, after: finetune}}
 """
     out = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
     run_batch(write(text), out)
+    monkeypatch.chdir("/")  # where the batch was planned counts, not where it is asked for
     table = collect(out)
     assert (
         set(table.training) == {"scratch", "self"}
@@ -280,3 +282,11 @@ def test_a_slurm_job_that_could_not_be_launched_is_taken_back_and_one_that_is_he
     assert place.ended() == ["broken", "over"] and place.ended() == []
     assert [name for name, job in jobs.items() if job.cancelled] == ["broken"]
     assert len(said) == 2 and "broken: taken back" in said[0] and "scontrol release 7_2" in said[1]
+
+
+def test_the_reason_of_a_slurm_job_that_died_is_what_it_printed_last(tmp_path):
+    batch = Batch(tmp_path, (Planned("train", None, {}, {}, function="os:getcwd"),))
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "jobs.json").write_text('{"train": "7_1"}')
+    (tmp_path / "slurm" / "7_1_0_log.err").write_text("slurmstepd: error: Detected 1 oom-kill event\n")
+    assert "oom-kill" in reason(batch, "train") and "7_1_0_log.err" in reason(batch, "train")

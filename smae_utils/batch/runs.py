@@ -234,6 +234,14 @@ def line_of(batch: Batch, name: str) -> str:
     return f"{at['training']} step {at['step']}/{at['steps']}, loss {at['loss']:.3f}{left}"
 
 
+def _log_of(batch: Batch, name: str) -> Path:
+    """What a run printed last: its own log, or that of its SLURM job."""
+    jobs = batch.out / "slurm" / "jobs.json"
+    number = json.loads(jobs.read_text(encoding="utf-8")).get(name) if jobs.is_file() else None
+    found = sorted(jobs.parent.glob(f"{number}_*log.err")) if number else []
+    return found[-1] if found else batch.out / name / "log.txt"
+
+
 def reason(batch: Batch, name: str) -> str:
     """Why a run is not done, in words."""
     run = batch.of(name)
@@ -242,7 +250,7 @@ def reason(batch: Batch, name: str) -> str:
     states = batch.states()
     if waits := [a for a in run.after if states[a] != "done"]:
         return f"waits for {', '.join(waits)}"
-    log = batch.out / name / "log.txt"
+    log = _log_of(batch, name)
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
     last = next((line for line in reversed(lines) if line.strip()), "nothing")
     return f"it ended without a word (killed, or out of memory?); its log {log} ends with: {last[:200]}"
