@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 from smae_utils.show import exercises
-from smae_utils.work.loop import Loop
+from smae_utils.work.optimizer import cosine_schedule
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 NAMES = {"np": np, "pd": pd, "torch": torch, "exercises": exercises}
@@ -123,7 +122,7 @@ def test_what_is_nearly_right_a_constant_and_a_failing_answer_are_refused(name, 
 @pytest.mark.parametrize(("steps", "warmup"), [(12, 4), (30, 1)])
 def test_the_rate_of_the_exercise_is_the_one_that_training_takes(steps, warmup):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-3)
-    schedule = Loop._schedule(SimpleNamespace(steps=steps, warmup=warmup), optimizer)
+    schedule = cosine_schedule(optimizer, steps, warmup)
     rate = solution("rate")
     for step in range(1, steps + 1):
         schedule.step_update(step)
