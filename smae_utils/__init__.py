@@ -1,7 +1,6 @@
 """Self pre-training with masked autoencoders for medical images (Zhou et al., arXiv 2203.05573).
 
-What most people need is named here and imported when it is first used: `from smae_utils import
-MaskedAutoencoder`.
+What most people need is imported when it is first used: `from smae_utils import MaskedAutoencoder`.
 """
 
 from __future__ import annotations

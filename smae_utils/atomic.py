@@ -1,4 +1,5 @@
-"""Write files and folders so that a kill or a full disk leaves the old one or the new one, never half of one.
+"""Write files and folders so that a kill or a full disk leaves the old or the new one, never half of one.
+
 Standard library only.
 """
 
@@ -16,10 +17,12 @@ from smae_utils.errors import UserError
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to; it takes the place of `path` when nothing was raised, and is
-    removed otherwise.
+    """Yields a path beside `path` to write to.
+
+    It takes the place of `path` when nothing was raised, and is removed otherwise.
     """
-    part = path.with_name(f".part_{path.name}")  # with its ending, by which libraries know what to write
+    # It keeps the ending, by which libraries know what to write.
+    part = path.with_name(f".part_{path.name}")
     try:
         with telling_of_a_full_disk(path):
             yield part
@@ -38,7 +41,7 @@ def telling_of_a_full_disk(path: Path) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        # torch's writer, whose own text only says at which byte it stopped; safetensors quotes the system.
+        # torch's writer only says at which byte it stopped; safetensors quotes the system.
         if "inline_container" in str(error) or os.strerror(errno.ENOSPC) in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
@@ -69,8 +72,9 @@ def part_of_folder(out: Path) -> Path:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yields a folder beside `out` to fill; it becomes `out` when nothing was raised, and is removed
-    otherwise.
+    """Yields a folder beside `out` to fill.
+
+    It becomes `out` when nothing was raised, and is removed otherwise.
 
     Raises:
         UserError: where `out` is not free (`must_be_free`).
@@ -90,8 +94,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def swap_folder(new: Path, final: Path) -> None:
-    """Replace the folder `final` by the whole folder `new`. A kill in between is mended by
-    `newest_folder`."""
+    """Replace the folder `final` by the whole folder `new`; `newest_folder` mends what a kill leaves."""
     old = final.with_name(final.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -101,8 +104,9 @@ def swap_folder(new: Path, final: Path) -> None:
 
 
 def newest_folder(final: Path, last_file: str) -> Path | None:
-    """The folder that `swap_folder` left, whenever it was killed; None where there is none that holds
-    `last_file`, which is written last.
+    """The folder that `swap_folder` left, also when it was killed.
+
+    None where no folder holds `last_file`, the file that is written last.
     """
     if not final.exists():  # killed between two renames: finish what was going on
         for name in (".new", ".old"):

@@ -25,8 +25,7 @@ def run_command(
     Args:
         parser: whose commands have a `function`; all take `--traceback`.
         argv: words of the command line; those of this process when left out.
-        passing_on: commands of which all that follows is another program's, options too; they find it in
-            `args.args`.
+        passing_on: commands whose further words, options too, are for another program; see `args.args`.
 
     Returns:
         The exit code: 0 done, 1 a fault of this package, 2 a mistake of the user's, 130 interrupted.
@@ -37,7 +36,8 @@ def run_command(
     if argv[word : word + 1] and argv[word] in passing_on:
         argv, passed_on = argv[: word + 1], argv[word + 1 :]
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a letter that the terminal's encoding lacks is no reason to stop
+        # A letter that the terminal's encoding lacks is no reason to stop.
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     args = parser.parse_args(argv)
     args.args = passed_on
@@ -61,9 +61,7 @@ def run_command(
 
 
 def _said(error: Exception) -> tuple[str, int]:
-    """The line that tells of an error, and the exit code: a mistake of the user's, or a fault of this
-    package's.
-    """
+    """The line that tells of an error, and the exit code: a user's mistake, or a fault of this package."""
     if isinstance(error, UserError):
         return f"error: {error}", 2
     if isinstance(error, OSError):
@@ -114,10 +112,10 @@ class Version(argparse.Action):
 def command_line(
     prog: str, text: str
 ) -> tuple[argparse.ArgumentParser, Callable[..., argparse.ArgumentParser]]:
-    """A parser, and how a command is added to it: `add(name, function, help, group)` gives the command's own
-    parser.
+    """A parser, and the function that adds a command to it.
 
-    Its help lists the commands of each group below the group's name.
+    `add(name, function, text, group)` returns the command's own parser. The help lists the commands of each
+    group below the group's name.
     """
     parser = argparse.ArgumentParser(
         prog=prog, description=text, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=""

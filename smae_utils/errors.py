@@ -1,6 +1,4 @@
-"""The one kind of error that is the user's to mend: reported in one line, without a traceback, by the command
-line.
-"""
+"""The one kind of error that is the user's to mend: the command line reports it in one line."""
 
 
 class UserError(Exception):

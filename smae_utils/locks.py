@@ -15,8 +15,10 @@ __all__ = ["Timeout", "held"]
 
 @contextmanager
 def held(file: Path, timeout: float = -1) -> Iterator[None]:
-    """Within it this process alone holds the lock `file`, which is gone afterwards. The system frees the lock
-    of a killed process; its file goes when the next one is through. Without effect where files have no locks.
+    """Within it this process alone holds the lock `file`, which is removed afterwards.
+
+    The system frees the lock of a killed process; its file goes when the next one is through. On a file
+    system without locks it has no effect.
 
     Args:
         timeout: seconds to wait for another process; -1: as long as it takes.
@@ -33,9 +35,11 @@ def held(file: Path, timeout: float = -1) -> Iterator[None]:
     try:
         yield
     finally:
-        if os.name != "nt":  # removed while it is held: whoever waits for this file finds that it is gone
+        # Removed while it is held: whoever waits for this file finds that it is gone.
+        if os.name != "nt":
             file.unlink(missing_ok=True)
         lock.release()
-        if os.name == "nt":  # there an open file cannot be removed
+        # There an open file cannot be removed.
+        if os.name == "nt":
             with suppress(OSError):
                 file.unlink(missing_ok=True)

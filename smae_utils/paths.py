@@ -32,9 +32,7 @@ def is_dicom(path: str | Path) -> bool:
 
 
 def split_series(path: str | Path) -> tuple[Path, str]:
-    """`folder#series` -> (folder, series); the series is "" where none is named, or where a file has this
-    very name.
-    """
+    """`folder#series` -> (folder, series); the series is "" if none is named or a file has this very name."""
     folder, sep, series = str(path).rpartition("#")
     return (Path(folder), series) if sep and not Path(path).exists() else (Path(path), "")
 

@@ -1,5 +1,6 @@
-"""Where presets, notebooks, data and runs lie: in a clone, or beside an installed package. Standard library
-only.
+"""Where presets, notebooks, data and runs lie: in a clone, or beside an installed package.
+
+Standard library only.
 """
 
 from __future__ import annotations
@@ -19,9 +20,7 @@ def shipped(folder: str) -> Path:
 
 
 def work_root() -> Path:
-    """Where `data/` and `runs/` go: the clone, or the current folder when the package was installed without
-    one.
-    """
+    """Where `data/` and `runs/` go: the clone, or without one the current folder."""
     return ROOT if is_clone() else Path.cwd()
 
 
@@ -51,8 +50,7 @@ def clone(what: str) -> Path:
 
 
 def need_notebook_packages(*names: str) -> None:
-    """Look for packages of the extra `notebooks` before they are used; the rest of the package does without
-    them.
+    """Refuse to go on without packages of the extra `notebooks`, which the rest of the package does not need.
 
     Raises:
         UserError: where one of `names` is not installed, with the command that installs it.

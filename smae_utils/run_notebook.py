@@ -1,5 +1,6 @@
-"""The one place that knows papermill: a notebook run is a function of (notebook, parameters, package version)
-and its folder.
+"""The one place that knows papermill.
+
+A notebook run is a function of the notebook, its parameters, the version of this package, and its folder.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from smae_utils.errors import UserError
 from smae_utils.places import ROOT, is_clone, need_notebook_packages, shipped
 from smae_utils.work.settings import coerce, parse_value
 
-# papermill and its like stand inside the functions: they come with the extra `notebooks`, and the other
+# papermill and its like are imported inside functions: they come with the extra `notebooks`, and the other
 # commands work without it.
 
 # Words that the type of a parameter may be written with.
@@ -45,12 +46,13 @@ def notebook_path(name: str | Path) -> Path:
 
 
 def check_parameters(notebook: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """Values in the types that the notebook's `parameters` cell declares. papermill itself only warns of an
-    unknown name.
+    """Values in the types that the notebook's `parameters` cell declares.
+
+    papermill itself only warns of an unknown name.
 
     Raises:
-        UserError: for an unknown parameter or a wrong type, listing the right ones; or without the packages
-            of the notebooks.
+        UserError: for an unknown parameter or a wrong type, listing the right
+            ones; without the notebook packages.
     """
     need_notebook_packages("papermill", "nbconvert", "ipykernel")
     import papermill
@@ -129,15 +131,13 @@ def run_notebook(
 ) -> Path:
     """Execute a notebook headlessly and write the executed copy and its HTML.
 
-    Output of its cells is printed as it comes. On failure the executed copy is kept, up to the cell that
-    failed.
+    Output of its cells is printed as it comes. On failure the executed copy is kept up to the failed cell.
 
     Returns:
         The executed notebook.
 
     Raises:
-        UserError: with the last error of the notebook, if a cell failed; or without the packages of the
-            notebooks.
+        UserError: with the notebook's last error, if a cell failed; or without the packages of the notebooks.
     """
     source = notebook_path(notebook)
     values = check_parameters(source, parameters)
@@ -194,10 +194,9 @@ def _kernel_for(notebook: Path) -> dict[str, str]:
 
 
 def _drop_widget_state(notebook: Path) -> None:
-    """A slider in an executed copy is dead; its state is bulk. (papermill's own switch for it breaks cells
-    with output widgets.)
+    """Remove the state of widgets, which are dead in an executed copy, and keep their pictures.
 
-    Where a widget brought a picture along, as the explorer does, the picture stays.
+    papermill's own switch for it breaks cells with output widgets.
     """
     import nbformat
 
@@ -236,10 +235,9 @@ def open_lab(args: list[str]) -> int:
 
 
 def notebooks_to_open() -> Path:
-    """The clone's notebooks; of an installed package a copy in `notebooks/` of the current folder, where one
-    may change them.
+    """The clone's notebooks; of an installed package a copy in `notebooks/` of the current folder.
 
-    A notebook that is there already stays as it is.
+    The copy is for changing: a notebook that is there already stays as it is.
     """
     if is_clone():
         return ROOT / "notebooks"

@@ -12,12 +12,11 @@ from smae_utils.errors import UserError
 
 
 def _import_torchvision() -> None:
-    """Import torchvision where its compiled operators cannot load (a CUDA build of it beside a CPU-only
-    torch).
+    """Import torchvision where its compiled operators cannot load, as a CUDA build beside a CPU-only torch.
 
-    timm needs only torchvision's pure-Python part. That part registers shape functions for operators which,
-    without the compiled library, do not exist; those registrations alone are ignored, and only when the plain
-    import fails.
+    timm needs only torchvision's pure-Python part. That part registers shape functions for operators
+    which do not exist without the compiled library. Those registrations alone are ignored, and only
+    when the plain import fails.
     """
     try:
         import torchvision  # noqa: F401
@@ -67,8 +66,8 @@ for _name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
 class CpuAttention(Attention):
     """timm's attention, whose core a CPU computes in fp32 also under bf16 autocast.
 
-    torch's bf16 kernel took four to nine times as long backward as the fp32 one at 17 to 65 tokens, and was
-    no faster at 217.
+    torch's bf16 kernel took four to nine times as long backward as the fp32 one at 17 to 65 tokens; at 217
+    tokens it was no faster.
     """
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, **more: bool) -> Tensor:
@@ -82,8 +81,7 @@ class CpuAttention(Attention):
 
 
 def pretrained_tensors(name: str) -> dict[str, Tensor]:
-    """Weights of a timm model by name, as "vit_base_patch16_224.mae": from timm's cache, or downloaded by
-    timm.
+    """Weights of a timm model by its name, as "vit_base_patch16_224.mae", from timm's cache or downloaded.
 
     Raises:
         UserError: for an unknown name, or when they can neither be found nor downloaded.

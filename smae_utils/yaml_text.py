@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-# A float of YAML 1.2. PyYAML reads 1.1, to which 1e-4 and 1.5e3 are words: there a dot and a signed exponent
-# are needed.
+# A float of YAML 1.2. PyYAML reads YAML 1.1, which needs a dot and a signed exponent: there 1e-4 and 1.5e3
+# are words.
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
 
 
@@ -43,5 +43,6 @@ def read_yaml(text: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)
-    except ValueError as error:  # a number or date by its form that is none, as 2024-02-31
+    # A number or date by its form that is none, as 2024-02-31.
+    except ValueError as error:
         raise yaml.YAMLError(str(error)) from None

@@ -18,8 +18,9 @@ from tools.demo import TASKS, clear
 
 
 def benchmark_explorer(out: str | Path) -> pd.DataFrame:
-    """Milliseconds of a slice change on 128^3 x 4 voxels, and of a new mask with the demo preset's model;
-    writes explorer.csv.
+    """Milliseconds of a slice change on 128^3 x 4 voxels, and of a new mask; writes explorer.csv.
+
+    The model is the demo preset's.
     """
     import torch
 
@@ -51,7 +52,7 @@ def benchmark_explorer(out: str | Path) -> pd.DataFrame:
             return (time.monotonic() - begin) / times * 1000
 
         n = settings.crop_size[0]
-        # Called at once
+        # B023: the lambdas are called at once, so they see the widget of this pass.
         slices = milliseconds(lambda i: setattr(widget.slices["axial"], "value", i % n + 1), 40)  # noqa: B023
         masks = milliseconds(lambda i: setattr(widget.seed, "value", i + 1), 10)  # noqa: B023
         rows.append({"image": name, "slice_ms": round(slices, 1), "new_mask_ms": round(masks, 1)})
@@ -66,8 +67,7 @@ def benchmark_explorer(out: str | Path) -> pd.DataFrame:
 
 
 def benchmark(out: str | Path, tasks: list[str]) -> pd.DataFrame:
-    """Two steps of each paper preset at batch 1 on full-size phantoms: does it fit, and how long does a step
-    take here?
+    """Two steps of each paper preset at batch 1 on full-size phantoms: does it fit, and how fast is it?
 
     Writes paper_presets.csv with machine, date and command in its first lines.
     """

@@ -58,7 +58,8 @@ def demo(
                 f"the demo has no phantoms of task {task!r}: "
                 f"expected one of {', '.join(TASKS)}, or --data with a download"
             )
-        for stage in STAGES:  # a mistyped preset is said before an earlier demo is deleted
+        # A mistyped preset is told before an earlier demo is deleted.
+        for stage in STAGES:
             resolve(get_task(task), stage, preset)
     need_notebook_packages("papermill", "nbconvert", "ipykernel")
     begin = time.monotonic()

@@ -22,8 +22,7 @@ def venv_python() -> Path:
 
 
 def make_environment() -> None:
-    """Create `.venv` and install the pinned packages into it; does nothing when that was done for these very
-    files.
+    """Create `.venv` and install the pinned packages into it, unless that was done for these very files.
 
     Raises:
         UserError: for an old Python, or when pip fails (its own messages stand above).
@@ -50,8 +49,7 @@ def make_environment() -> None:
         raise UserError(
             "this Python cannot make virtual environments: on Debian or Ubuntu, apt-get install python3-venv"
         ) from None
-    # torch first and by exact version: asked for through another package's range, pip may fetch another,
-    # larger build.
+    # torch first and by exact version: for the range of another package pip may fetch a larger build.
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = next(line.strip() for line in constraints if line.startswith("torch=="))
     _pip(pinned)
@@ -73,12 +71,10 @@ def _pip(*args: str) -> None:
 
 
 def find_browser() -> str | None:
-    """A Chromium that starts: the machine's own, else the one that playwright fetched; None where there is
-    neither.
-    """
+    """A Chromium that starts: the machine's own, else playwright's; None where there is neither."""
 
     def starts(program: str | None) -> bool:
-        # Asked for its version because one that lacks a system library is there and cannot start.
+        # It is asked for its version: one that lacks a library of the system is there and cannot start.
         return (
             bool(program)
             and Path(program).is_file()
@@ -96,10 +92,9 @@ def find_browser() -> str | None:
 
 
 def make_browser() -> str:
-    """Install a Chromium for the test that opens the explorer in JupyterLab, unless there is one; returns its
-    path.
+    """Install a Chromium for the test that opens the explorer in JupyterLab; returns its path.
 
-    The system's own packages are touched only by root.
+    One that is there is taken. The system's own packages are touched only by root.
 
     Raises:
         UserError: where that failed, with what to run instead.
@@ -109,9 +104,11 @@ def make_browser() -> str:
     playwright = [str(venv_python()), "-m", "playwright"]
     fetched = subprocess.run([*playwright, "install", "chromium"]).returncode == 0
     if _may_install() and not find_browser():
-        if fetched:  # it is there and lacks libraries of the system
+        if fetched:
+            # It is there and lacks libraries of the system.
             subprocess.run([*playwright, "install-deps", "chromium"])
-        else:  # a network that lets through the packages of the system only
+        else:
+            # Some networks let through the packages of the system only.
             _install_packages("chromium")
     if found := find_browser():
         return found

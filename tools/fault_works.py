@@ -123,7 +123,8 @@ def weights(place: Path) -> str:
         for f in place.rglob("log.jsonl")
     }
     for file in place.rglob("model.safetensors"):
-        with safe_open(file, framework="np") as handle:  # the order of entries in the file is not its content
+        # The order of entries in the file is not its content.
+        with safe_open(file, framework="np") as handle:
             tensors = {key: handle.get_tensor(key).tobytes() for key in sorted(handle.keys())}  # noqa: SIM118
             said = sorted((handle.metadata() or {}).items())
         content[str(file.relative_to(place))] = repr((_digest(tensors), said)).encode()

@@ -1,9 +1,8 @@
-"""Kill a work, or fill its disk, at a random moment; start the same command again; and compare what comes out
-with what comes out undisturbed. `python -m tools faults` writes `results/faults/faults.csv`.
+"""Kill a work, or fill its disk, at a random moment; start it again; compare with an undisturbed one.
 
-The moments are drawn from a work's whole time, so a short one ends before its kill now and then: the table
-tells. Commands of one process start as a fork of this one, which has imported everything: the time is spent
-on the work.
+`python -m tools faults` writes `results/faults/faults.csv`. The moments are drawn from a work's whole time,
+so a short work ends before its kill now and then: the table tells. Commands of one process start as a fork of
+this one, which has imported everything: the time is spent on the work.
 """
 
 from __future__ import annotations
@@ -255,7 +254,8 @@ def _on_a_full_disk(name: str, work: Work, place: Path, wanted: str, size: int, 
         code = end(start(work, place))
         ballast.unlink()
         tried = Tried(name, "full disk", moment, str(code), 0, False)
-        if code not in (0, 2):  # what is full is told in a line, and is no fault of the package
+        # A full disk is told in a line, and is no fault of the package.
+        if code not in (0, 2):
             tried.left_behind = f"exit code {code}: {last_line(place)}"
             return tried
         return _again(tried, work, place, wanted)

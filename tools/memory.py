@@ -66,11 +66,13 @@ def _alone(name: str, side: str, precision: str) -> float:
 
 
 def peak_gb(name: str, side: str, precision: str) -> float:
-    """Memory that the first call of a work takes at its highest, on top of both networks: activations,
-    gradients and the optimiser's state, or the volumes of a prediction.
+    """Memory in GB that the first call of a work takes at its highest, on top of both networks.
+
+    It holds activations, gradients and the optimiser's state, or the volumes of a prediction.
     """
     work = WORKS[name]()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the highest so far
+    # Writing 5 resets VmHWM, the highest memory so far.
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = _status_gb("VmRSS")
     getattr(work, side)(precision)
     return _status_gb("VmHWM") - before

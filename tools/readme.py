@@ -1,4 +1,5 @@
-"""Figures of the documents, from committed result files, and pages of reference, from the code:
+"""Figures of the documents, from committed result files, and pages of reference, from the code.
+
 `python -m tools readme` writes both, never a hand.
 """
 
@@ -142,7 +143,8 @@ def explorer_block(root: Path) -> str:
     return table_of(pd.read_csv(file, comment="#")) + "\n" + facts_of(file)
 
 
-EARLIER = "whole_window"  # of hippocampus: first tries, with windows that held the whole structure
+# Of hippocampus: first tries, with windows that held the whole structure.
+EARLIER = "whole_window"
 
 # file of the project -> name of a block in it -> what writes it
 BLOCKS: dict[str, dict[str, Callable[[Path], str]]] = {
@@ -185,7 +187,8 @@ def draw_reconstruction(run_dir: str | Path, target: Path) -> None:
     model, task, settings = load_pretrained(run)
     name, data = find_data(run)
     splits = build_splits(get_task(name), data, settings)
-    case = (splits["val"] or splits["test"])[0]  # never one it was trained on
+    # Never an image that it was trained on.
+    case = (splits["val"] or splits["test"])[0]
     crop = load_crop(task, case, settings.crop_size, settings.spacing_mm)
     figure = show_reconstruction(model, crop, seed=0)
     target.parent.mkdir(exist_ok=True)
@@ -193,8 +196,9 @@ def draw_reconstruction(run_dir: str | Path, target: Path) -> None:
 
 
 def render(text: str, root: Path, name_of_file: str = "README.md") -> str:
-    """`text` of a file with everything between `<!-- NAME:start -->` and `<!-- NAME:end -->` written anew
-    from the results.
+    """`text` of a file with its blocks written anew from the results.
+
+    A block is all between `<!-- NAME:start -->` and `<!-- NAME:end -->`.
 
     Raises:
         UserError: if a block's markers are missing.

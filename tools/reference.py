@@ -1,5 +1,6 @@
-"""The pages on command line, Python interface and modules: written from the parsers and the docstrings, so
-that they cannot say anything else than these do.
+"""The pages on command line, Python interface and modules, written from the parsers and the docstrings.
+
+So they cannot say anything else than these do.
 """
 
 from __future__ import annotations

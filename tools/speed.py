@@ -63,8 +63,10 @@ def seconds(act: Act, precision: str) -> float:
 
 
 def compare(work: Work, auto: str, repeats: int) -> list[tuple]:
-    """Rows of a work: the peer as it comes, and both in one precision; after one call of each to warm up, by
-    turns. The floor is the time of this package's counted FLOPs at the rate of a plain matrix product.
+    """Rows of a work: the peer as it comes, and both in one precision.
+
+    After one call of each to warm up, both are called by turns. The floor is the time of this package's
+    counted FLOPs at the rate of a plain matrix product.
 
     Args:
         auto: the precision this package computes in on this machine.
@@ -99,8 +101,9 @@ def compare(work: Work, auto: str, repeats: int) -> list[tuple]:
 
 
 def benchmark_speed(out: str | Path, repeats: int = 5, only: str = "") -> pd.DataFrame:
-    """Measure each work as `compare` does, and write speed.csv. Rows of other works that are there already
-    stay, with the lines that say how they were made.
+    """Measure each work as `compare` does, and write speed.csv.
+
+    Rows of other works that are there already stay, with the lines that say how they were made.
 
     Args:
         repeats: calls of each side.

@@ -162,8 +162,9 @@ def organs(scan: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
 
 
 def crops_work(scan: tuple[int, ...], size: tuple[int, ...], stage: str) -> Work:
-    """Two crops of a scan in memory, of fine-tuning or of pre-training; counted beforehand, as this package
-    has them.
+    """Two crops of a scan in memory, of fine-tuning or of pre-training.
+
+    This package counts voxels beforehand, as it does in training.
     """
     rng = np.random.default_rng(0)
     image, label = (torch.from_numpy(v[None]) for v in (rng.random(scan, np.float32), organs(scan, rng)))
@@ -233,7 +234,7 @@ def import_work() -> Work:
     def imported(line: str) -> Act:
         return lambda _: subprocess.run([sys.executable, "-c", line], check=True, capture_output=True)
 
-    # Beside some builds of torch timm needs the remedy
+    # Beside some builds of torch, timm can only be imported after `timm_library`.
     theirs = "import torch, monai, smae_utils.timm_library, timm"
     ours = imported("import smae_utils; smae_utils.pretrain, smae_utils.finetune, smae_utils.Predictor")
     return Work("import", "torch, monai and timm", ours, imported(theirs), ())

@@ -174,7 +174,8 @@ def _expand(path: Path, group: str, spec: Any, content: dict) -> list[Planned]:
             values = check_parameters(notebook, values)
         except UserError as error:
             raise UserError(f"{path}: run {group}: {error}") from None
-        if values.get("run_dir"):  # seen from where the batch is planned, whoever asks for it later
+        # Relative to where the batch is planned, whoever asks for it later.
+        if values.get("run_dir"):
             values["run_dir"] = os.path.abspath(values["run_dir"])
         name = "-".join([group, *(f"{k}{_short(v)}" for k, v in crossed.items())])
         runs.append(Planned(name, notebook, values, crossed))

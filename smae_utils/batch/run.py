@@ -79,7 +79,8 @@ def run_planned(
     batch = Batch(Path(out).absolute(), tuple(runs))
     batch.out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        try:  # one that plans otherwise would change the runs of the first below its feet
+        # A second runner that plans otherwise would change the runs of the first.
+        try:
             stack.enter_context(held(batch.out / ".lock", timeout=0))
         except Timeout:
             raise UserError(

@@ -28,8 +28,8 @@ from smae_utils.locks import Timeout, held
 from smae_utils.run_notebook import run_notebook
 from smae_utils.work.provenance import now
 
+RESULT = "result.json"  # what a function returned
 # Of a run: waits, is executed, was killed or interrupted, failed, is done; or it waits for one that failed.
-RESULT = "result.json"  # of a function
 STATES = ("waiting", "running", "stopped", "failed", "done", "blocked")
 
 
@@ -159,7 +159,8 @@ def execute(out: str | Path, name: str) -> str:
                 else:
                     write_text(folder / RESULT, json.dumps(_call(run)))
             except Exception as error:
-                if told():  # the kernel was told too, and its end is no failure of the notebook
+                # The kernel was told too, and its end is no failure of the notebook.
+                if told():
                     raise KeyboardInterrupt from error
                 if not isinstance(error, UserError):
                     traceback.print_exc()

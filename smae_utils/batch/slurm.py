@@ -36,9 +36,9 @@ class Executed:
 class SlurmJobs:
     """Starts what is ready as one job array; the cluster decides how many run at a time.
 
-    A job that could not be launched on its node is held by SLURM until somebody releases it: it is taken back
-    here, so that the batch can submit it again. Any other hold is somebody's will: it is told, and waited
-    for.
+    A job that could not be launched on its node is held by SLURM until somebody releases it. It is
+    taken back here, so that the batch can submit it again. Any other hold is somebody's will: it
+    is told, and waited for.
 
     Args:
         report: is told of held jobs.

@@ -1,5 +1,6 @@
-"""From files to batches: tasks and lists, readers, transforms, crops. Knows of the method its patches at
-most.
+"""From files to batches: tasks and lists, readers, transforms, crops.
+
+Of the method it knows the patches only.
 """
 
 from __future__ import annotations

@@ -15,15 +15,15 @@ IGNORE = 255
 
 
 class Case(TypedDict):
-    """Paths and labels of a case. What transforms make of it, with tensors in their place, is a sample and no
-    `Case`.
+    """Paths and labels of a case.
+
+    What transforms make of it, with tensors in place of paths, is a sample and no `Case`.
 
     Attributes:
         case: its name, which is also that of its results.
         patient: cases of one patient never stand on both sides of a split.
         image: file, DICOM folder (or folder#series), or the files of its channels.
-        label: file of the mask; for classification a vector of 1, 0 and NaN for unknown; absent where nothing
-            is known.
+        label: file of the mask, or for classification a vector of 1, 0 and NaN (unknown); absent if unknown.
     """
 
     case: str
@@ -41,9 +41,7 @@ def files_of(image: str | list[str]) -> list[str]:
 
 
 def case_of(files: Sequence[str | Path]) -> Case:
-    """A case of one image, named after its file; several files are its channels. Nobody says who the patient
-    is.
-    """
+    """A case of one image, named after its file. Several files are its channels. The patient is unknown."""
     names = [str(file) for file in files]
     return {"case": case_name(names[0]), "patient": "", "image": names if len(names) > 1 else names[0]}
 

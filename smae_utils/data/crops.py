@@ -31,16 +31,18 @@ def slab_of(ends: torch.Tensor, place: int) -> tuple[int, int]:
 
 
 def centres(shape: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
-    """The box of a volume (X, Y, Z) in which a crop of `size` may have its centre; where a crop begins counts
-    from the box's corner.
+    """The box of a volume (X, Y, Z) in which a crop of `size` may have its centre.
+
+    A crop begins as far from the volume's corner as its centre lies from the corner of this box.
     """
     starts = [min(c, n) // 2 for n, c in zip(shape, size)]
     return tuple(slice(o, o + max(1, n - c)) for o, n, c in zip(starts, shape, size))
 
 
 class CountForeground(mt.Transform):
-    """Adds what `CropForeground` looks a voxel up by: `foreground_counts` (X,), foreground voxels in each
-    slab of `centres`. It is the same for each crop.
+    """Adds what `CropForeground` looks a voxel up by; it is the same for each crop.
+
+    `foreground_counts` (X,) are the foreground voxels in each slab of `centres`.
     """
 
     def __init__(self, size: Sequence[int]):
@@ -60,10 +62,11 @@ class CountClasses(mt.Transform):
 
 
 class CropForeground(mt.RandomizableTransform):
-    """Crops around voxels that are foreground, each as likely, or around any where there are none: as MONAI's
-    RandWeightedCropd draws them from a map of ones and zeros, but of that map only one slab is looked at.
+    """Crops around foreground voxels, each as likely; around any voxel where there is no foreground.
 
-    A sample may bring what `CountForeground` of the same size adds, which is then not counted again.
+    They are drawn as MONAI's RandWeightedCropd draws them from a map of ones and zeros, but of that map
+    only one slab is looked at. A sample may bring what `CountForeground` of the same size adds, which
+    is then not counted again.
     """
 
     def __init__(self, size: Sequence[int], count: int):
@@ -106,7 +109,7 @@ class ClassVoxels:
 
 
 class CropByClasses(mt.RandCropByLabelClassesd):
-    """MONAI's, with the same draws, but without a list of all voxels of all classes for each crop.
+    """As MONAI's, with the same draws, but without a list of all voxels of all classes for each crop.
 
     A sample may bring what `CountClasses` adds, which is then not counted again.
     """

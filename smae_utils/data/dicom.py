@@ -1,10 +1,9 @@
-"""The one place that knows DICOM: a folder of slices or an enhanced file to a volume, one image file to
-pixels. All through highdicom.
+"""The one place that knows DICOM, all through highdicom.
 
-highdicom was chosen after trying it beside SimpleITK on folders that go wrong in public reports: both put
-slices in the order of their places and rescale each slice by its own numbers, but of a missing slice or of
-two acquisitions at one place SimpleITK only warns and then spreads the slices evenly, where highdicom
-refuses.
+It reads a folder of slices or an enhanced file to a volume, and one image file to pixels. highdicom was
+chosen after trying it beside SimpleITK on folders that go wrong in public reports. Both put slices in the
+order of their places and rescale each slice by its own numbers. Where a slice is missing, or two
+acquisitions lie at one place, SimpleITK only warns and spreads the slices evenly; highdicom refuses.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from smae_utils.errors import UserError
 from smae_utils.paths import split_series
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-# Attributes that tell which series an image is of, and where it lies; pixels are read later, of one series
-# only.
+# Attributes that tell of which series an image is, and where it lies. Pixels are read later, of one series.
 INDEX = [
     "SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "ImageType", "Rows", "Columns",
     "NumberOfFrames", "PhotometricInterpretation",
@@ -29,10 +27,10 @@ INDEX = [
 
 
 def read_volume(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """A DICOM series (`folder`, or `folder#series`) or one enhanced multi-frame file -> values (X, Y, Z)
-    float32, affine (4, 4) in mm, RAS+.
+    """A DICOM series, or one enhanced multi-frame file -> values (X, Y, Z) and affine (4, 4).
 
-    Values are rescaled slice by slice (HU for CT). Files that hold no image, and localizers, are left out.
+    The path is `folder`, `folder#series` or a file. Values are float32, rescaled slice by slice (HU for CT);
+    the affine is in mm, RAS+. Files that hold no image, and localizers, are left out.
 
     Raises:
         UserError: for several series, slices that are missing or lie twice at one place, a tilted gantry,
@@ -66,7 +64,8 @@ def read_volume(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     if len(chosen) > 1:
         _check_places(folder, [h for _, h in chosen])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of values that break the standard in ways which do not matter here
+        # It warns of values that break the standard in ways which do not matter here.
+        warnings.simplefilter("ignore")
         try:
             volume = _volume(hd, pydicom, [file for file, _ in chosen])
         except UserError:
@@ -186,9 +185,7 @@ def _library(path: str | Path):
 
 
 def _header(pydicom, file: Path):
-    """The attributes of `INDEX` of an image file; None for what is no DICOM image (licence texts, DICOMDIR,
-    reports, structures).
-    """
+    """The attributes of `INDEX` of an image file; None for what is no image (texts, DICOMDIR, structures)."""
     try:
         found = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=INDEX)
     except (pydicom.errors.InvalidDicomError, OSError, EOFError):
@@ -291,8 +288,9 @@ def _check_places(folder: Path, headers: list) -> None:
 
 
 def _volume(hd, pydicom, files: list[Path]):
-    """highdicom's volume of one series. A frame of reference, which only matters between series, is filled in
-    where an anonymiser removed it.
+    """highdicom's volume of one series.
+
+    A frame of reference only matters between series: it is filled in where an anonymiser removed it.
     """
     options = {
         "apply_presentation_lut": False,

@@ -1,5 +1,6 @@
-"""Data sets that may be downloaded by anyone, only when the user asks by name; through MONAI and medmnist,
-which know the addresses and checksums.
+"""Data sets that anyone may download, fetched only when the user asks by name.
+
+MONAI and medmnist know the addresses and checksums.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from smae_utils.errors import UserError
 
 # Tasks of the Medical Segmentation Decathlon (Antonelli et al., arXiv 2106.05735; CC BY-SA 4.0).
 DECATHLON = {"hippocampus": "Task04_Hippocampus", "brats": "Task01_BrainTumour"}
-CHEST = "chestmnist"  # of MedMNIST, which knows the addresses and checksums (CC BY 4.0)
+CHEST = "chestmnist"  # of MedMNIST (CC BY 4.0)
 TIMEOUT = 30.0
 
 
 def download(name: str, out: str | Path, report: Callable[[str], None] = print, size: int = 64) -> Path:
     """Fetch a data set into the folder `out` and unpack it there.
 
-    What comes is checked against its MD5 and removed once it is unpacked; what is interrupted starts anew. A
+    What comes is checked against its MD5 and removed once it is unpacked. What is interrupted starts anew. A
     data set that is there is left alone.
 
     Args:
@@ -74,8 +75,9 @@ def download(name: str, out: str | Path, report: Callable[[str], None] = print, 
 
 
 def _chestmnist(out: Path, size: int, report: Callable[[str], None]) -> Path:
-    """ChestMNIST's one file of arrays -> a PNG an image, and a list with the official split by patients,
-    which it does not name.
+    """ChestMNIST's one file of arrays -> a PNG an image, and a list with the official split.
+
+    The split is by patients, who are not named.
     """
     if size not in (64, 128, 224):
         raise UserError(f"{CHEST} comes at 64, 128 or 224 pixels, got {size}")
@@ -122,7 +124,7 @@ def _chestmnist(out: Path, size: int, report: Callable[[str], None]) -> Path:
 
 
 def _free_place(folder: Path) -> None:
-    """Told before anything is fetched.
+    """Refuse a place that is taken, before anything is fetched.
 
     Raises:
         UserError: where something lies that is not the whole data set.

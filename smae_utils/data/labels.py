@@ -31,7 +31,7 @@ def whole_numbers(values: np.ndarray, path: str, expected: str) -> np.ndarray:
 
 
 def encode_labels(values: np.ndarray, task: Task, path: str) -> np.ndarray:
-    """Values as stored -> uint8 0 .. label_values - 1, and `tasks.IGNORE` for what the list calls ignore.
+    """Values as stored -> uint8 0 .. label_values - 1, and `IGNORE` for what the list calls ignore.
 
     Raises:
         UserError: for values that are no label of the task.

@@ -1,7 +1,6 @@
-"""Scans that are too large to hold: the preparation of `transforms.prepare`, block by block, into a temporary
-file.
+"""Scans that are too large to hold, prepared block by block into a temporary file, for prediction only.
 
-Only for prediction. What comes out equals what `prepare` gives; what is held are a few blocks.
+What comes out equals what `transforms.prepare` gives; only a few blocks are held in memory.
 """
 
 from __future__ import annotations
@@ -33,32 +32,30 @@ from smae_utils.data.transforms import normalisation, oriented, resampled
 from smae_utils.data.volumes import FILE_ERRORS, check_header, unreadable, volume_shape
 from smae_utils.paths import has_ending
 
-# Voxels x channels that are held in memory at a time, in a few arrays: 256 MB each in fp32. What is larger
-# goes to a temporary file.
+# Voxels x channels held in memory at a time, in a few arrays of 256 MB in fp32. More goes to a file.
 CHANNEL_VOXELS = 64_000_000
 
 Box = tuple[slice, slice, slice]
 
 
 def zeros(shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
-    """Zeros of a shape; in an unnamed temporary file, from where the system takes it as needed, when they are
-    many.
-    """
+    """Zeros of a shape; many of them in an unnamed temporary file, which the system reads as needed."""
     if math.prod(shape) <= CHANNEL_VOXELS:
         return np.zeros(shape, dtype)
     file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the array)
-    if hasattr(os, "posix_fallocate"):  # a full disk is told here; later it would kill the process
+    # A full disk is told here; later it would kill the process.
+    if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, math.prod(shape) * np.dtype(dtype).itemsize)
     return np.memmap(file, dtype, "w+", shape=tuple(shape))
 
 
 def blocks(shape: Sequence[int], channels: int = 1, to_other: np.ndarray | None = None) -> Iterator[Box]:
-    """Boxes that fill a grid, near cubes, so that what a turned one touches elsewhere is not much larger; a
-    few of them fit `CHANNEL_VOXELS`.
+    """Boxes that fill a grid; a few of them fit `CHANNEL_VOXELS`.
+
+    They are near cubes: what a turned box touches on another grid is then not much larger.
 
     Args:
-        to_other: (4, 4) to the grid from which each box is filled, where that is another one and may be
-            finer.
+        to_other: (4, 4) to the grid from which each box is filled, where that is another one, maybe finer.
     """
     finer = 1.0 if to_other is None else max(1.0, abs(np.linalg.det(to_other[:3, :3])))
     side = max(8, math.floor((CHANNEL_VOXELS / 8 / channels / finer) ** (1 / 3) + 1e-9))
@@ -78,10 +75,11 @@ def start_of(box: Box) -> np.ndarray:
 
 
 def source_box(box: Box, to_other: np.ndarray, other: Sequence[int], edge: bool = False) -> Box | None:
-    """What a box touches, and a voxel around it, on another grid that (4, 4) `to_other` leads to; None where
-    nothing is.
+    """The box that a box touches on another grid, with one voxel around it; None where there is nothing.
 
     Args:
+        to_other: (4, 4) from voxels of the box's grid to those of the other.
+        other: (X, Y, Z) of the other grid.
         edge: the other grid's edge goes on beyond it, so that what lies outside touches its nearest planes.
     """
     corners = np.array(
@@ -133,8 +131,9 @@ class ScanOnDisk:
 
 
 def _unpacked(file: str, stack: ExitStack) -> str:
-    """The file itself, or an unpacked copy that goes away with `stack`: single planes of a .gz cannot be read
-    without all before them.
+    """The file itself, or an unpacked copy that goes away with `stack`.
+
+    A single plane of a .gz cannot be read without all before it.
     """
     if not has_ending(file, (".gz",)):
         return file
@@ -144,7 +143,8 @@ def _unpacked(file: str, stack: ExitStack) -> str:
     left = stored.offset + math.prod(stored.shape) * stored.dtype.itemsize
     try:
         with gzip.open(file) as packed, target.open("wb") as plain:
-            while left > 0:  # bytes behind the image are nobody's business: nibabel does not read them either
+            # What follows the image is not read, as nibabel does not read it either.
+            while left > 0:
                 chunk = packed.read(min(left, 1 << 22))
                 if not chunk:
                     raise EOFError("the file ends before its image does")
@@ -198,7 +198,7 @@ def prepare_large(
     """`transforms.prepare` for a scan that is not to be held: its image, its grid and the scan's."""
     with ExitStack() as stack:
         scan = ScanOnDisk(case["image"], task, stack)
-        # What the transforms would do is asked of them with a scan that has a shape and no memory.
+        # MONAI's transforms say what they would do, given a scan that has a shape and no memory.
         ghost = MetaTensor(torch.zeros(1).expand(1, *scan.shape), affine=torch.from_numpy(scan.affine))
         for step in (mt.Orientation(**oriented()), mt.Spacing(**resampled(task, spacing_mm))):
             ghost = step(ghost, lazy=True)

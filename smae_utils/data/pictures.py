@@ -17,10 +17,10 @@ PHOTOMETRIC = 262
 
 
 class ReadRadiograph(mt.Transform):
-    """PNG, JPEG, TIFF or DICOM -> 8-bit PIL image (grey, or RGB for three channels) with rows from the top,
-    and the mean and std of the whole in 0..1.
+    """PNG, JPEG, TIFF or DICOM -> 8-bit PIL image (grey, or RGB for three channels), rows from the top.
 
-    PIL, not MONAI's PILReader, which transposes: left and right would change places with up and down.
+    `mean` and `std` of the whole image, in 0..1, are added. PIL reads it, not MONAI's PILReader, which
+    transposes: left and right would change places with up and down.
     """
 
     def __init__(self, in_chans: int = 1):
@@ -80,8 +80,8 @@ def read_flat_mask(path: str | Path) -> np.ndarray:
     try:
         with Image.open(path) as file:
             _one_page(file, path)
-            # Of a WhiteIsZero TIFF PIL has turned 8 bits round already; a mask's numbers are meant as they
-            # are stored.
+            # PIL has inverted 8 bits of a WhiteIsZero TIFF already; a mask's numbers are meant
+            # as they are stored.
             turned = (
                 file.format == "TIFF"
                 and file.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
@@ -108,7 +108,7 @@ def read_flat_mask(path: str | Path) -> np.ndarray:
 
 
 def _one_page(file: Image.Image, path: str) -> None:
-    # Of which some phones write a second picture behind the first.
+    # Some phones write a second picture behind the first (MPO).
     if getattr(file, "n_frames", 1) > 1 and file.format != "MPO":
         raise UserError(
             f"{path} holds {file.n_frames} pages or frames: expected one image a file; save the one that is "
@@ -122,9 +122,7 @@ def _unreadable(path: str, error: Exception) -> UserError:
 
 
 def _to_8_bit(values: np.ndarray, path: str, padding: np.ndarray | None = None) -> Image.Image:
-    """Grey values (H, W) of any range -> 8 bits by their own range; padding becomes black and has no part in
-    the range.
-    """
+    """Grey values (H, W) of any range -> 8 bits by that range; padding is left out and becomes black."""
     if values.ndim != 2 or not np.isfinite(values).all():
         raise UserError(
             f"cannot read {path}: expected a grey 2D image of finite values, got shape {values.shape}"

@@ -1,5 +1,6 @@
-"""Files to arrays by one rule for checking, training and evaluation, and the checks that refuse what would
-train or score silently wrong.
+"""Files to arrays by one rule, and the checks that refuse what would train or score silently wrong.
+
+Checking, training and evaluation all read in this way.
 """
 
 from __future__ import annotations
@@ -28,8 +29,7 @@ from smae_utils.paths import case_name, has_ending
 
 
 def read_mask(path: str | Path, image: Volume) -> np.ndarray:
-    """A mask brought to the axes of its image: (X, Y, Z). Voxels are counted from other corners, none is
-    resampled.
+    """A mask (X, Y, Z) brought to the axes of its image: turned and flipped, not resampled.
 
     Raises:
         UserError: for channels, another shape or another place, with what to run.
@@ -50,8 +50,9 @@ def read_mask(path: str | Path, image: Volume) -> np.ndarray:
 
 
 def to_axes_of(target: np.ndarray, values: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Turn and flip values (X, Y, Z) with affine (4, 4) so that their axes run as those of `target` (4, 4):
-    (values, affine).
+    """Turn and flip values (X, Y, Z) with affine (4, 4) so that their axes run as those of `target` (4, 4).
+
+    Returns the new values and their affine.
     """
     change = ornt_transform(io_orientation(affine), io_orientation(target))
     return np.ascontiguousarray(apply_orientation(values, change)), affine @ inv_ornt_aff(
@@ -96,10 +97,10 @@ def resample_mask(mask: str | Path, image: str | Path, out: str | Path) -> None:
 
 
 class ReadScan(mt.Transform):
-    """Files of `image` (several are channels) and, where wanted, `label` -> MetaTensors (C, X, Y, Z) with
-    their affine.
+    """Files of `image`, and of `label` where wanted -> MetaTensors (C, X, Y, Z) with their affine.
 
-    The label is brought to the axes of the image, see `read_mask`.
+    Several files of an image are its channels. The label is brought to the axes
+    of the image, see `read_mask`.
     """
 
     def __init__(self, keys: Sequence[str]):
@@ -141,8 +142,9 @@ def read_channels(image: str | Sequence[str]) -> Volume:
 
 
 class CheckCase(mt.Transform):
-    """Refuse what would train silently wrong (other channels, NaN, values that are no label) and number the
-    label values from 0.
+    """Refuse what would train silently wrong, and number the label values from 0.
+
+    That is: other channels, NaN, and values that are no label.
     """
 
     def __init__(self, task: Task, with_label: bool):
@@ -183,8 +185,7 @@ def read_label(case: Mapping[str, Any], task: Task) -> tuple[np.ndarray, Volume 
     """A case's mask as label numbers on the grid of its image, and the image (None for 2D).
 
     Raises:
-        UserError: if a file cannot be read, they do not lie on one grid, or the mask holds values that are no
-            label.
+        UserError: if a file cannot be read, they lie on different grids, or a mask value is no label.
     """
     if task.spatial_dims == 2:
         label = encode_labels(read_flat_mask(case["label"]), task, case["label"])

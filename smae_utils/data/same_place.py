@@ -23,8 +23,9 @@ def check_grid(other: tuple, path: str, first: tuple, first_path: str) -> None:
 
 
 def contradiction(path: str) -> str:
-    """In which way a NIfTI header says two things of where the voxels lie; "" where it does not. Its affine
-    (sform first) is what counts here.
+    """In which way a NIfTI header contradicts itself about where the voxels lie; "" where it does not.
+
+    What counts here is its affine, the sform first.
     """
     scan = nib.load(path)
     if "sform_code" not in scan.header:
@@ -66,9 +67,7 @@ def check_same_place(
     image_path: str,
     what_to_do: str = "",
 ) -> None:
-    """Refuse a label whose affine (4, 4) puts its corners half a voxel or more away from where the image has
-    them.
-    """
+    """Refuse a label whose affine (4, 4) puts its corners more than half a voxel away from the image's."""
     off = _farthest_corner(label, image, shape)
     if off > 0.5 * voxel_sizes(image).min():
         what = what_to_do or "resample it onto the image's grid"

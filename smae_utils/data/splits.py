@@ -25,8 +25,7 @@ def read_splits(
         reader: `Task.read_splits` of the task, which knows the folder.
         data_dir: where the download lies.
         split_seed, fold: as it takes them.
-        test_share: of the labelled training patients, who become the test part where no test case has a
-            label.
+        test_share: where no test case has a label, this share of the labelled patients is the test part.
         train_on_val: give the validation cases back to the training ones.
     """
     splits = reader(Path(data_dir), split_seed, fold)
@@ -53,8 +52,9 @@ def hold_out(cases: list[Case], share: float, seed: int) -> tuple[list[Case], li
 
 
 def hold_out_test(splits: Splits, share: float, seed: int) -> Splits:
-    """Draw test cases from the labelled training and validation cases, by patient; validation keeps its share
-    of the rest.
+    """Draw test cases from the labelled training and validation cases, by patient.
+
+    Validation keeps its share of the rest.
     """
     labelled = [c for c in splits["train"] + splits["val"] if "label" in c]
     _, test = hold_out(labelled, share, seed)

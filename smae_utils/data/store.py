@@ -25,9 +25,11 @@ LAYOUT = 1  # raise it when a prepared scan comes to mean something else
 
 
 class Store:
-    """A folder with a file for each prepared scan, named by what it was made of: the scan's files (place,
-    size and time) and how it was prepared. Several runs and processes may share it; whatever is not there yet
-    is made by the first that wants it, and nothing is ever replaced. It can be deleted at any time.
+    """A folder with a file for each prepared scan, for several runs and processes to share.
+
+    A file is named by what it was made of: the scan's files (place, size and time) and how it was prepared.
+    What is not there yet is made by the first that wants it, and nothing is ever replaced. The folder can be
+    deleted at any time.
 
     Args:
         folder: made when it is first written to.
@@ -45,8 +47,9 @@ class Store:
         return self.folder / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.pt"
 
     def get(self, case: Case, make: Callable[[Case], dict[str, Any]]) -> dict[str, Any]:
-        """The sample that `make` gives for a case, its tensors mapped from the file: what is not touched is
-        not read.
+        """The sample that `make` gives for a case.
+
+        Its tensors are mapped from the file: what is not touched is not read.
 
         Raises:
             UserError: when there is no room for it, or the file is broken.

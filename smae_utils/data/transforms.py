@@ -1,7 +1,7 @@
-"""MONAI transforms per stage. A scan is normalised as a whole, then cropped; pre-training never touches a
-label.
+"""MONAI transforms of each stage. A scan is normalised as a whole, then cropped.
 
-`prepare` is the deterministic part (its result can be cached and inverted), `augment` the random part.
+`prepare` is the deterministic part (its result can be cached and inverted); `augment_pretrain`, which never
+touches a label, and `augment_finetune` are the random part.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from smae_utils.timm_library import RandomResizedCropAndInterpolation, rand_augm
 def prepare(
     task: Task, with_label: bool, spacing_mm: Sequence[float] = (), crop_size: Sequence[int] = ()
 ) -> Compose:
-    """Read, orient, resample, normalise, crop to the body, pad to the crop size: {image: (C, *spatial)[,
-    label: (1, *spatial)]}.
+    """Read, orient, resample, normalise, crop to the body, pad to the crop size.
 
-    2D images stay PIL images until they are cropped, unless a mask goes with them.
+    The result is {image: (C, *spatial)} and, where wanted, {label: (1, *spatial)}. 2D images stay PIL images
+    until they are cropped, unless a mask goes with them.
 
     Args:
         task: whose channels, window and labels.
@@ -56,9 +56,7 @@ def prepare(
 
 
 class ReadFlatMask(mt.Transform):
-    """A 2D image with its mask, after `ReadRadiograph` -> image (C, H, W) standardised, label (1, H, W) label
-    numbers.
-    """
+    """After `ReadRadiograph`: image (C, H, W), standardised, and its mask (1, H, W) as label numbers."""
 
     def __init__(self, task: Task):
         self.task = task
@@ -94,7 +92,7 @@ def resampled(task: Task, spacing_mm: Sequence[float] = ()) -> dict:
 
 
 def normalisation(task: Task) -> mt.MapTransform:
-    """The task's window to 0 .. 1; without one, each channel's mean and spread of what is not 0."""
+    """The task's window to 0 .. 1; without one, z-scores of each channel's non-zero voxels."""
     if task.window:
         return mt.ScaleIntensityRanged("image", *task.window, 0.0, 1.0, clip=True)
     return mt.NormalizeIntensityd("image", nonzero=True, channel_wise=True)
@@ -107,10 +105,11 @@ def middle(image: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 
 
 def mirrored_axes(task: Task, mirror: bool) -> tuple[int, ...]:
-    """Axes along which crops are flipped, in either stage: not left-right where labels have sides, unless
-    `mirror` says so.
+    """Axes along which crops are flipped, in either stage.
 
-    Front-back followed by half a turn would call a right kidney left, too. Pictures have an upright side.
+    Left-right is left out where labels have sides, unless `mirror` says otherwise. So is front-back in
+    3D, which with half a turn would call a right kidney left. Of 2D images the vertical axis is left out:
+    they have an upright side.
     """
     keeps_sides = task.sided and not mirror
     if task.spatial_dims == 2:  # rows, columns
@@ -126,8 +125,9 @@ def augment_pretrain(
     mirror: bool = False,
     crop_area: Sequence[float] = (0.08, 1.0),
 ) -> Compose:
-    """Random crops around intensity foreground, and flips as in fine-tuning: positions learn one atlas.
-    Images only.
+    """Random crops around intensity foreground, and flips, of images only.
+
+    The flips are those of fine-tuning, so that positions learn one atlas.
 
     Args:
         task: whether images have sides, and whether the network sees them whole.
@@ -158,14 +158,15 @@ def augment_finetune(
     intensity_shift: float = 0.1,
     rand_augment: str = "",
 ) -> Compose:
-    """Crops (balanced over the labels, or of the whole image resized), flips, quarter turns, intensity scale
-    and shift.
+    """Crops, flips, quarter turns, and random scale and shift of intensities.
+
+    Crops are balanced over the labels; where the whole image is seen, they are resized crops of it.
 
     Args:
         task, crop_size, crops_per_scan, flip_prob, mirror, crop_area: as in `augment_pretrain`.
         rotate_prob: probability of quarter turns in the axial plane of 3D crops that are square there.
-        intensity_prob, intensity_scale, intensity_shift: how often intensities are scaled and shifted, and by
-            how much at most.
+        intensity_prob: probability of scaling intensities, and of shifting them.
+        intensity_scale, intensity_shift: by how much at most.
         rand_augment: a policy of timm for classified 2D images; empty: none.
     """
     axes = mirrored_axes(task, mirror)
@@ -189,8 +190,9 @@ def augment_finetune(
 
 
 def _resized_crop(keys: Sequence[str], size: Sequence[int], area: Sequence[float]) -> list:
-    """A random box that covers `area` of the image, resized to the network's input: labels by nearest
-    neighbour (the "exact" one, which shifts nothing by half a pixel).
+    """A random box that covers `area` of the image, resized to the network's input.
+
+    Labels by nearest neighbour: the "exact" one, which shifts nothing by half a pixel.
     """
     low, high = (share ** (1 / len(size)) for share in area)
     crop = mt.RandScaleCropd(keys, roi_scale=low, max_roi_scale=high, random_size=True, random_center=True)
@@ -198,8 +200,9 @@ def _resized_crop(keys: Sequence[str], size: Sequence[int], area: Sequence[float
 
 
 def resize(values: torch.Tensor, size: Sequence[int], label: bool = False) -> torch.Tensor:
-    """(C, *spatial) -> (C, *size): labels by nearest neighbour, 2D images as PIL resizes them (bicubic,
-    smoothed where they shrink), 3D linearly.
+    """(C, *spatial) -> (C, *size): labels by nearest neighbour, 3D images linearly, 2D images as PIL does.
+
+    PIL's way is bicubic, and smooths where it shrinks.
     """
     batch = plain(values)[None]
     if label:
@@ -232,8 +235,9 @@ def to_tensor(data: dict, image: Image.Image) -> torch.Tensor:
 
 
 class ResizeRadiograph(mt.Transform):
-    """The whole image at the model's input size, for validation and testing; 3D scans linearly, radiographs
-    bicubically.
+    """The whole image at the model's input size, for validation and testing.
+
+    3D scans are resized linearly, radiographs bicubically.
     """
 
     def __init__(self, size: Sequence[int]):
@@ -270,8 +274,8 @@ class RandomRadiograph(mt.RandomizableTransform):
             ) from None
 
     def __call__(self, data: dict) -> list[dict]:
-        # timm draws from Python's and numpy's global generators; they are seeded from this transform's own,
-        # and then as they were.
+        # timm draws from Python's and numpy's global generators. They are seeded from this transform's own
+        # generator, and put back afterwards.
         seed = int(self.R.randint(2**31))
         before = random.getstate(), np.random.get_state()
         random.seed(seed)

@@ -1,5 +1,6 @@
-"""3D files as they are stored: NIfTI, MetaImage, NRRD, MGH and DICOM folders to one kind of array with its
-affine.
+"""3D files as they are stored, from any format, to one kind of array with its affine.
+
+Formats: NIfTI, MetaImage, NRRD, MGH and folders of DICOM slices.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from smae_utils.data import dicom
 from smae_utils.errors import UserError
 from smae_utils.paths import ITK_ENDINGS, NIBABEL_ENDINGS, has_ending, is_dicom, split_series
 
-# What nibabel, zlib and the system raise for a file that is damaged; everything else is a mistake of this
-# package and is not blamed on the file.
+# What nibabel, zlib and the system raise for a damaged file. Everything else is a mistake of this package,
+# and is not blamed on the file.
 FILE_ERRORS = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError)
 
 
@@ -41,6 +42,7 @@ class Volume:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """(X, Y, Z), without the channels."""
         return tuple(self.values.shape[1:])
 
     @property
@@ -50,8 +52,9 @@ class Volume:
 
 
 def read_volume(path: str | Path) -> Volume:
-    """A scan or a mask from any 3D file that is read here: NIfTI (also .hdr/.img pairs and FreeSurfer's
-    .mgz), .mha, .mhd, .nrrd, DICOM.
+    """A scan or a mask from any 3D file that is read here.
+
+    That is: NIfTI (also .hdr/.img pairs), FreeSurfer's .mgz and .mgh, .mha, .mhd, .nrrd, .nhdr, and DICOM.
 
     Raises:
         UserError: naming the file, for what cannot be read or is no volume of grey values.
@@ -85,7 +88,8 @@ def units_of(scan: nib.spatialimages.SpatialImage) -> tuple[str, str]:
     """Units of space and time as a NIfTI header has them; other formats count in mm."""
     try:
         return scan.header.get_xyzt_units()
-    except (AttributeError, KeyError):  # other formats; codes that the standard does not know
+    # Other formats have no units; some headers hold codes that the standard does not know.
+    except (AttributeError, KeyError):
         return "mm", "unknown"
 
 
@@ -124,6 +128,7 @@ def _channels_first(values: np.ndarray) -> np.ndarray:
 
 
 def unreadable(path: str, error: Exception) -> UserError:
+    """The error that tells why a file cannot be read, and what to do."""
     line = " ".join(str(error).split())[:200] or type(error).__name__
     if isinstance(error, FileNotFoundError):
         return UserError(f"{path} does not exist, or its other half (.hdr and .img belong together): {line}")
@@ -165,10 +170,10 @@ def _read_itk(path: str) -> Volume:
 
 
 def check_header(scan: nib.spatialimages.SpatialImage, path: str) -> None:
-    """Refuse a NIfTI header that counts in other units than mm, or an affine (4, 4) by which the voxels lie
-    in a plane, or nowhere.
+    """Refuse a NIfTI header in other units than mm, or an affine (4, 4) that is singular.
 
-    Whether an affine is singular does not depend on the size of its voxels: those of micro-CT are .008 mm.
+    With such an affine the voxels lie in a plane, or nowhere. The test does not depend on the size of the
+    voxels: those of micro-CT are .008 mm.
     """
     if "xyzt_units" in scan.header and (
         unit := {1: "metres", 3: "micrometres"}.get(int(scan.header["xyzt_units"]) % 8)

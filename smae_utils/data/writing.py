@@ -14,8 +14,9 @@ from smae_utils.data.volumes import Volume
 
 
 def write_mask(stem: Path, labels: np.ndarray, task: Task, image: Volume | None) -> Path:
-    """Label numbers -> a file with the values that the task's own masks have: NIfTI on the image's grid, or
-    PNG for 2D.
+    """Label numbers (*spatial) -> a file with the values of the task's own masks.
+
+    3D as NIfTI on the image's grid, 2D as PNG.
     """
     stored = task.written_labels[labels]
     if image is not None:

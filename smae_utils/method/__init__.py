@@ -1,3 +1,4 @@
-"""The paper: patches, the transformer, the masked autoencoder, UNETR, and weights in and out. Knows nothing
-of files of scans, tasks or notebooks.
+"""The paper: patches, the transformer, the masked autoencoder, UNETR, and weights in and out.
+
+Knows nothing of files of scans, tasks or notebooks.
 """

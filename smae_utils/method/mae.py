@@ -24,16 +24,16 @@ from smae_utils.method.vit import ViTEncoder, init_transformer, transformer_bloc
 
 @dataclass
 class MAEOutput:
-    """What one forward pass gives.
+    """What one forward pass gives, for B images of L patches of p^d pixels and C channels each.
 
     Attributes:
-        loss: scalar, mean squared error over the hidden patches (without those of air, when `air_loss` is
-            False).
-        pred: (B, H, p^d * C), the hidden patches as predicted, in the units of the target (normalised when
-            `norm_pix_loss`) and in the order of `hidden`; of `predict_all` all patches (B, L, p^d * C) in
-            their places.
+        loss: scalar, mean squared error of the hidden patches in the units of the target. With
+            `air_loss=False`, patches of one single value are left out.
+        pred: (B, H, p^d * C), the predicted hidden patches in the order of `hidden`, in the units of
+            the target (normalised with `norm_pix_loss`). From `predict_all`: all patches, in their places
+            (B, L, p^d * C).
         hidden: (B, H) indices of the hidden patches.
-        mask: (B, L), 1 = hidden.
+        mask: (B, L) float, 1 = hidden.
     """
 
     loss: Tensor
@@ -43,22 +43,24 @@ class MAEOutput:
 
 
 class MaskedAutoencoder(nn.Module):
-    """Hide most patches, encode the visible ones, predict the hidden ones.
+    """Hide most patches, encode the visible ones, predict the hidden ones (He et al. 2111.06377, section 3).
 
     Args:
         img_size: spatial size; two numbers make a 2D model, three a 3D one.
         patch_size: an int, or one an axis.
         in_chans: channels of the image.
-        embed_dim, depth, num_heads: width, blocks and attention heads of the encoder.
-        decoder_embed_dim, decoder_depth, decoder_num_heads: the same of the decoder, which is smaller.
-        mask_ratio: share of patches that are hidden.
-        norm_pix_loss: compare with each patch normalised by its own mean and biased variance (+ 1e-6), as the
-            released 3D code does; facebookresearch/mae takes the unbiased variance.
+        embed_dim, depth, num_heads: width D, blocks and attention heads of the encoder.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: the same sizes of the decoder, usually smaller.
+        mask_ratio: share of the patches that are hidden.
+        norm_pix_loss: True compares with each patch normalised by its own mean and biased variance (+ 1e-6),
+            as the released 3D code does (facebookresearch/mae takes the unbiased variance); False compares
+            with the intensities as they are.
         air_loss: False leaves hidden patches of one single value, such as air, out of the loss.
         encoder: further arguments of `ViTEncoder` (class_token, qkv_bias, mlp_ratio, norm_eps).
 
     Raises:
-        UserError: where patches do not divide the image, heads the width, or nothing would be hidden.
+        UserError: if the patch size does not divide the image, the heads do not divide the width, or no
+            patch would be hidden or none visible.
     """
 
     def __init__(
@@ -105,9 +107,12 @@ class MaskedAutoencoder(nn.Module):
 
         Args:
             image: (B, C, *img_size).
-            noise: (B, L); the `int(L * (1 - mask_ratio))` patches with the smallest stay visible. Drawn when
-                absent.
-            mask_ratio: of this call, when it is not the model's own.
+            noise: (B, L); the `int(L * (1 - mask_ratio))` patches with the smallest values stay visible.
+                None: drawn anew, uniform in 0..1.
+            mask_ratio: of this call; None: the model's own.
+
+        Raises:
+            UserError: for an image or noise of another shape, or a ratio that leaves none hidden or visible.
         """
         patches = self.encoder.cut(image)  # (B, L, p^d * C)
         visible, hidden, mask = self.split(patches, noise, mask_ratio)
@@ -121,7 +126,7 @@ class MaskedAutoencoder(nn.Module):
     def predict_all(
         self, image: Tensor, noise: Tensor | None = None, mask_ratio: float | None = None
     ) -> MAEOutput:
-        """As `forward`, but with every patch predicted, the visible ones too: for pictures."""
+        """As `forward`, for pictures: without gradients, and `pred` (B, L, p^d * C) holds all patches."""
         patches = self.encoder.cut(image)
         visible, hidden, mask = self.split(patches, noise, mask_ratio)
         pred = self.predict(self.decode(self.encode(patches, visible), visible, hidden))
@@ -131,7 +136,11 @@ class MaskedAutoencoder(nn.Module):
     def split(
         self, patches: Tensor, noise: Tensor | None = None, mask_ratio: float | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Which patches stay visible and which are hidden, see `split_by_noise`."""
+        """Patches (B, L, N) -> visible (B, V), hidden (B, H), mask (B, L), see `split_by_noise`.
+
+        Raises:
+            UserError: for noise of another shape than (B, L).
+        """
         shape = patches.shape[:2]
         if noise is None:
             noise = torch.rand(shape, device=patches.device)
@@ -147,12 +156,13 @@ class MaskedAutoencoder(nn.Module):
         return self.encoder.norm(tokens)
 
     def decode(self, latent: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
-        """Tokens of the visible patches (B, prefix_tokens + V, D) -> decoder tokens of all, in their places
-        (B, L, D_decoder).
+        """Visible tokens (B, prefix_tokens + V, D) -> decoder tokens of all patches (B, L, D_decoder).
+
+        `visible` (B, V) and `hidden` (B, H) say where each of them stands.
         """
         prefix = self.encoder.prefix_tokens
         tokens = self.decoder_embed(latent)
-        # A learned token stands for each hidden patch; all go back to their places and learn where that is.
+        # A learned token stands for each hidden patch; the positions tell which patch it is.
         patches = unshuffle(tokens[:, prefix:], self.mask_token, visible, hidden) + self.decoder_pos_embed
         # The class token goes along, without a position, as in facebookresearch/mae and the authors' code.
         tokens = torch.cat([tokens[:, :prefix], patches], 1)
@@ -165,14 +175,14 @@ class MaskedAutoencoder(nn.Module):
         return self.decoder_pred(self.decoder_norm(tokens))
 
     def target(self, patches: Tensor) -> Tensor:
-        """What is predicted: patches (B, K, p^d * C) as they are, or each without its own mean and spread."""
+        """The target: patches (B, K, p^d * C) as they are, or normalised each by its own mean and std."""
         if not self.norm_pix_loss:
             return patches
         mean, std = patch_statistics(patches)
         return (patches - mean) / std
 
     def loss(self, pred: Tensor, patches: Tensor) -> Tensor:
-        """Mean squared error of hidden patches (B, H, p^d * C), in fp32 whatever the network computes in."""
+        """Predicted and true hidden patches (B, H, p^d * C) -> mean squared error, a scalar in fp32."""
         patches = patches.float()
         error = (pred.float() - self.target(patches)).square().mean(-1)
         if self.air_loss:
@@ -181,11 +191,10 @@ class MaskedAutoencoder(nn.Module):
         return (error * body).sum() / body.sum().clamp(min=1)
 
     def to_image(self, image: Tensor, pred: Tensor) -> Tensor:
-        """Predicted patches as an image (B, C, *img_size) in the image's intensities.
-
-        With `norm_pix_loss` the network does not predict a patch's mean and std; the **true** ones are used,
-        also for hidden patches. The picture is then sharper in contrast than the network knows: say so beside
-        it.
+        """Predicted patches (B, L, p^d * C) -> an image like `image` (B, C, *img_size), in its intensities.
+        With `norm_pix_loss` the network does not predict a patch's mean and std. The **true** ones
+        are used, also for hidden patches, so the picture shows contrast that the network did not
+        predict: say so beside it.
         """
         patches = patchify(image, self.patch_size)
         if self.norm_pix_loss:
@@ -195,9 +204,7 @@ class MaskedAutoencoder(nn.Module):
 
 
 def unshuffle(tokens: Tensor, mask_token: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
-    """Tokens of the visible patches (B, V, D) in their places and the mask token (1, 1, D) in all others: (B,
-    L, D).
-    """
+    """Visible tokens (B, V, D) in their places, the mask token (1, 1, D) in all others -> (B, L, D)."""
     together = torch.cat([tokens, mask_token.expand(*hidden.shape, -1).to(tokens.dtype)], 1)
     places = torch.cat([visible, hidden], 1).argsort(1)
     return gather_tokens(together, places)
@@ -220,9 +227,7 @@ def pixel_mask(mask: Tensor, patch_size: int | Sequence[int], shape: Sequence[in
 
 
 def holds_something(patches: Tensor) -> Tensor:
-    """Patches (B, K, p^d * C) -> (B, K) false where all of a patch is one single value, as air around a body
-    is.
-    """
+    """Patches (B, K, p^d * C) -> boolean (B, K), False where a patch has one single value, as air has."""
     return patches.amax(-1) > patches.amin(-1)
 
 
@@ -233,12 +238,17 @@ def sanity_band(
     norm_pix_loss: bool = True,
     air_loss: bool = True,
 ) -> dict[str, float]:
-    """Losses that need no network, on the hidden patches: what a trained one has to beat. Counted as the
-    network's own loss is.
+    """Losses that need no network, on the hidden patches: what a trained network has to beat.
+
+    They are counted as `MaskedAutoencoder` counts its loss with the same `norm_pix_loss` and `air_loss`.
+
+    Args:
+        image: (B, C, *spatial).
+        mask: (B, L), 1 = hidden.
 
     Returns:
         `patch_mean`: predicting each patch's own mean (1 for normalised targets, apart from flat patches);
-        `nearest_visible`: copying the nearest visible patch, in the target's units.
+        `nearest_visible`: copying the nearest visible patch. Both in the units of the target.
     """
     patches = patchify(image, patch_size)
     mean, std = patch_statistics(patches)

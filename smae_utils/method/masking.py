@@ -11,7 +11,11 @@ from smae_utils.errors import UserError
 
 
 def visible_count(length: int, mask_ratio: float) -> int:
-    """int(L * (1 - mask_ratio)), checked to leave something visible and something hidden."""
+    """How many of `length` patches stay visible: int(length * (1 - mask_ratio)).
+
+    Raises:
+        UserError: if no patch would be visible, or none hidden.
+    """
     keep = int(length * (1 - mask_ratio))
     if not 0 < mask_ratio < 1 or not 0 < keep < length:
         raise UserError(
@@ -22,8 +26,9 @@ def visible_count(length: int, mask_ratio: float) -> int:
 
 
 def mask_noise(seeds: Sequence[int], length: int) -> Tensor:
-    """(B, L) uniform noise, one seed an image, drawn on the CPU: the same mask on every device and in every
-    batch.
+    """(B, L) uniform noise, one seed an image, drawn on the CPU.
+
+    An image has the same mask on every device and in every batch.
     """
     rows = [torch.rand(length, generator=torch.Generator().manual_seed(int(seed) % 2**63)) for seed in seeds]
     return torch.stack(rows)

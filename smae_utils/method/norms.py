@@ -8,8 +8,9 @@ from torch.nn.functional import batch_norm
 
 
 def _each_apart(x: Tensor, eps: float) -> Tensor:
-    """Instance norm of (B, C, *spatial): a batch norm of each sample alone is the same, and torch computes
-    it without bringing the channels to the front and back again.
+    """Instance norm of (B, C, *spatial), computed as a batch norm of each sample alone.
+
+    The result is the same, and torch does not bring the channels to the front and back again.
     """
     done = [batch_norm(sample, None, None, training=True, eps=eps) for sample in x.split(1)]
     return done[0] if len(done) == 1 else torch.cat(done)
@@ -26,8 +27,10 @@ class _InstanceNorm3d(nn.InstanceNorm3d):
 
 
 def keep_channels_last(model: nn.Module) -> None:
-    """Replace the instance norms of `model` that have no weights and no running statistics by those of this
-    module. Weights and their names stay, outputs to rounding.
+    """Let the instance norms of `model` keep channels last.
+
+    Only those without weights and running statistics are replaced, so the names of all weights stay.
+    Outputs are the same up to rounding.
     """
     for parent in list(model.modules()):
         for name, norm in parent.named_children():

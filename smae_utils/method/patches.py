@@ -1,7 +1,7 @@
 """Patches and positions: the arithmetic of a vision transformer, for 2D and 3D alike.
 
-One convention for masks everywhere: **1 = hidden**. Pixels of a patch are ordered spatial axes first, channel
-last.
+One convention for masks everywhere: **1 = hidden**. The pixels of a patch are ordered with the spatial axes
+first and the channel last.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from smae_utils.errors import UserError
 
 
 def as_tuple(value: int | Sequence[int], ndim: int) -> tuple[int, ...]:
-    """An int for every axis, or one per axis: always a tuple of `ndim` positive ints."""
+    """An int for every axis, or one per axis -> a tuple of `ndim` ints.
+
+    Raises:
+        UserError: for another number of sizes, or a size below 1.
+    """
     out = (int(value),) * ndim if isinstance(value, int) else tuple(int(v) for v in value)
     if len(out) != ndim or min(out) < 1:
         raise UserError(f"expected {ndim} sizes of at least 1, one an axis, got {value!r}")
@@ -40,8 +44,11 @@ def grid_size(img_size: Sequence[int], patch_size: int | Sequence[int]) -> tuple
 
 
 def patchify(image: Tensor, patch_size: int | Sequence[int]) -> Tensor:
-    """(B, C, *spatial) -> (B, L, p^d * C); patches in row-major order, pixels spatial first and channel
-    last."""
+    """(B, C, *spatial) -> (B, L, p^d * C): patches in row-major order, pixels spatial first, channel last.
+
+    Raises:
+        UserError: if the patch size does not divide the image.
+    """
     ndim = image.ndim - 2
     patch = as_tuple(patch_size, ndim)
     grid = grid_size(image.shape[2:], patch)
@@ -52,7 +59,11 @@ def patchify(image: Tensor, patch_size: int | Sequence[int]) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch_size: int | Sequence[int], grid: Sequence[int]) -> Tensor:
-    """(B, L, p^d * C) -> (B, C, *spatial): the exact inverse of `patchify`."""
+    """(B, L, p^d * C) -> (B, C, *spatial): the exact inverse of `patchify`.
+
+    Raises:
+        UserError: if number or length of the patches do not fit the grid.
+    """
     ndim = len(grid)
     patch = as_tuple(patch_size, ndim)
     batch, length, width = patches.shape
@@ -67,11 +78,11 @@ def unpatchify(patches: Tensor, patch_size: int | Sequence[int], grid: Sequence[
 
 
 def patch_statistics(patches: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """Mean and std (biased variance + eps) of each patch over its pixels and channels: (B, L, N) -> two (B,
-    L, 1).
+    """Mean and std of each patch over its pixels and channels: (B, L, N) -> two (B, L, 1).
 
-    Biased as in the released 3D code of Zhou et al. (2203.05573). facebookresearch/mae divides by N - 1: its
-    targets differ from these by the factor sqrt((N - 1) / N), 0.1 % for a patch of 16 x 16 x 3 pixels.
+    The std is the root of the biased variance + `eps`, as in the released 3D code of Zhou et al.
+    (2203.05573). facebookresearch/mae divides by N - 1: its targets differ from these by the factor
+    sqrt((N - 1) / N), 0.07 % for a patch of 16 x 16 x 3 pixels.
     """
     mean = patches.mean(-1, keepdim=True)
     return mean, (patches.var(-1, keepdim=True, unbiased=False) + eps).sqrt()
@@ -83,13 +94,14 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 def sincos_positions(grid: Sequence[int], dim: int) -> Tensor:
-    """Fixed sine-cosine positions (1, L, dim), axes in order, each with an equal even share of `dim`; what is
-    left over is zero.
+    """Fixed sine-cosine positions (1, L, dim): axes in order, each with an equal even share of `dim`.
 
-    The formula of MAE (He et al. 2111.06377), for any number of axes and any width: frequencies 10000^(-2i /
-    share).
-    The order is our own: axis 0 comes first, where facebookresearch/mae puts the columns of the width (axis
-    1) first, so of its 2D table the two halves are swapped.
+    The formula is that of MAE (He et al. 2111.06377), with frequencies 10000^(-2i / share), for any number
+    of axes and any width; what is left of `dim` is zero. The order is our own: axis 0 comes first.
+    facebookresearch/mae puts the columns (axis 1) first, so the two halves of its 2D table are swapped.
+
+    Raises:
+        UserError: if `dim` is too small for one frequency an axis.
     """
     half = dim // (2 * len(grid))
     if half == 0:

@@ -15,20 +15,25 @@ from smae_utils.method.vit import ViTEncoder
 
 
 class UNETR(nn.Module):
-    """ViT encoder and a convolutional decoder with skips: (B, in_chans, *img_size) -> logits (B, out_chans,
-    *img_size).
+    """ViT encoder and a convolutional decoder with skips, from an image to logits of the same size.
 
-    With patch size 2^n the decoder has n stages, each up-sampling by 2; skip k (1 .. n-1) is taken after the
-    block of index k * depth / n (12 blocks, patch 16: 3, 6, 9) and brought to 1 / 2^k of the image. Blocks
-    are MONAI's.
+    With patch size 2^n the decoder has n stages, each up-sampling by 2. Skip k (1 .. n-1) is taken after
+    the block of index k * depth / n (12 blocks, patch 16: 3, 6, 9) and brought to 1 / 2^k of the image.
+    The decoder's blocks are MONAI's.
 
     Args:
+        img_size, patch_size, in_chans, embed_dim, depth, num_heads: of the encoder, see `ViTEncoder`.
+        out_chans: logits of each pixel.
         feature_size: channels at full resolution; they double at each stage down.
-        use_image: False leaves out the skip from the image itself, so that all the decoder knows went through
-            the encoder.
+        use_image: False leaves out the skip from the image itself, so that all the decoder knows went
+            through the encoder.
         norm_skips: True norms the hidden states of the blocks before the decoder reads them, as the last
             block's already are: a pre-trained encoder's are several times larger than a random one's.
         encoder: further arguments of `ViTEncoder` (class_token, qkv_bias, mlp_ratio, norm_eps, drop_path).
+
+    Raises:
+        UserError: if the patch size is not the same power of two (4 or more) on every axis, or the encoder
+            has too few blocks for the skips.
     """
 
     def __init__(
@@ -103,11 +108,15 @@ class UNETR(nn.Module):
         keep_channels_last(self)
 
     def to_map(self, tokens: Tensor) -> Tensor:
-        """(B, prefix_tokens + L, D) -> (B, D, *grid)."""
+        """Tokens (B, prefix_tokens + L, D) -> feature map (B, D, *grid), without the class token."""
         return tokens[:, self.encoder.prefix_tokens :].transpose(1, 2).unflatten(2, self.encoder.grid)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, in_chans, *img_size) -> logits (B, out_chans, *img_size)."""
+        """Image (B, in_chans, *img_size) -> logits (B, out_chans, *img_size).
+
+        Raises:
+            UserError: for an image of another size or number of channels.
+        """
         tokens, taken = self.encoder(image, take=self.skip_blocks)
         if self.norm_skips:
             taken = [layer_norm(t, t.shape[-1:]) for t in taken]

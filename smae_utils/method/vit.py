@@ -25,8 +25,14 @@ def transformer_blocks(
     drop_path: float = 0.0,
     of: str = "",
 ) -> nn.ModuleList:
-    """`depth` pre-norm blocks of timm; stochastic depth grows linearly from 0 to `drop_path`. `of` goes
-    before names in errors.
+    """`depth` pre-norm blocks of timm, each (B, N, dim) -> (B, N, dim).
+
+    Args:
+        drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
+        of: goes before the names of arguments in errors.
+
+    Raises:
+        UserError: if the heads do not divide the width.
     """
     if dim % num_heads:
         raise UserError(f"{of}embed_dim {dim} does not divide into {of}num_heads {num_heads}")
@@ -48,7 +54,7 @@ def transformer_blocks(
 
 
 def init_transformer(module: nn.Module) -> None:
-    """MAE's start: Xavier-uniform linear layers (the patch projection counts as one), zero biases."""
+    """MAE's initialisation: Xavier-uniform linear layers (the patch projection is one), zero biases."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -58,8 +64,8 @@ def init_transformer(module: nn.Module) -> None:
 class PatchEmbed(nn.Module):
     """Patches (B, K, p^d * C) -> one token each (B, K, D).
 
-    The weights are those of a convolution whose stride is its kernel, as everywhere; computed as the linear
-    map of patches that it is, which in 3D and bf16 is many times faster than torch's convolution.
+    The weights are those of a convolution whose stride is its kernel. They are applied as a linear map of
+    patches, which in 3D and bf16 is many times faster than torch's convolution.
     """
 
     def __init__(self, in_chans: int, patch_size: tuple[int, ...], embed_dim: int):
@@ -73,25 +79,31 @@ class PatchEmbed(nn.Module):
         nn.init.xavier_uniform_(self.proj.weight.view(embed_dim, -1))
 
     def forward(self, patches: Tensor) -> Tensor:
-        """(B, L, p^d * C) -> tokens (B, L, embed_dim)."""
-        kernel = self.proj.weight.movedim(1, -1).flatten(1)  # pixels in the order of `patchify`: channel last
+        """Patches (B, K, p^d * C), in the order of `patchify` -> tokens (B, K, embed_dim)."""
+        kernel = self.proj.weight.movedim(1, -1).flatten(1)  # channel last, as in a patch
         return F.linear(patches, kernel, self.proj.bias)
 
 
 class ViTEncoder(nn.Module):
     """Patch embedding, positions, class token, blocks, norm.
 
+    `pos_embed` (1, L, D) holds the patches' positions only; the class token needs none.
+
     Args:
-        img_size: spatial size, 2 or 3 numbers; its length decides 2D or 3D.
-        patch_size: an int or one an axis.
+        img_size: spatial size; two numbers make a 2D model, three a 3D one.
+        patch_size: an int, or one an axis.
         in_chans: channels of the image.
         embed_dim, depth, num_heads: width D, blocks and attention heads.
+        mlp_ratio: hidden width of the blocks' MLPs over D.
+        qkv_bias: whether query, key and value have a bias.
+        norm_eps: epsilon of the layer norms.
+        class_token: False leaves the class token out.
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
-        learn_positions: False keeps the sine-cosine table fixed (pre-training), True starts from it and
-            learns (fine-tuning).
+        learn_positions: True trains the sine-cosine table (fine-tuning), False does not (pre-training).
         final_norm: False leaves the last norm out (for a head that brings its own).
 
-    `pos_embed` (1, L, D) holds the patches' positions only; the class token needs none.
+    Raises:
+        UserError: if the patch size does not divide the image, or the heads do not divide the width.
     """
 
     def __init__(
@@ -160,8 +172,12 @@ class ViTEncoder(nn.Module):
         return torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1)
 
     def forward(self, image: Tensor, take: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
-        """(B, C, *img_size) -> normed tokens (B, prefix_tokens + L, D), and the un-normed ones after each
-        block index in `take`.
+        """Image (B, C, *img_size) -> normed tokens (B, prefix_tokens + L, D), and a list of hidden states.
+
+        The list holds the un-normed tokens, of the same shape, after each block index in `take`.
+
+        Raises:
+            UserError: for an image of another size or number of channels.
         """
         tokens = self.embed(self.cut(image))
         taken = []
@@ -173,13 +189,17 @@ class ViTEncoder(nn.Module):
 
 
 class ViTClassifier(nn.Module):
-    """ViT encoder and a linear head: (B, C, *img_size) -> logits (B, num_classes).
+    """ViT encoder and a linear head: an image to one logit a class.
 
     Args:
-        num_classes: logits, one a class; classes do not exclude each other.
+        img_size, patch_size, in_chans, embed_dim, depth, num_heads: of the encoder, see `ViTEncoder`.
+        num_classes: number of logits, one a class; classes do not exclude each other.
         pool: "cls" takes the normed class token; "mean" averages the patch tokens and then norms, as timm's
             `global_pool="avg"` and MAE's fine-tuning do.
         encoder: further arguments of `ViTEncoder` (class_token, qkv_bias, mlp_ratio, norm_eps, drop_path).
+
+    Raises:
+        UserError: for another `pool`, or "cls" without a class token.
     """
 
     def __init__(
@@ -211,7 +231,11 @@ class ViTClassifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, C, *img_size) -> logits (B, num_classes)."""
+        """Image (B, in_chans, *img_size) -> logits (B, num_classes).
+
+        Raises:
+            UserError: for an image of another size or number of channels.
+        """
         tokens, _ = self.encoder(image)
         pooled = tokens[:, 0] if self.pool == "cls" else tokens[:, self.encoder.prefix_tokens :].mean(1)
         return self.head(self.fc_norm(pooled))

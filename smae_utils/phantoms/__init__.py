@@ -1,5 +1,6 @@
-"""Drop-ins for the real downloads: the same layouts, made from a seed, so that everything runs where the data
-cannot be had.
+"""Drop-ins for the real downloads: the same layouts, made from a seed.
+
+With them everything runs where the data cannot be had.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ def write_phantoms(
     context: float = 1.0,
     clean: bool = False,
 ) -> list[Path]:
-    """Write `n` phantom scans of a task in the layout of its real download; the same seed gives the same
-    bytes.
+    """Write `n` phantom scans of a task in the layout of its real download.
+
+    The same seed gives the same bytes.
 
     Args:
         size: "demo" (small, for a CPU) or "full" (the real data's matrix sizes).
-        clean: leave the noise out: the twin that says how much of an image can be predicted at all.
+        clean: leave the noise out: this twin says how much of an image can be predicted at all.
         context: 1 ties every structure to the patient's latents, 0 draws each on its own.
 
     Returns:

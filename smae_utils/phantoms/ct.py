@@ -1,13 +1,13 @@
 """Abdominal CT phantoms, a drop-in for the BTCV scans: the same folders, file names, case ids and 13 labels.
 
-Twelve numbers a patient (`LATENTS`) place, size and texture everything, so what is visible predicts what is
-hidden, while the pose varies too much for position alone to be a good atlas. Organs that touch share their HU
-and texture (liver and spleen; both kidneys; the vessels; stomach, pancreas, esophagus and adrenals), so that
-a threshold does not tell them apart: their place among others does.
+Twelve numbers a patient (`Latents`) place, size and texture everything, so what is visible predicts what is
+hidden. The pose varies too much for position alone to be a good atlas. Organs that touch share their HU and
+texture (liver and spleen; both kidneys; the vessels; stomach, pancreas, esophagus and adrenals): a threshold
+does not tell them apart, but their place among others does.
 
-At "demo" size the thin organs (vessels, esophagus, pancreas, gallbladder, adrenals) are exaggerated, far
-beyond life for the adrenals: each is then about four voxels of 7 mm thick. "full" size draws them a fifth to
-two fifths thinner, still generous.
+At "demo" size the thin organs (vessels, esophagus, pancreas, gallbladder, adrenals) are exaggerated, the
+adrenals far beyond life: each is then about four voxels of 7 mm thick. "full" size draws them a fifth to two
+fifths thinner, still generous.
 """
 
 from __future__ import annotations
@@ -44,23 +44,27 @@ class Case(NamedTuple):
 
 
 def wave(p, wavelengths: tuple[float, float, float], phase: float) -> np.ndarray:
-    """A grating of body coordinates: the phase grows by a turn every `wavelengths` mm along x, y and z (inf:
-    not at all).
+    """A grating of body coordinates: its phase grows by a turn every `wavelengths` mm along x, y and z.
+
+    A wavelength of inf does not count.
     """
     turns = sum(c * np.float32(1 / w) for c, w in zip(p, wavelengths) if np.isfinite(w))
     return np.cos(np.float32(2 * np.pi) * turns + np.float32(np.pi * phase))
 
 
 def texture(kind: str, p, distance: np.ndarray, phase: float) -> np.ndarray | float:
-    """What a tissue adds to its HU, about -1..1; every wavelength is 3 voxels of 7 mm or more, even in the
-    smallest patient.
+    """What a tissue adds to its HU, about -1..1.
+
+    Every wavelength is 3 voxels of 7 mm or more, even in the smallest patient.
     """
-    if kind == "vessels":  # bright tubes that run front to back and bend: a row across, a row along
+    # Bright tubes that run front to back and bend: a row across, a row along.
+    if kind == "vessels":
         x, y, z = p
         bent = (x + 7 * np.sin(y / 22), y, z + 7 * np.sin(y / 16 + x / 40))
         both = wave(bent, (32, np.inf, 90), phase) + wave(bent, (-80, np.inf, 32), phase)
         return np.clip(both - 0.7, 0, None)
-    if kind == "pyramids":  # a bright cortex, dark pyramids spaced along the kidney, a dark sinus
+    # A bright cortex, dark pyramids spaced along the kidney, a dark sinus.
+    if kind == "pyramids":
         cortex = coverage(-8 - distance, 5)
         sinus = coverage(distance + 19, 6)
         return cortex - 0.5 * (1 - cortex) * (1 + wave(p, (np.inf, np.inf, 30), phase)) - 1.2 * sinus
@@ -83,8 +87,9 @@ class Canvas:
         self._frames: dict[Latents, tuple] = {}
 
     def frame(self, latents: Latents):
-        """Body coordinates of every voxel, (x, y, z), and the same with z as breathing moves the upper organs
-        (mm, float32).
+        """Body coordinates of every voxel, (x, y, z) in mm, float32; and the same, moved by breathing.
+
+        Breathing moves the upper organs along z.
         """
         if latents not in self._frames:
             shift = (26 * latents.shift_x, 20 * latents.shift_y, 12 * latents.shift_z)
@@ -100,11 +105,10 @@ class Canvas:
         return self._frames[latents]
 
     def paint(self, p, distance_of, hu, label: int | None = None) -> None:
-        """Cover with `hu`, a number or a function of (p, distance), where `distance_of(p)` < 0, with a soft
-        edge a voxel wide.
+        """Cover with `hu` where `distance_of(p)` < 0, with a soft edge a voxel wide.
 
-        The distance is first taken on a coarse grid, so that the fine one is only worked out in a box around
-        the structure.
+        `hu` is a number or a function of (p, distance). The distance is first taken on a coarse grid, so that
+        the fine one is only worked out in a box around the structure.
         """
         step = 8 if self.pitch < 2 else 3
         near = distance_of(tuple(c[::step, ::step] for c in p)) < 2 * step * self.pitch
@@ -124,15 +128,15 @@ class Canvas:
 
 
 def _outline(p, grow_mm: float) -> np.ndarray:
-    """Distance to the skin less the fat (`grow_mm` 0), a cylinder with a waist; `grow_mm` moves it out or
-    in."""
+    """Distance to the body wall under the fat, a cylinder with a waist; `grow_mm` moves it out or in."""
     waist = 1 - 0.06 * np.exp(-(((p[2] + 45) / 50) ** 2))
     return ellipsoid((p[0] / waist, p[1] / waist), (0, 0), (148 + grow_mm, 103 + grow_mm), power=2.4)
 
 
 def _ribs(p, phase: float) -> np.ndarray:
-    """Distance to curved ribs in the body wall, lower in front, that end at the costal margin and beside the
-    sternum.
+    """Distance to curved ribs in the body wall, lower in front.
+
+    They end at the costal margin and beside the sternum.
     """
     wall = _outline(p, -9)
     plane = fold(p[2] + 0.45 * p[1], 34, phase) * 0.91
@@ -142,12 +146,10 @@ def _ribs(p, phase: float) -> np.ndarray:
 
 
 def _lungs(p) -> np.ndarray:
-    """Distance to the lung bases: inside the ribs, above the two domes of the diaphragm, either side of the
-    mediastinum.
-    """
+    """Distance to the lung bases: inside the ribs, above both diaphragm domes, beside the mediastinum."""
     domes = [ellipsoid(p, (side * 74, 0, low), (66, 88, 82), power=2.2) for side, low in ((1, 18), (-1, 12))]
     middle = ellipsoid(p[:2], (-4, -6), (34, 46))
-    # Deepest at the back and the sides.
+    # The lungs reach deepest at the back and the sides.
     floor = 10 + 0.5 * np.clip(p[1] + 40, 0, None) + 45 * np.exp(-((p[0] / 40) ** 2))
     return np.maximum.reduce([_outline(p, -15), -domes[0], -domes[1], -middle, 0.7 * (floor - p[2])])
 
@@ -180,11 +182,9 @@ def _paint_trunk(canvas: Canvas, latents: dict[str, Latents], tissue) -> None:
 
 
 def _draw_latents(rng: np.random.Generator, context: float) -> dict[str, Latents]:
-    """Latents of each structure: each number is the patient's with probability `context`, else the
-    structure's own draw.
+    """Latents of each structure: with probability `context` a number is the patient's, else its own.
 
-    Either way it comes from the same range, so `context` changes how much structures say of each other and
-    not what they look like.
+    Both come from one range, so `context` changes how much structures say of each other, not their looks.
     """
     patient = rng.uniform(-1, 1, len(Latents._fields))
     drawn = {}
@@ -202,9 +202,7 @@ def patient_latents(seed: int, case: int) -> Latents:
 def _draw_grid(
     rng: np.random.Generator, size: str
 ) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
-    """Shape in voxels and spacing in mm of a scan: about 280 mm along z at "demo" size, 335 mm at "full"
-    size.
-    """
+    """Shape in voxels and spacing in mm of a scan: about 280 mm along z at "demo", 335 mm at "full" size."""
     in_plane, between = rng.random(2).tolist()
     if size == "demo":
         pixel, slices = round(6.2 + 0.5 * in_plane, 3), round(6.4 + 1.2 * between, 2)
@@ -216,11 +214,11 @@ def _draw_grid(
 
 
 def make_case(seed: int, case: int, size: str = "demo", context: float = 1.0, clean: bool = False) -> Case:
-    """The phantom `case` of `seed`: HU and labels (X, Y, Z) in RAS+ with the spacing in mm; `clean` leaves
-    out the noise.
+    """The phantom `case` of `seed`: HU and labels (X, Y, Z) in RAS+ with the spacing in mm.
 
-    `context` in 0..1 is the share of each structure's place, size and texture phase that follows the
-    patient's latents.
+    Args:
+        context: 0..1, the share of each structure's place, size and texture that the patient's latents give.
+        clean: leave the noise out.
     """
     shape, spacing_mm = _draw_grid(case_rng(seed, case, 1), size)
     rng = case_rng(seed, case)
@@ -265,9 +263,7 @@ def make_case(seed: int, case: int, size: str = "demo", context: float = 1.0, cl
 
 
 def case_ids(n: int) -> list[int]:
-    """The first `n` BTCV ids, three of the official training set to two of the test set; past all 30, from 41
-    on.
-    """
+    """The first `n` BTCV ids, three of the training set to two of the test set; past all 30, from 41 on."""
     train, test = iter(TRAIN_IDS), iter(TEST_IDS)
     official = [next(train if turn in (0, 1, 3) else test) for _ in range(6) for turn in range(5)]
     return (official + list(range(41, 41 + max(n - 30, 0))))[:n]
@@ -276,11 +272,10 @@ def case_ids(n: int) -> list[int]:
 def write(
     out: Path, n: int, seed: int, size: str = "demo", context: float = 1.0, clean: bool = False
 ) -> list[Path]:
-    """Write `n` cases as BTCV does, img/imgNNNN.nii.gz (int16 HU) and label/labelNNNN.nii.gz under
-    out/RawData/Training.
+    """Write `n` cases as BTCV does, under out/RawData/Training; returns the paths of the images.
 
-    Storage orientation, origin and, in one case of three, a tilt of 2 to 5 degrees differ by case. Returns
-    the image paths.
+    Files are img/imgNNNN.nii.gz (int16 HU) and label/labelNNNN.nii.gz. Storage orientation, origin and, in
+    one case of three, a tilt of 2 to 5 degrees differ by case.
     """
     folder = Path(out) / "RawData" / "Training"
     paths = []

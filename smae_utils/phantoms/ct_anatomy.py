@@ -13,7 +13,7 @@ from smae_utils.phantoms.shapes import (
     tube,
 )
 
-# Label = place here + 1.
+# The label of an organ is its place here + 1.
 ORGANS = (
     "spleen",
     "right kidney",
@@ -53,10 +53,12 @@ class Latents(NamedTuple):
 
     @property
     def scale(self) -> float:
+        """Size of the body against the drawing."""
         return 0.925 + 0.125 * self.size
 
     @property
     def fat_mm(self) -> float:
+        """Thickness of the fat under the skin."""
         return 15 + 8 * self.fat
 
 
@@ -69,6 +71,7 @@ class Ball(NamedTuple):
     turn: tuple[float, float, float] = (0, 0, 0)
 
     def distance(self, p, grow: float) -> np.ndarray:
+        """Signed distance in mm of body coordinates `p`, about, to the ball with `grow` times its radii."""
         return ellipsoid(
             p,
             self.centre,
@@ -85,6 +88,7 @@ class Tube(NamedTuple):
     radii: tuple[float, ...] | float
 
     def distance(self, p, grow: float) -> np.ndarray:
+        """Signed distance in mm of body coordinates `p` to the tube with `grow` times its radii."""
         return tube(p, self.points, np.multiply(self.radii, grow))
 
 
@@ -92,9 +96,11 @@ class Tube(NamedTuple):
 class Structure:
     """A named union of parts made of one tissue.
 
-    `true_size`: how thick it is at "full" size against the parts drawn here. `keeps_mm`: a small patient does
-    not have it thinner (else a thin organ would vanish from a 7 mm grid). `period_mm`: repeated along z.
-    `rigid`: does not move with breathing.
+    Attributes:
+        true_size: how thick it is at "full" size against the parts drawn here.
+        keeps_mm: it is no thinner in a small patient (else a thin organ would vanish from a 7 mm grid).
+        period_mm: it is repeated along z.
+        rigid: it does not move with breathing.
     """
 
     name: str
@@ -107,9 +113,11 @@ class Structure:
 
     @property
     def label(self) -> int:
+        """Its label number; 0 for what is no organ of the task."""
         return ORGANS.index(self.name) + 1 if self.name in ORGANS else 0
 
     def distance(self, p, latents: Latents, size: str) -> np.ndarray:
+        """Signed distance in mm of body coordinates `p` to the structure in this patient, negative inside."""
         grow = (self.true_size if size == "full" else 1) * (1 + 0.05 * latents.organ_size * (not self.rigid))
         if self.keeps_mm:
             grow /= latents.scale
@@ -143,7 +151,7 @@ TISSUES = {
 }
 
 
-# Going up, across and down.
+# The colon goes up, across and down.
 _COLON = (
     ((100, 0, -150), (98, 5, -65)),
     ((90, 45, -52), (45, 66, -68), (-30, 68, -66), (-88, 40, -35)),
@@ -152,8 +160,9 @@ _COLON = (
 
 
 def fold(z, period: float, phase: float):
-    """Distance in -period/2..period/2 from the nearest of a row of planes, moved along by `phase` of half a
-    period.
+    """Distance to the nearest of a row of planes, in -period/2..period/2.
+
+    The planes are moved along by `phase` times half a period.
     """
     moved = z / np.float32(period) - np.float32(phase / 2)
     return (moved - np.round(moved)) * np.float32(period)
@@ -173,8 +182,8 @@ def _mirror(*parts: Ball | Tube) -> tuple[Ball | Tube, ...]:
     )
 
 
-# Painted in this order: a later structure lies over an earlier one, so the thin organs come last and none is
-# swallowed.
+# Painted in this order: a later structure lies over an earlier one. Thin organs come last, so
+# that none is swallowed.
 STRUCTURES = (
     Structure("back muscles", "muscle", _mirror(Ball((33, -84, 0), (29, 19, 900), 2.5)), rigid=True),
     Structure(

@@ -1,14 +1,12 @@
-"""Brain MRI phantoms, a drop-in for MSD Task01_BrainTumour: the same folders, file names, dataset.json,
-sequences and labels.
+"""Brain MRI phantoms, a drop-in for MSD Task01_BrainTumour: the same folders, files, sequences and labels.
 
 Twelve numbers a patient (`Latents`) shape the anatomy and place the tumour. Intensity alone does not find the
 tumour: caps around the ventricles are as bright as edema, veins and meningiomas enhance, a cyst is as dark as
-necrosis, and a bias field moves all levels.
-What tells them apart is context: decoys are symmetric or lie in known places, while a tumour has its three
-layers in one hemisphere and pushes the ventricles and the midline away.
+necrosis, and a bias field moves all levels. What tells them apart is context: decoys are symmetric or lie in
+known places; a tumour has its three layers in one hemisphere and pushes ventricles and midline away.
 
 Coordinates are body mm: x towards the patient's right, y anterior, z superior, the origin in the middle of
-the brain. Folds are gratings 15 mm apart, so that even the smallest brain has them three voxels of 4 mm
+the brain. Folds are gratings 15 mm apart, so that even in the smallest brain they are three voxels of 4 mm
 apart. The tumour is drawn in scanner mm, else it would shrink with the head.
 """
 
@@ -35,9 +33,7 @@ AXCODES = ("RAS", "LPS", "LAS", "RPS", "LPI", "PSR")
 
 
 class Case(NamedTuple):
-    """One phantom: `image` float32 (X, Y, Z, 4) and `label` uint8 (X, Y, Z) in RAS+, and the voxel
-    `spacing_mm`.
-    """
+    """One phantom in RAS+: `image` float32 (X, Y, Z, 4), `label` uint8 (X, Y, Z), and `spacing_mm`."""
 
     image: np.ndarray
     label: np.ndarray
@@ -49,8 +45,7 @@ def _paint_head(
 ) -> np.ndarray:
     """Paint a slab whose voxels lie at `still` (x, y, z) in body mm; returns the mask (X, Y, Z) of the brain.
 
-    The skull holds the outline, so it is drawn in place; what is inside is drawn where the tumour has pushed
-    it.
+    The skull holds the outline, so it is drawn in place. What is inside is drawn where the tumour pushed it.
     """
     outer = -head.cerebrum(still)
     moved = tumour.displace(still, outer)
@@ -106,8 +101,9 @@ def _paint_head(
 
 
 def _draw_latents(rng: np.random.Generator, context: float) -> dict[str, Latents]:
-    """Latents of each part: each number is the patient's with probability `context`, else the part's own
-    draw, from the same range.
+    """Latents of each part: a number is the patient's with probability `context`, else the part's own.
+
+    Both come from the same range.
     """
     patient = rng.uniform(-1, 1, len(Latents._fields))
     drawn = {}
@@ -125,8 +121,9 @@ def patient_latents(seed: int, case: int) -> Latents:
 def _draw_grid(
     rng: np.random.Generator, size: str
 ) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
-    """Shape in voxels and spacing in mm of a scan: 192 x 224 x 160 mm at "demo" size, 240 x 240 x 155 mm at
-    "full" size.
+    """Shape in voxels and spacing in mm of a scan.
+
+    It is 192 x 224 x 160 mm at "demo" size, 240 x 240 x 155 mm at "full" size.
     """
     if size == "demo":
         spacing_mm = tuple(round(s, 3) for s in rng.uniform(3.8, 4.2, 3).tolist())
@@ -137,8 +134,9 @@ def _draw_grid(
 
 
 def _bias(axes, waves: np.ndarray) -> np.ndarray:
-    """A smooth factor 0.8..1.2 (X, Y, Z), as a receive coil makes it; `waves` (3, 4): direction in rad a mm,
-    and phase.
+    """A smooth factor 0.8..1.2 (X, Y, Z), as a receive coil makes it.
+
+    `waves` (3, 4) hold a direction in rad a mm, and a phase.
     """
     total = sum(
         np.cos(sum(np.float32(k) * a for k, a in zip(wave, axes)) + np.float32(wave[3])) for wave in waves
@@ -147,11 +145,14 @@ def _bias(axes, waves: np.ndarray) -> np.ndarray:
 
 
 def make_case(seed: int, case: int, size: str = "demo", context: float = 1.0, clean: bool = False) -> Case:
-    """The phantom `case` of `seed`, in RAS+ with the spacing in mm: FLAIR, T1w, T1gd and T2w (X, Y, Z, 4) and
-    labels (X, Y, Z).
+    """The phantom `case` of `seed` in RAS+, with the spacing in mm; the image is 0 outside the brain.
 
-    The image is 0 outside the brain. `clean` leaves out the noise. `context` in 0..1 is the share by which
-    the hemispheres, the ventricles, the tumour and its mass effect follow the patient's latents.
+    The image (X, Y, Z, 4) holds FLAIR, T1w, T1gd and T2w, the label is (X, Y, Z).
+
+    Args:
+        context: 0..1, the share by which the hemispheres, the ventricles, the tumour and its mass effect
+            follow the patient's latents.
+        clean: leave the noise out.
     """
     shape, spacing_mm = _draw_grid(case_rng(seed, case, 1), size)
     rng, noise = case_rng(seed, case), case_rng(seed, case, 2)
@@ -165,7 +166,7 @@ def make_case(seed: int, case: int, size: str = "demo", context: float = 1.0, cl
         tissue: np.float32(row) * rng.uniform(0.93, 1.07, 4).astype(np.float32)
         for tissue, row in TISSUES.items()
     }
-    # Sequence, wave, (direction, phase).
+    # Axes: sequence, wave, (direction, phase).
     waves = rng.uniform(-1, 1, (4, 3, 4)) * (*[2 * np.pi / 200] * 3, np.pi)
     noise_sd = rng.uniform(0.015, 0.02)
 
@@ -177,7 +178,7 @@ def make_case(seed: int, case: int, size: str = "demo", context: float = 1.0, cl
         slab = slice(start, start + 16)
         part = (*axes[:2], axes[2][..., slab])
         x, y, z = to_body(part, shift_mm, body.angles, body.scale)
-        # Bent: the poles lie off the midline, to either side.
+        # The brain is bent: its poles lie off the midline, to either side.
         x = x / stretch - np.float32(3 * body.asymmetry) * np.sin(y / 50)
         canvas = Canvas(x.shape, float(np.mean(spacing_mm)), levels)
         mask = _paint_head(canvas, (x, y * stretch, z), latents, tumour, decoys)
@@ -193,12 +194,10 @@ def make_case(seed: int, case: int, size: str = "demo", context: float = 1.0, cl
 def write(
     out: Path, n: int, seed: int, size: str = "demo", context: float = 1.0, clean: bool = False
 ) -> list[Path]:
-    """Write `n` cases as the decathlon does, with a dataset.json, under out/Task01_BrainTumour; returns the
-    image paths.
+    """Write `n` cases as the decathlon does, under out/Task01_BrainTumour; returns the images' paths.
 
-    Images are int16 (X, Y, Z, 4). Storage orientation, origin and, in one case of three, a tilt of 2 to 5
-    degrees differ by case. Beside the first image lies a junk file as macOS leaves it in archives, for the
-    real download has them too.
+    Images are int16 (X, Y, Z, 4); a dataset.json lists them. Storage orientation, origin and, in one case of
+    three, a tilt of 2 to 5 degrees differ by case. As in the real download, a junk file of macOS lies there.
     """
     folder = Path(out) / "Task01_BrainTumour"
     paths, training = [], []

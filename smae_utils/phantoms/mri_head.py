@@ -14,8 +14,9 @@ from smae_utils.phantoms.shapes import (
 
 
 def egg(p, centre, radii) -> np.ndarray:
-    """As `ellipsoid`, but divided by the slope: mm near the surface in every direction, so that the cortex is
-    even.
+    """As `ellipsoid`, but divided by the slope, so that it is mm near the surface in every direction.
+
+    The cortex is then even.
     """
     q = [c - o for c, o in zip(p, centre)]
     level = np.sqrt(sum((c / r) ** 2 for c, r in zip(q, radii)))
@@ -23,8 +24,9 @@ def egg(p, centre, radii) -> np.ndarray:
 
 
 def cerebrum(p) -> np.ndarray:
-    """Distance to both hemispheres as one: an ellipsoid, narrower in front, with a flat base, and two
-    temporal lobes.
+    """Distance to both hemispheres as one.
+
+    An ellipsoid, narrower in front, with a flat base, and two temporal lobes.
     """
     x, y, z = p
     narrow = np.abs(x) * (1 + 0.0014 * np.clip(y + 10, 0, None))
@@ -34,23 +36,24 @@ def cerebrum(p) -> np.ndarray:
 
 
 def cerebellum(p) -> np.ndarray:
+    """Distance to both halves of the cerebellum."""
     return egg((np.abs(p[0]), p[1], p[2]), (14, -50, -37), (36, 30, 22))
 
 
 def stem(p) -> np.ndarray:
+    """Distance to the brain stem."""
     return tube(p, ((0, -10, -8), (0, -14, -28), (0, -23, -60)), (14, 15, 9))
 
 
 def cisterns(p) -> np.ndarray:
-    """Distance to the CSF around the brain stem and above the pituitary: it fills the gaps between the lobes
-    at the base.
-    """
+    """Distance to the CSF around the brain stem and above the pituitary: it fills gaps at the base."""
     return np.minimum(egg(p, (0, 6, -22), (22, 18, 12)), egg(p, (0, -30, -24), (34, 32, 20)))
 
 
 def folds(p, phase) -> np.ndarray:
-    """Distance in mm to the nearest sheet of a gyroid, three crossed gratings: the sulci, 15 mm apart, as a
-    labyrinth.
+    """Distance in mm to the nearest sulcus of a labyrinth, 15 mm apart.
+
+    The sulci are the sheets of a gyroid, three crossed gratings.
 
     `phase` in -1..1, a number or an array, moves the pattern.
     """
@@ -61,13 +64,15 @@ def folds(p, phase) -> np.ndarray:
 
 
 def pia(p, outer, fold_phase) -> np.ndarray:
-    """Depth in mm under the surface of the brain, which goes down into sulci, Sylvian fissures and between
-    the hemispheres.
+    """Depth in mm under the surface of the brain.
+
+    The surface goes down into sulci, Sylvian fissures and between the hemispheres.
 
     `p` with |x| for x; `outer` is the depth under the smooth outline.
     """
     x, y, z = p
-    core = ellipsoid((y, z), (-2, 2), (42, 25))  # corpus callosum and below: here the hemispheres are joined
+    # Corpus callosum and below: here the hemispheres are joined.
+    core = ellipsoid((y, z), (-2, 2), (42, 25))
     depth = np.minimum(outer, np.hypot(x, np.clip(-core, 0, None)))
     sheet, inward, along = (
         0.94 * (z + 4 - 0.3 * np.abs(y - 20)),
@@ -97,9 +102,7 @@ def deep_grey(p) -> np.ndarray:
 
 
 def veins(p) -> np.ndarray:
-    """Distance to the sagittal, straight and transverse sinuses and the middle cerebral vessels; `p` with |x|
-    for x.
-    """
+    """Distance to the large venous sinuses and the middle cerebral vessels; `p` with |x| for x."""
     arc = np.linspace(0.6, 3.35, 9)
     sagittal = np.stack([0 * arc, 82 * np.cos(arc), 12 + 49 * np.sin(arc)], 1)
     return np.minimum.reduce(
@@ -112,13 +115,15 @@ def veins(p) -> np.ndarray:
     )
 
 
-TISSUES = {  # brightness in FLAIR, T1w, T1gd, T2w, with white matter in T1w as 1
+# Brightness in FLAIR, T1w, T1gd, T2w, with white matter in T1w as 1.
+TISSUES = {
     "csf": (0.14, 0.25, 0.25, 1.00),
     "grey": (0.64, 0.72, 0.75, 0.62),
     "white": (0.52, 1.00, 1.01, 0.44),
     "deep grey": (0.60, 0.82, 0.85, 0.52),
-    "vein": (0.22, 0.42, 1.45, 0.20),  # flowing blood is dark but for the contrast medium
-    # With protein, so that FLAIR does not darken it: the same as in a tumour.
+    # Flowing blood is dark but for the contrast medium.
+    "vein": (0.22, 0.42, 1.45, 0.20),
+    # Fluid with protein, so that FLAIR does not darken it: the same as in a tumour.
     "old fluid": (0.46, 0.42, 0.44, 0.94),
     "gliosis": (0.86, 0.76, 0.77, 0.78),
     "edema": (0.86, 0.76, 0.77, 0.78),
@@ -146,18 +151,19 @@ class Latents(NamedTuple):
 
     @property
     def scale(self) -> float:
+        """Size of the head against the drawing."""
         return 0.95 + 0.1 * self.size
 
     @property
     def angles(self) -> tuple[float, float, float]:
+        """Turns of the head in rad about x, y and z."""
         return 0.15 * self.turn_x, 0.15 * self.turn_y, 0.3 * self.turn_z
 
 
 class Canvas:
-    """One slab being painted: brightness (X, Y, Z, 4) float32 and labels (X, Y, Z) uint8; edges are
-    `width_mm` soft.
+    """One slab being painted: brightness (X, Y, Z, 4) float32 and labels (X, Y, Z) uint8.
 
-    `levels` is the table of tissues as it is in this patient.
+    Edges are `width_mm` soft. `levels` is the table of tissues as it is in this patient.
     """
 
     def __init__(self, shape, width_mm: float, levels: dict[str, np.ndarray]):
@@ -168,6 +174,7 @@ class Canvas:
         self.width_mm = width_mm
 
     def paint(self, distance, tissue: str, label: int | None = None) -> None:
+        """Cover with a tissue where `distance` (X, Y, Z) in mm is below 0, with a soft edge."""
         near = distance < 2 * self.width_mm  # beyond, the share is below 0.0004
         under = self.image[near]
         self.image[near] = under + coverage(distance[near], self.width_mm)[:, None] * (

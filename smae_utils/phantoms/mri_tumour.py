@@ -13,8 +13,9 @@ from smae_utils.phantoms.shapes import (
 
 
 class Tumour(NamedTuple):
-    """Lengths in body mm. `lobes` (3, 4): for core, ring and edema, a direction and a phase that make the
-    surface irregular.
+    """A tumour; lengths in body mm.
+
+    `lobes` (3, 4) hold for core, ring and edema a direction and a phase that make the surface irregular.
     """
 
     centre: tuple[float, float, float]
@@ -28,25 +29,25 @@ class Tumour(NamedTuple):
 
     @property
     def side(self) -> float:
+        """The side it lies on: 1 right, -1 left."""
         return float(np.sign(self.centre[0]))
 
     def polar(self, p) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Distance from the centre (mm), directions (3 arrays, length 1), and the radius of the smooth
-        ellipsoid that way (mm).
-        """
+        """Distance from the centre (mm), unit direction (3 arrays), radius of the ellipsoid there (mm)."""
         q = [c - o for c, o in zip(p, self.centre)]
         r = np.sqrt(sum(c**2 for c in q)) + np.float32(1e-3)
         n = [sum(np.float32(self.turn[j, i]) * q[j] for j in range(3)) / r for i in range(3)]
         return r, n, 1 / np.sqrt(sum((c / a) ** 2 for c, a in zip(n, self.radii)))
 
     def lobe(self, n, which: int) -> np.ndarray:
-        """-1..1 by direction, three lumps or so around the tumour."""
+        """-1..1 by direction, with about three lumps around the tumour."""
         *k, phase = self.lobes[which].tolist()
         return np.sin(sum(np.float32(a) * c for a, c in zip(k, n)) + np.float32(phase))
 
     def displace(self, p, depth) -> tuple:
-        """Where the tissue seen at `p` lay before the tumour grew; tissue at the skull (`depth` 0) and far
-        away stays in place.
+        """Where the tissue seen at `p` lay before the tumour grew.
+
+        Tissue at the skull (`depth` 0) and far away stays in place.
         """
         r, _, radius = self.polar(p)
         share = (
@@ -56,8 +57,9 @@ class Tumour(NamedTuple):
 
 
 def draw_tumour(own: Latents, scale: float, rng: np.random.Generator, context: float) -> Tumour:
-    """A tumour from the latents; `rng` gives what nothing else in the patient depends on. No mass effect at
-    `context` 0.
+    """A tumour from the latents; at `context` 0 it has no mass effect.
+
+    `rng` gives what nothing else in the patient depends on.
     """
     side, front = np.sign(own.tumour_azimuth), 2 * abs(own.tumour_azimuth) - 1
     centre = (side * 33.0, -6 + 36.0 * front, 15 + 9.0 * own.tumour_height)
@@ -80,8 +82,9 @@ def draw_tumour(own: Latents, scale: float, rng: np.random.Generator, context: f
 
 
 def paint_tumour(canvas: Canvas, tumour: Tumour, p, x_side, outer, white, keep_out) -> None:
-    """Edema in white matter, then the enhancing ring, then what it encloses; inside the skull and on one side
-    of the midline.
+    """Paint edema in white matter, then the enhancing ring, then what it encloses.
+
+    All stay inside the skull and on one side of the midline.
 
     `x_side` is the distance from the midline into the tumour's hemisphere, `white` that into white matter,
     `keep_out` that from ventricles and deep grey matter.
@@ -89,12 +92,13 @@ def paint_tumour(canvas: Canvas, tumour: Tumour, p, x_side, outer, white, keep_o
     r, n, radius = tumour.polar(p)
     radius = radius * (1 + 0.09 * tumour.lobe(n, 0))
     ring = tumour.ring * (1 + 0.1 * tumour.lobe(n, 1))
-    if tumour.weak:  # a crescent instead of a ring
+    # A crescent instead of a ring.
+    if tumour.weak:
         ring = ring * np.clip(1.6 * tumour.lobe(n, 2) - 0.5, 0, 1)
     limit = np.maximum(2.5 - outer, 2 - x_side)
     core = np.maximum(r - radius, limit)
     reach = radius + tumour.edema * (1 + 0.5 * tumour.lobe(n, 2) + 0.3 * np.abs(n[1]))
-    # The cortex stays free of edema but where it touches the tumour.
+    # The cortex is spared, except where it touches the tumour.
     spared = -white - 7 * np.exp(-np.clip(r - radius, 0, None) / 7)
     canvas.paint(np.maximum.reduce([r - reach, spared, -keep_out, limit]), "edema", EDEMA)
     canvas.paint(core, "weakly enhancing" if tumour.weak else "enhancing", ENHANCING)
@@ -110,11 +114,10 @@ class Decoys(NamedTuple):
 
 
 def draw_decoys(own: Latents, side: float, rng: np.random.Generator) -> Decoys:
-    """Each in half of the patients: a cyst at a temporal pole and, on the side without the tumour, an old
-    scar and a meningioma.
+    """A cyst, an old scar and a meningioma, each in half of the patients.
 
-    The scar is fluid in a bright rim. The meningioma enhances as the tumour does, but sits on the skull, is
-    solid and has no edema.
+    The cyst lies at a temporal pole, the others on the side without the tumour. The scar is fluid in a bright
+    rim. The meningioma enhances as the tumour does, but sits on the skull, is solid and has no edema.
     """
     turn = rng.uniform(-0.9, 0.9)
     drawn = (
@@ -128,4 +131,5 @@ def draw_decoys(own: Latents, side: float, rng: np.random.Generator) -> Decoys:
 EDEMA, NON_ENHANCING, ENHANCING = 1, 2, 3
 
 
-WEAK_SHARE = 0.15  # of patients, whose tumour enhances little and on one side only
+# Share of the patients whose tumour enhances little, and on one side only.
+WEAK_SHARE = 0.15

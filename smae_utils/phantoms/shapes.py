@@ -14,15 +14,12 @@ from nibabel import orientations
 
 
 def case_rng(seed: int, case: int, stream: int = 0) -> np.random.Generator:
-    """A generator that depends on the seed, the case and a stream number, not on how many cases were drawn
-    before.
-    """
+    """A generator that depends on the seed, the case and a stream number alone, not on earlier draws."""
     return np.random.default_rng([seed, case, stream])
 
 
 def grid_mm(shape: tuple[int, ...], spacing_mm: tuple[float, ...]) -> tuple[np.ndarray, ...]:
-    """Open coordinate axes in mm, centred on the field of view: arrays that broadcast to `shape`
-    (float32)."""
+    """Coordinate axes in mm from the centre of the field of view, float32: three arrays that broadcast."""
     axes = [(np.arange(n, dtype=np.float32) - (n - 1) / 2) * s for n, s in zip(shape, spacing_mm)]
     return tuple(np.meshgrid(*axes, indexing="ij", sparse=True))
 
@@ -40,17 +37,16 @@ def rotation(angles: tuple[float, float, float]) -> np.ndarray:
 
 
 def to_body(axes, shift_mm, angles, scale):
-    """Coordinates in the patient's own frame: undo the shift, the rotation and the size of this patient
-    (float32).
-    """
+    """Scanner mm -> the patient's own frame, float32: undo the shift, the rotation and the patient's size."""
     moved = [a - s for a, s in zip(axes, shift_mm)]
     inverse = rotation(angles).T / scale
     return tuple(sum(np.float32(inverse[i, j]) * moved[j] for j in range(3)) for i in range(3))
 
 
 def ellipsoid(p, centre, radii, turn: np.ndarray | None = None, power: float = 2.0):
-    """Signed distance in mm, about: negative inside. `turn` (3, 3) rotates the axes, `power` > 2 squares the
-    shape off.
+    """Signed distance in mm, about: negative inside.
+
+    `turn` (3, 3) rotates the axes; `power` > 2 squares the shape off.
     """
     q = [a - c for a, c in zip(p, centre)]
     if turn is not None:
@@ -74,7 +70,7 @@ def tube(p, points, radius):
 
 
 def coverage(distance, width_mm: float):
-    """Soft inside-ness in 0..1 of a signed distance: an edge `width_mm` wide, as partial volume makes it."""
+    """Share inside a surface, 0..1, by signed distance: an edge `width_mm` wide, as by partial volume."""
     return 1 / (1 + np.exp(np.clip(distance * (4 / width_mm), -30, 30)))
 
 
@@ -87,11 +83,13 @@ def save_nifti(
     tilt: np.ndarray | None = None,
     units="mm",
 ) -> None:
-    """Write a RAS+ `array` (X, Y, Z[, C]) stored in the orientation `axcodes`, with spacing, origin and an
-    oblique tilt.
+    """Write a RAS+ `array` (X, Y, Z[, C]), stored in the orientation `axcodes`.
 
-    The voxel (0, 0, 0) of the RAS array lies at `origin_mm`; `tilt` (3, 3) turns the scanner's axes against
-    the patient's.
+    Args:
+        spacing_mm: voxel size along each axis.
+        origin_mm: where the voxel (0, 0, 0) of the RAS array lies.
+        tilt: (3, 3), turns the scanner's axes against the patient's.
+        units: of space, as the header says them.
     """
     affine = np.eye(4)
     affine[:3, :3] = (np.eye(3) if tilt is None else tilt) @ np.diag(spacing_mm)

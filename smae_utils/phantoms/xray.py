@@ -1,10 +1,9 @@
-"""Frontal (PA) chest radiographs in the layout of NIH ChestX-ray14: the patient's right is on the image's
-left.
+"""Frontal (PA) chest radiographs in the layout of NIH ChestX-ray14: the patient's right is on the left.
 
-Coordinates are patient units: x grows to the image's right (the patient's left), y downwards; the field of
-view spans -1..1 at scale 1, the midline is x = 0. A picture is a sum of soft attenuation maps, unit: one
-chest thickness of soft tissue, put through a film curve. Side 0 is the patient's right (sign -1), side 1 the
-patient's left (sign +1).
+Coordinates are patient units: x grows to the image's right (the patient's left), y downwards. The field of
+view spans -1..1 at scale 1; the midline is x = 0. Side 0 is the patient's right (sign -1), side 1 the left
+(sign +1). A picture is a sum of soft attenuation maps, put through a film curve; their unit is one chest
+thickness of soft tissue.
 """
 
 from __future__ import annotations
@@ -37,19 +36,11 @@ HEADER = (
 )
 
 
-# Findings that change the anatomy before it is drawn; all share one signature: chest, side index, zone, rng.
-
-
-# Findings that are painted; all share one signature: canvas, chest, side index, zone, rng.
-
-
 def pose_grid(pixels: int, rng: np.random.Generator) -> tuple[tuple[np.ndarray, np.ndarray], float]:
-    """Patient coordinates of the pixels, two (H, W) float32 arrays, and the size of a pixel in patient
-    units."""
-    # At 0.75..1.1 of its size the thorax fills the film.
+    """Patient coordinates of the pixels, two float32 arrays (H, W), and a pixel's size in these units."""
+    # The thorax fills the film at 0.75..1.1 of its size.
     scale, turn = (rng.uniform(0.75, 1.1) * 1.1, rng.uniform(-0.15, 0.15))
-    # Up to 12 % of a field that is 2 wide; less for a large thorax, whose costophrenic angles must stay on
-    # the film.
+    # Up to 12 % of a field 2 wide; less for a large thorax, whose costophrenic angles must stay on it.
     shift = rng.uniform(-1, 1, 2) * np.clip(1.05 - 0.80 * scale, 0.08, 0.24) + (0, 0.06)
     axis = (np.arange(pixels, dtype=np.float32) + 0.5) * np.float32(2 / pixels) - 1
     x, y = (
@@ -115,8 +106,7 @@ def make_case(
 def write(
     out: Path, n: int, seed: int, size: str = "demo", context: float = 1.0, clean: bool = False
 ) -> list[Path]:
-    """Write `n` radiographs, the table and the two lists as NIH ships them; returns the paths of the
-    images."""
+    """Write `n` radiographs, the table and the two lists as NIH ships them; returns the images' paths."""
     out = Path(out)
     paths, rows, lists = [], [HEADER], {"train_val_list.txt": [], "test_list.txt": []}
     folders, patient = min(n, 4), 0
@@ -136,8 +126,7 @@ def write(
             )
             path.parent.mkdir(parents=True, exist_ok=True)
             picture = Image.fromarray(image)
-            # The real set holds some RGBA files: about one image in 40 here, one patient in 20 with two
-            # images each.
+            # The real set holds some RGBA files; here one patient in 20 has one, about one image in 40.
             (picture.convert("RGBA") if visit == 0 and patient % 20 == 7 else picture).save(path)
             rows.append(
                 f"{path.name},{'|'.join(found) or 'No Finding'},{visit},{patient},{age},{sex},"

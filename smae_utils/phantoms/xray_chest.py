@@ -11,12 +11,13 @@ from smae_utils.phantoms.shapes import case_rng, coverage, ellipsoid, tube
 UPPER, MIDDLE, LOWER = 0, 1, 2
 
 
-AIR = 0.68  # what a full-depth lung takes away from the attenuation of the chest
+# What a full-depth lung takes away from the attenuation of the chest.
+AIR = 0.68
 
 
-# Finding: log odds in a sick patient, weight of (heart failure, infection, chronic lung disease), zones that
-# it may take. The weights make the realistic pairs (edema with a large heart, fibrosis with thickened pleura)
-# without copying a label.
+# Finding: log odds in a sick patient; weights of heart failure, infection and chronic lung disease; zones
+# that it may take. The weights make realistic pairs (edema with a large heart, fibrosis with thickened
+# pleura) without copying a label.
 PROFILE = {
     "Atelectasis": (-1.35, (0.2, 0.3, 0.2), (UPPER, LOWER)),
     "Cardiomegaly": (-1.45, (1.1, 0.0, -0.2), ()),
@@ -54,13 +55,15 @@ class Latents:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Latents:
+        """Latents drawn at random."""
         return cls(*rng.uniform(-1, 1, len(fields(cls))))
 
 
 @dataclass
 class Side:
-    """One half of the thorax, in patient units; `wall`, `ribs` and `vessels` are the latents that those
-    structures follow.
+    """One half of the thorax, in patient units.
+
+    `wall`, `ribs` and `vessels` are the latents that those structures follow.
     """
 
     sign: int
@@ -80,7 +83,7 @@ class Side:
 
     @property
     def hilum(self) -> tuple[float, float]:
-        """The left hilum stands a little higher than the right one."""
+        """Where the vessels leave the mediastinum: a little higher on the left than on the right."""
         return self.sign * 0.24 * self.width, self.top + (0.57 - 0.02 * self.sign) * (self.dome - self.top)
 
 
@@ -108,6 +111,7 @@ class Canvas:
     extra: np.ndarray  # attenuation that findings add
 
     def soft(self, distance: np.ndarray, width: float = 0.0) -> np.ndarray:
+        """Share inside (H, W), 0..1, by signed distance; its edge is `width` wide, if pixels can show it."""
         return coverage(distance, max(width, self.edge))
 
     def fill(self, side: int, mask: np.ndarray, share: float) -> None:
@@ -157,9 +161,7 @@ def diaphragm(side: Side, x: np.ndarray) -> np.ndarray:
 
 
 def rib_map(canvas: Canvas, side: Side, wall: np.ndarray) -> np.ndarray:
-    """Posterior ribs and the steeper, fainter anterior ribs; their period is tied to the height of the
-    thorax.
-    """
+    """Posterior ribs and the steeper, fainter anterior ribs; the thorax's height sets their period."""
     x, y = canvas.p
     period = (0.62 - side.top) / 9.5
     u = np.clip(x * side.sign / side.width, 0, 1.1)
@@ -210,8 +212,7 @@ def open_canvas(chest: Chest, p: tuple[np.ndarray, np.ndarray], pixel: float) ->
         wall = ellipsoid(
             p, (side.sign * 0.45 * side.width, base), (0.55 * side.width, base - side.top), power=2.4
         )
-        # Below its widest level the cage runs straight down: an ellipse alone would pinch the costophrenic
-        # angle off.
+        # Below its widest level the cage runs straight down: an ellipse would pinch the costophrenic angle.
         straight = np.abs(x - side.sign * 0.45 * side.width) - 0.55 * side.width
         wall = np.where(y > base, straight, wall).astype(np.float32)
         lung = (
@@ -229,12 +230,10 @@ def open_canvas(chest: Chest, p: tuple[np.ndarray, np.ndarray], pixel: float) ->
 
 
 def heart_map(chest: Chest, canvas: Canvas) -> np.ndarray:
-    """Heart (0..1): a third of it right of the midline, two thirds left, its apex down and to the patient's
-    left.
-    """
+    """Heart (0..1): a third right of the midline, two thirds left, its apex down and to the left."""
     width = chest.ratio * sum(side.width for side in chest.sides)
     lean, tall = 0.60, 0.18 + 0.16 * chest.ratio
-    # Keeps the width while it leans.
+    # It keeps its width while it leans.
     across = np.sqrt(max((width / 2) ** 2 - (tall * np.sin(lean)) ** 2, 0.01)) / np.cos(lean)
     turn = np.array([[np.cos(lean), np.sin(lean)], [-np.sin(lean), np.cos(lean)]])
     bottom = (chest.sides[0].dome + chest.sides[1].dome) / 2
@@ -288,7 +287,8 @@ def bone_map(chest: Chest, canvas: Canvas) -> np.ndarray:
     total = (0.13 + 0.05 * disc) * canvas.soft(np.abs(x) - 0.085, 0.03)
     for k, side in enumerate(chest.sides):
         s, w, top, tilt = side.sign, side.width, side.top, 0.05 * side.ribs.tilt
-        inner = s * 0.07 + chest.shift  # a turned patient carries the inner ends along with the mediastinum
+        # A turned patient carries the inner ends along with the mediastinum.
+        inner = s * 0.07 + chest.shift
         clavicle = [
             (inner, top + 0.22 + tilt),
             (s * 0.45 * w, top + 0.15 + tilt),

@@ -56,8 +56,9 @@ def reshape_edema(chest: Chest, k: int, zone: int, rng: np.random.Generator) -> 
 
 
 def reshape_emphysema(chest: Chest, k: int, zone: int, rng: np.random.Generator) -> None:
-    """Hyperinflation: low flat domes, dark lungs with few vessels, a narrow heart unless it is enlarged as
-    well.
+    """Hyperinflation: low flat domes, dark lungs with few vessels, a narrow heart.
+
+    The heart is drawn narrow only where it is not enlarged as well.
     """
     chest.ratio -= 0.08 if chest.ratio < 0.5 else 0.0
     for side in chest.sides:
@@ -125,7 +126,8 @@ def paint_pneumonia(canvas: Canvas, chest: Chest, k: int, zone: int, rng: np.ran
     )
     hub = np.array(side.hilum)
     aims = rng.uniform(-0.12, 0.12) + np.array([0.4, 0.85, 1.3])
-    course = ((0.1, 0.3), (0.3, 0.15), (0.52, -0.1))  # distance from the hilum, turn off the aim
+    # Distance from the hilum, turn off the aim.
+    course = ((0.1, 0.3), (0.3, 0.15), (0.52, -0.1))
     paths = [
         [hub + reach * np.array([side.sign * np.cos(a + turn), np.sin(a + turn)]) for reach, turn in course]
         for a in aims
@@ -211,6 +213,7 @@ def paint_hernia(canvas: Canvas, chest: Chest, k: int, zone: int, rng: np.random
     canvas.extra += canvas.soft(ball, 0.03) * (0.08 - 0.46 * gas) + 0.10 * np.exp(-((ball / 0.025) ** 2))
 
 
+# Findings that change the anatomy before it is drawn; each takes chest, side index, zone, rng.
 RESHAPE = {
     "Atelectasis": reshape_atelectasis,
     "Cardiomegaly": reshape_cardiomegaly,
@@ -219,8 +222,8 @@ RESHAPE = {
 }
 
 
-# Painted in this order: free air clears the haze under it, while solid lesions, fluid and pleura lie over the
-# air.
+# Findings that are painted; each takes canvas, chest, side index, zone, rng. The order is that of painting:
+# free air clears the haze under it; solid lesions, fluid and pleura lie over the air.
 PAINT = {
     "Atelectasis": paint_atelectasis,
     "Infiltration": paint_infiltration,
@@ -238,8 +241,9 @@ PAINT = {
 
 
 def draw_findings(patient_rng: np.random.Generator, rng: np.random.Generator) -> dict[str, tuple[int, int]]:
-    """The findings of one visit, each with its (side, zone). One that finds all its zones taken is dropped:
-    it would not show.
+    """The findings of one visit, each with its (side, zone).
+
+    A finding whose zones are all taken is dropped: it would not show.
     """
     disease = patient_rng.standard_normal(3)
     sick, draws = rng.random() < 0.7, rng.random(len(FINDINGS))
@@ -252,6 +256,7 @@ def draw_findings(patient_rng: np.random.Generator, rng: np.random.Generator) ->
             if spot is not None:
                 free.remove(spot)
                 found[name] = spot
-            elif not zones:  # it takes both sides or the middle
+            # It takes both sides or the middle.
+            elif not zones:
                 found[name] = (0, MIDDLE)
     return found

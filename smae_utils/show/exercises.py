@@ -1,8 +1,7 @@
-"""The checks of the notebooks' exercises: each asks the reader's function about small made-up data and
-compares with another way to the answer.
+"""The checks of the notebooks' exercises: small made-up data, and another way to the same answer.
 
-A check prints "solved", or "not solved yet: ..." with what was asked for. It never raises for what the reader
-wrote.
+A check prints "solved", or "not solved yet: ..." with what was asked for. It raises for nothing that the
+reader wrote.
 """
 
 from __future__ import annotations
@@ -35,8 +34,7 @@ def _judge(answer: Any, questions: Iterable[tuple[tuple, Any]], hint: str, same:
     """Print and return whether `answer` is a function that is right for all questions.
 
     Args:
-        questions: (arguments, right result), with more than one result among them, so that no constant
-            passes.
+        questions: (arguments, right result), with different results, so that no constant passes.
         hint: one sentence that says what is asked for.
     """
     if not callable(answer):
@@ -75,9 +73,7 @@ def check_count_patients(answer: Any) -> bool:
 
 
 def check_window(answer: Any) -> bool:
-    """`answer(hu, low, high)` -> the values with `low` .. `high` brought to 0 .. 1, what lies outside cut
-    off.
-    """
+    """`answer(hu, low, high)` -> the values with `low` .. `high` brought to 0 .. 1, clipped at both ends."""
     rng = np.random.default_rng(0)
     questions = []
     for low, high in ((-175.0, 250.0), (-1000.0, 400.0), (0.0, 80.0)):
@@ -105,8 +101,9 @@ def check_visible_patches(answer: Any) -> bool:
 
 
 def check_hidden_loss(answer: Any) -> bool:
-    """`answer(predicted, target, mask)` of (B, L, N), (B, L, N), (B, L) -> mean squared error of the patches
-    with mask 1.
+    """`answer(predicted, target, mask)` -> mean squared error of the patches with mask 1.
+
+    Shapes: (B, L, N), (B, L, N), (B, L).
     """
     questions = []
     for seed in range(3):
@@ -137,8 +134,9 @@ def check_put_together(answer: Any) -> bool:
 
 
 def check_rate(answer: Any) -> bool:
-    """`answer(step, steps, warmup, peak)` -> learning rate of a step, counted from 1: a line up to `peak`,
-    then half a cosine.
+    """`answer(step, steps, warmup, peak)` -> learning rate of a step, counted from 1.
+
+    It is a line up to `peak`, then half a cosine.
     """
     questions = []
     for steps, warmup, peak in ((20, 5, 1.0), (50, 10, 4.0)):
@@ -173,8 +171,9 @@ def check_patch_mean_loss(answer: Any) -> bool:
 
 
 def check_count_new(answer: Any) -> bool:
-    """`answer(network, pretrained)` of two state dicts -> how many numbers of `network` have no tensor of
-    their name in `pretrained`.
+    """`answer(network, pretrained)`, two state dicts -> how many numbers of `network` are new.
+
+    New are those whose tensor's name is not in `pretrained`.
     """
     questions = []
     for seed in range(3):
@@ -199,8 +198,9 @@ def check_count_new(answer: Any) -> bool:
 
 
 def check_batch_dice(answer: Any) -> bool:
-    """`answer(p, y)` of (B, X, Y) probabilities and 0/1 -> 1 - (2 sum(p y) + 1) / (sum(p) + sum(y) + 1),
-    summed over the batch.
+    """`answer(p, y)` -> 1 - (2 sum(p y) + 1) / (sum(p) + sum(y) + 1), each sum over the whole batch.
+
+    `p` are probabilities and `y` 0 or 1, both (B, X, Y).
     """
     loss = DiceLoss(batch=True, smooth_nr=1.0, smooth_dr=1.0)
     questions = []
@@ -235,8 +235,9 @@ def check_dice(answer: Any) -> bool:
 
 
 def check_auc(answer: Any) -> bool:
-    """`answer(target, score)` of (n,) ones, zeros, NaN and (n,) scores -> AUC of what is known; NaN when one
-    outcome is absent.
+    """`answer(target, score)`, both (n,) -> AUC of what is known; NaN when one outcome is absent.
+
+    Targets are 1, 0 or NaN.
     """
     questions = []
     for seed in range(3):
@@ -253,9 +254,7 @@ def check_auc(answer: Any) -> bool:
 
 
 def check_list_entry(answer: Any) -> bool:
-    """`answer(image, mask, patient)` -> an entry of a JSON list; of a scan without a mask (None) one without
-    a label.
-    """
+    """`answer(image, mask, patient)` -> an entry of a JSON list; without a label where the mask is None."""
     rng = np.random.default_rng(0)
     questions = []
     for labelled in (True, False, True):
@@ -290,7 +289,7 @@ def check_split_by_patient(answer: Any) -> bool:
     for shared in ((), ("train", "val"), ("train", "test"), (), ("val", "test")):
         people = rng.permutation(30)
         owners = {"train": people[:8], "val": people[8:11], "test": people[11:15]}
-        # One has two scans in the same part, which is no fault.
+        # The first of each part has two scans in it, which is no fault.
         owners = {part: [*of, of[0]] for part, of in owners.items()}
         if shared:
             owners[shared[1]].append(owners[shared[0]][-2])

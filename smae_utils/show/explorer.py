@@ -1,10 +1,11 @@
-"""Look through a masked image in JupyterLab: the one place that knows ipywidgets. Nothing is loaded from
-outside.
+"""Look through a masked image in JupyterLab: the one place that knows ipywidgets.
 
-from smae_utils import explore
-explore("runs/pre")                                  # the run's own held-out images
-explore("runs/pre", finetuned=["runs/self"])         # with the label and what the fine-tuned network says
-explore(model, image, spacing_mm=(1.5, 1.5, 2.0))    # any masked autoencoder, any array (C, *img_size)
+Nothing is loaded from outside.
+
+    from smae_utils import explore
+    explore("runs/pre")                                  # the run's own held-out images
+    explore("runs/pre", finetuned=["runs/self"])         # with the label and the fine-tuned network's mask
+    explore(model, image, spacing_mm=(1.5, 1.5, 2.0))    # any masked autoencoder, any array (C, *img_size)
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from smae_utils.show.masked_scene import (
 from smae_utils.show.plots import PLANES
 from smae_utils.work.run_folder import Run
 
-need_notebook_packages("ipywidgets")  # one clear line, where the import would give a traceback
+# One clear line, where the import would give a traceback.
+need_notebook_packages("ipywidgets")
 import ipywidgets as widgets  # noqa: E402
 
 NOTES = {
@@ -60,11 +62,9 @@ def explore(
     """Explorer of masked images and what a masked autoencoder makes of them.
 
     Args:
-        model_or_run: a model, or a pre-training run (folder); a fine-tuning run shows its label and
-            prediction without masks.
-        cases: for a model an image (C, *img_size) or a list of them; for a run a path, a case of a split, or
-            a list of them, of which the middle is shown at the model's input size; None takes the run's own
-            held-out cases.
+        model_or_run: a model, or a run (folder). A fine-tuning run shows label and prediction, unmasked.
+        cases: for a model an image (C, *img_size) or a list of them. For a run a path, a case of a split, or
+            a list of them; their middle is shown at the model's input size. None: the run's held-out cases.
         finetuned: fine-tuning runs whose predictions are outlined beside the label.
         data_dir: where the data lies now, if it was moved since the run.
         spacing_mm: voxel size of arrays, one an axis; a run knows its own.
@@ -88,8 +88,9 @@ class Still:
 
 
 class Explorer(widgets.VBox):
-    """The controls; `scene` and `look` are what is on screen. Slices and window only cut cached arrays; the
-    model runs when mask or case change.
+    """The controls; `scene` and `look` are what is on screen.
+
+    Slices and window only cut cached arrays; the model runs when mask or case change.
     """
 
     def __init__(self, source: Source, seed: int = 0):
@@ -221,21 +222,23 @@ class Explorer(widgets.VBox):
         except UserError as error:
             if not self.images[self.views[0]].value:
                 raise  # nothing was ever shown: the caller has to know
-            for image in self.images.values():  # no picture of another case may stand under this name
+            # No picture of another case may stand under this name.
+            for image in self.images.values():
                 image.value = b""
             self._tell(str(error))
             return
         self.labels = labels
         low, high = (float(v) for v in np.percentile(self.image.numpy(), (1, 99.5)))
         span = max(high - low, 1e-3)
-        self.window.max, self.window.min = 1e9, -1e9  # so that no order of the next lines crosses
+        # Wide limits first, so that no order of the next lines crosses.
+        self.window.max, self.window.min = 1e9, -1e9
         self.window.value = (low, high)
         self.window.min, self.window.max, self.window.step = low - span, high + span, span / 100
         for view, axis in PLANES.items():
             if view in self.slices:
                 self.slices[view].max = self.image.shape[1 + axis]
                 self.slices[view].value = self.image.shape[1 + axis] // 2 + 1
-        # The label and one prediction: more at a time is a thicket.
+        # The label and one prediction: more at a time cannot be told apart.
         self.outlines.options, self.outlines.value = (
             list(labels),
             tuple(dict.fromkeys([*list(labels)[:1], *list(labels)[-1:]])),

@@ -77,8 +77,9 @@ class Source:
             self.used = file
 
     def load(self, index: int) -> tuple[Tensor, dict[str, np.ndarray], str]:
-        """(C, *img_size), integer label images by name ("label" and each fine-tuned run), and a sentence for
-        classifiers.
+        """Image (C, *img_size), label images (*img_size) by name, and a sentence for classifiers.
+
+        Label images hold integers; their names are "label" and those of the fine-tuned runs.
         """
         item = self.items[index]
         if not isinstance(item, dict):
@@ -124,8 +125,7 @@ class Source:
 
 
 def region_index(values: np.ndarray, task: Task) -> np.ndarray:
-    """Label numbers -> number of the class that is drawn (1 ..): the innermost region that holds the
-    voxel."""
+    """Label numbers -> number (1 ..) of the class that is drawn: the innermost region of the voxel."""
     if not task.regions:
         return np.where(values == IGNORE, 0, values).astype(np.uint8)
     out = np.zeros(values.shape, np.uint8)
@@ -167,7 +167,8 @@ def open_source(
     stage = run.config["stage"]
     if stage == "finetune":
         task, settings = task_of(run.config), settings_of(run, FinetuneSettings)
-        model, finetuned = None, [run.path, *finetuned]  # whose network is loaded below, with the others
+        # The network of this run is loaded below, with the others.
+        model, finetuned = None, [run.path, *finetuned]
     else:
         model, task, settings = load_pretrained(run)
     source = Source(

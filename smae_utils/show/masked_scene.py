@@ -1,8 +1,7 @@
-"""What can be looked at in one masked image: arrays, computed once a mask, and pictures cut from them, cheap
-enough to drag through.
+"""What can be looked at in one masked image: arrays, computed once a mask, and pictures cut from them.
 
-Arrays are channel first, 3D ones RAS+. Pictures are RGB arrays as radiologists look at them: patient right on
-the left, front or head up.
+To cut a picture is cheap enough for dragging. Arrays are channel first, 3D ones RAS+. Pictures are RGB arrays
+as radiologists look at them: patient right on the left, front or head up.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from smae_utils.method.patches import unpatchify
 from smae_utils.show.plots import PALETTE, PLANES, plane
 
 ROWS = ("original", "visible", "reconstruction", "visible + predicted", "error")
-# Left, right, top, bottom of the picture.
+# Left, right, top and bottom of the picture.
 SIDES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI", "": "RL"}
 HIDDEN_COLOUR = (59, 95, 127)
 ERROR_COLOURS = (np.asarray(matplotlib.colormaps["magma"](np.arange(256)))[:, :3] * 255).astype(np.uint8)
@@ -35,8 +34,9 @@ def hide_random(length: int, mask_ratio: float, seed: int) -> tuple[torch.Tensor
 
 
 def hide_box(grid: Sequence[int], box: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, float]:
-    """Noise (1, L) and ratio that hide exactly the patches of a box: (first, last) along each axis, both
-    inside.
+    """Noise (1, L) and ratio that hide exactly the patches of a box.
+
+    The box is (first, last) along each axis, both inside.
 
     Raises:
         UserError: if the box holds no patch, or all of them.
@@ -56,9 +56,10 @@ class Scene:
     """One image under one mask.
 
     Attributes:
-        rows: name -> (C, *spatial) in the image's intensities; `normalised` the same as the loss sees it
-            (empty without `norm_pix_loss`).
+        rows: name -> (C, *spatial) in the image's intensities.
+        normalised: the same as the loss sees it; empty without `norm_pix_loss`.
         hidden: (*spatial) boolean.
+        loss, baseline: of the hidden patches, by the model and by each patch's own mean.
         labels: name -> integer (*spatial), for outlines.
     """
 
@@ -71,6 +72,7 @@ class Scene:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """(*spatial) of the image."""
         return self.hidden.shape
 
 
@@ -81,8 +83,9 @@ def make_scene(
     noise: torch.Tensor | None = None,
     ratio: float = 0.75,
 ) -> Scene:
-    """Run the model once: (C, *img_size) and noise (1, L) -> everything that is shown. Without a model, the
-    image alone.
+    """Run the model once: image (C, *img_size) and noise (1, L) -> everything that is shown.
+
+    Without a model, the image alone.
     """
     if model is None:
         return Scene({"original": image.float().numpy()}, {}, np.zeros(image.shape[1:], bool))
@@ -110,8 +113,9 @@ def make_scene(
 
 @dataclass
 class Look:
-    """How a scene is drawn: channel, grey window, which arrays, which outlines, and the size of a picture in
-    pixels.
+    """How a scene is drawn.
+
+    `size` is that of a picture in pixels, `window` the range of grey values.
     """
 
     channel: int = 0
@@ -124,7 +128,7 @@ class Look:
 
 
 def cut(array: np.ndarray, view: str, index: int) -> np.ndarray:
-    """A slice of (*spatial), turned for looking at; 2D arrays as they are."""
+    """A slice of (*spatial), turned for looking at; a 2D array as it is."""
     return array if array.ndim == 2 else plane(array, view, index)
 
 
@@ -219,7 +223,8 @@ def _annotate(
         write(x, y, letter)
     per_mm = width / (pixels[1] * mm[1])
     length = max((n for n in (10, 20, 50, 100) if n * per_mm <= width / 2), default=0)
-    if length and look.spacing_mm:  # without a voxel size nothing is said in mm
+    # Without a voxel size nothing is said in mm.
+    if length and look.spacing_mm:
         draw.line([(4, height - 5), (4 + round(length * per_mm), height - 5)], fill=(255, 214, 90), width=2)
         write(4, height - 19, f"{length} mm")
 

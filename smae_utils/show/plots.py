@@ -1,5 +1,7 @@
-"""Figures of the notebooks. Arrays are channel first; 3D ones RAS+, shown as radiologists do: patient right
-on the left, anterior or head up.
+"""Figures of the notebooks.
+
+Arrays are channel first. 3D ones are RAS+, shown as radiologists do: patient right on the
+left, anterior or head up.
 """
 
 from __future__ import annotations
@@ -28,21 +30,24 @@ PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}
 
 
 def plane(volume: np.ndarray, name: str, index: int | None = None) -> np.ndarray:
-    """One slice of (X, Y, Z) in RAS+, turned for `imshow`: rows from the top, patient right (or anterior) on
-    the left.
+    """One slice (H, W) of (X, Y, Z) in RAS+, turned for `imshow`.
+
+    Rows run from the top; patient right, or anterior, is on the left.
     """
     axis = PLANES[name]
     index = volume.shape[axis] // 2 if index is None else index
     picture = np.take(volume, index, axis)
-    # Right, anterior and head are the high ends of their axes; anterior stands on the left of a sagittal
-    # view.
+    # Right, anterior and head are the high ends of their axes. A sagittal view has anterior on the left.
     return picture.T[::-1, ::-1]
 
 
 def pictures(
     image: np.ndarray, planes: Sequence[str] = tuple(PLANES), at: Sequence[int] | None = None
 ) -> dict[str, np.ndarray]:
-    """(H, W) as it is, or three planes of (X, Y, Z): name -> picture."""
+    """Name -> picture: an image (H, W) as it is, or `planes` of a volume (X, Y, Z).
+
+    `at` is the slice along each axis; None: the middle.
+    """
     if image.ndim == 2:
         return {"": image}
     at = at or [n // 2 for n in image.shape]
@@ -50,6 +55,7 @@ def pictures(
 
 
 def axes_grid(rows: int, columns: int, size: float = 2.2) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes (rows, columns), without ticks and frames; `size` is inches of one of them."""
     figure, axes = plt.subplots(
         rows, columns, figsize=(size * columns, size * rows), squeeze=False, layout="constrained"
     )
@@ -71,6 +77,7 @@ def show_cases(
     Args:
         images: (*spatial) each.
         labels: integer labels on the same grids; a class has its own colour in the legend.
+        classes: names of label numbers 1, 2, ...
     """
     flat = images[0].ndim == 2
     columns = min(len(images), 4) if flat else 3
@@ -94,7 +101,7 @@ def show_cases(
 
 
 def centre_of(label: np.ndarray) -> list[int]:
-    """The slice along each axis that holds most labelled voxels."""
+    """The slice along each axis of a label (*spatial) that holds most labelled voxels."""
     inside = (label > 0) & (label != IGNORE)
     return [
         int(inside.sum(tuple(a for a in range(label.ndim) if a != axis)).argmax())
@@ -103,7 +110,7 @@ def centre_of(label: np.ndarray) -> list[int]:
 
 
 def draw_outlines(axis, label: np.ndarray, n_classes: int, style: str = "solid") -> None:
-    """Outline each value of an integer label picture in its colour."""
+    """Outline the values 1 .. `n_classes` of an integer label picture (H, W), each in its colour."""
     for value in range(1, n_classes + 1):
         if (label == value).any():
             axis.contour(
@@ -116,7 +123,7 @@ def draw_outlines(axis, label: np.ndarray, n_classes: int, style: str = "solid")
 
 
 def draw_mask(image: torch.Tensor, mask: torch.Tensor, patch_size: Sequence[int]) -> np.ndarray:
-    """(1, C, *spatial) and (1, L) -> (*spatial) of channel 0 with hidden patches as NaN (drawn blank)."""
+    """Image (1, C, *spatial), mask (1, L) -> channel 0 (*spatial), with hidden patches NaN (drawn blank)."""
     hidden = pixel_mask(mask, patch_size, image.shape)[0, 0].numpy()
     return np.where(hidden, np.nan, image[0, 0].numpy())
 
@@ -135,12 +142,14 @@ def show_masks(
 
 
 def scale_of(image: np.ndarray) -> tuple[float, float]:
+    """Grey values for black and white: the 1st and the 99.5th percentile of an image of any shape."""
     return tuple(np.percentile(image, (1, 99.5)))
 
 
 def _show_columns(shown: dict[str, np.ndarray], scale: tuple[float, float]) -> Figure:
-    """Columns of pictures on one grey scale, a row a plane; those whose name starts with 'error' get their
-    own.
+    """Columns of pictures on one grey scale, a row a plane.
+
+    Those whose name starts with 'error' have a scale of their own.
     """
     flat = next(iter(shown.values())).ndim == 2
     figure, axes = axes_grid(1 if flat else 3, len(shown))
@@ -165,8 +174,8 @@ def show_reconstruction(
 ) -> Figure:
     """original | visible | reconstruction | pasted | error of one image (C, *spatial), on one grey scale.
 
-    The model predicts normalised patches; the picture uses the **true** mean and std of each patch, also of
-    hidden ones.
+    With `norm_pix_loss` the model predicts normalised patches. The picture then uses the **true** mean and
+    std of each patch, also of hidden ones.
     """
     model = model.eval()
     batch = image[None].to(next(model.parameters()).device)
@@ -190,8 +199,9 @@ def show_reconstruction(
 
 
 def show_target(model: MaskedAutoencoder, image: torch.Tensor) -> Figure:
-    """The image (C, *spatial) beside what the loss compares with: each patch with its own mean and contrast
-    taken out.
+    """The image (C, *spatial) beside the target of the loss, both of channel 0.
+
+    With `norm_pix_loss` the target has each patch's own mean and contrast taken out.
     """
     target = unpatchify(model.target(model.encoder.cut(image[None])), model.patch_size, model.grid)[
         0, 0
@@ -204,8 +214,7 @@ def show_target(model: MaskedAutoencoder, image: torch.Tensor) -> Figure:
 
 
 def show_positions(model: MaskedAutoencoder, patch: int | None = None) -> Figure:
-    """Cosine similarity of one patch's position vector with all others, over the grid (3D: its middle
-    slice)."""
+    """Cosine similarity of one patch's position with all others, over the grid (3D: its middle slice)."""
     table = model.encoder.pos_embed[0].detach()
     table = table / table.norm(dim=1, keepdim=True)
     grid = model.grid
@@ -225,7 +234,14 @@ def show_curves(
     band: dict[str, float] | None = None,
     ylabel: str = "loss",
 ) -> Figure:
-    """Curves of log.jsonl against steps; `band` draws horizontal lines that need no network."""
+    """Curves of log.jsonl against steps.
+
+    Args:
+        runs: name -> run.
+        keys: entries of the log; the first is drawn solid, the second dashed.
+        band: name -> value of a horizontal line, as of `sanity_band`.
+        ylabel: with the unit, where there is one.
+    """
     figure, axis = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
     for name, run in runs.items():
         for key, style in zip(keys, ("-", "--")):

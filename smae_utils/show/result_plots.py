@@ -49,8 +49,9 @@ def show_overlay(
     title: str = "",
     spacing_mm: Sequence[float] = (1.0, 1.0, 1.0), first: str = "label",
 ) -> Figure:  # fmt: skip
-    """One scan (X, Y, Z): the label, then each arm's prediction, outlined in the planes with most labelled
-    voxels, in true proportions.
+    """One scan (X, Y, Z): the label, then each arm's prediction, outlined.
+
+    Shown are the planes with most labelled voxels, in true proportions.
     """
     shown = {first: label, **predictions}
     figure, axes = axes_grid(len(shown), 3)
@@ -72,13 +73,13 @@ def show_overlay(
 
 
 def show_comparison(table, metric: str) -> Figure:
-    """Bars of a `compare` table, a pair a class."""
+    """Bars of a `compare` table, two a class."""
     rows = table[(table["class"] != "mean") & (table.metric == metric)]
     place = np.arange(len(rows))
     figure, axis = plt.subplots(figsize=(6.5, 0.32 * len(rows) + 1.2), layout="constrained")
     for offset, arm in ((0.2, "scratch"), (-0.2, "self")):
         axis.barh(place + offset, rows[arm], height=0.38, label=arm, color=ARM_COLOURS[arm])
-    # No bar is no figure, not 0: the class cannot be scored.
+    # A missing bar is no figure, not 0: the class cannot be scored.
     names = [
         f"{r['class']} (n/a)" if np.isnan(r["scratch"]) or np.isnan(r["self"]) else r["class"]
         for _, r in rows.iterrows()
@@ -112,9 +113,7 @@ def show_flat_overlay(
 
 
 def show_test_case(task: Task, case: dict, runs: dict[str, Path], tables: dict, title: str) -> Figure:
-    """One test case: the scan with label and each arm's prediction, or the whole image beside targets and
-    scores.
-    """
+    """One test case: label and each arm's prediction outlined; for classification, targets and scores."""
     if task.kind == "classification":
         return _show_scores(task, case, tables, title)
     label, scan = read_label(case, task)

@@ -1,6 +1,4 @@
-"""Look at a data set before anything is trained: what is wrong with it, and what a preset would cost on it
-here.
-"""
+"""Look at a data set before anything is trained: what is wrong with it, and what a preset would cost."""
 
 from __future__ import annotations
 
@@ -22,15 +20,17 @@ from smae_utils.work.check_scan import look_2d, look_3d
 def check(
     list_or_task: str, data_dir: str = "", preset: str = "small", say: Callable[[str], None] = print
 ) -> Report:
-    """Read every scan of a list (or of a known task's download) and report; problems go to standard error, a
-    line each.
+    """Read every scan of a list, or of a known task's download, and report.
+
+    Problems go to standard error, a line each.
 
     Raises:
         UserError: if the list itself cannot be understood.
     """
     task = get_task(list_or_task)
     fold = None if is_list(task.name) else 0
-    splits = task.read_splits(Path(data_dir), 0, fold)  # type: ignore[arg-type]  # a list's reader takes None too
+    # A list's reader takes None too.
+    splits = task.read_splits(Path(data_dir), 0, fold)  # type: ignore[arg-type]
     rows, problems = [], []
     for split, cases in splits.items():
         for case in cases:
@@ -114,13 +114,16 @@ def _remarks(report: Report, task: Task, splits: dict[str, list[Case]]) -> None:
 
 
 def _propose(table: pd.DataFrame, task: Task) -> dict:
-    """Spacing: the median; window of CT-like values: soft tissue; crop: what fits into the median scan, at
-    most 96.
+    """What the list file could say: voxel size, window, crop size and patch size.
+
+    The voxel size is the median; the window, of CT-like values, is that of soft tissue; the crop is what fits
+    into the median scan, at most 96.
     """
     spacing = np.median([canonical(row, row.spacing_mm) for row in table.itertuples()], axis=0)
     shape = np.median([canonical(row, row.shape) for row in table.itertuples()], axis=0)
     crop = [int(min(96, max(16, n // 16 * 16))) for n in shape]
-    patch = {"patch_size": 8} if min(crop) < 48 else {}  # patches of 16 would leave a handful of tokens
+    # Patches of 16 would leave a handful of tokens.
+    patch = {"patch_size": 8} if min(crop) < 48 else {}
     proposal: dict[str, Any] = {
         "spacing_mm": [float(f"{s:.3g}") for s in spacing],
         "settings": {"crop_size": crop, **patch},

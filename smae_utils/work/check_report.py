@@ -17,13 +17,14 @@ from smae_utils.data.tasks import Task
 from smae_utils.work.estimate import estimate
 from smae_utils.work.presets import resolve
 
-# The table shows so many cases; of more, those that stand out and a summary.
+# The table shows so many cases. Of more, it shows those that stand out, and a summary.
 MOST_ROWS = 20
 
 
 def print_report(
     report: Report, task: Task, splits: dict[str, list[Case]], preset: str, say: Callable[[str], None]
 ) -> None:
+    """Say what `check` found, and what the preset would cost; problems go to standard error."""
     counts = ", ".join(f"{len(cases)} {split}" for split, cases in splits.items())
     said = f"channels {', '.join(task.channels)}; classes {', '.join(task.classes) or '(none)'}"
     say(f"{task.title or task.name}: {task.spatial_dims}D {task.kind}, {counts}; {said}")
@@ -96,8 +97,10 @@ def _shown(table: pd.DataFrame, task: Task) -> str:
 
 
 def _unlike(table: pd.DataFrame) -> pd.DataFrame:
-    """Cases whose size, spacing or largest intensity is more than three times the median or less than a
-    third, or whose orientation is rare.
+    """Cases that are unlike the others.
+
+    Size, spacing or largest intensity is more than three times the median or less than a third,
+    or the orientation is rare.
     """
     odd = pd.Series(False, index=table.index)
     columns = [table.high.abs().to_numpy(float)]
@@ -107,7 +110,8 @@ def _unlike(table: pd.DataFrame) -> pd.DataFrame:
     for values in columns:
         middle = np.median(values)
         far = (values > 3 * middle) | (values < middle / 3)
-        if far.mean() <= 0.1:  # where many differ, as intensities of MRI do, none is unlike the others
+        # Where many differ, as intensities of MRI do, none is unlike the others.
+        if far.mean() <= 0.1:
             odd |= far
     if "orientation" in table:
         odd |= table.orientation.map(table.orientation.value_counts()) <= len(table) / 20
@@ -133,9 +137,7 @@ def _in_words(table: pd.DataFrame, task: Task) -> pd.DataFrame:
 
 
 def _prepared_voxels(table: pd.DataFrame, task: Task, preset: str) -> float:
-    """Voxels of the median scan at the voxel size it is trained with, before it is cut to the body; pixels of
-    the median radiograph.
-    """
+    """Voxels of the median scan as it is trained, before it is cut to the body; pixels of a radiograph."""
     sizes = np.array(table["shape"].tolist(), float).prod(1)
     if task.spatial_dims == 2:
         return float(np.median(sizes))
@@ -150,12 +152,13 @@ class Report:
     """What `check` found.
 
     Attributes:
-        table: a row a case: `shape`, `spacing_mm` (tuples), `orientation`, `low`, `high` (percentiles of
-            intensity), `labels` (label number or class -> voxels or 1; None without a label), `header` (what
-            its header contradicts), `hash` of its voxels.
+        table: a row a case. `split`, `case`, `shape` and `spacing_mm` (tuples; mm), `orientation` (as RAS),
+            `low` and `high` (0.5th and 99.5th percentile of intensity; of 2D images the range), `labels`
+            (label number -> voxels, or class -> 1; None without a label), `header` (what it contradicts),
+            `hash` (of the voxels).
         problems: what has to be mended, a line each.
-        remarks: what to know.
-        proposal: for the list file.
+        remarks: what to know, a line each.
+        proposal: for the list file, of 3D scans.
         counts: cases with each class, in words.
     """
 
@@ -167,7 +170,6 @@ class Report:
 
 
 def canonical(row: Any, values: tuple) -> list:
-    """Sizes along the axes of a scan in the order left-right, front-back, up-down, which is that of
-    training."""
+    """Sizes along the axes of a scan, in training's order: left-right, front-back, up-down."""
     order = dict(zip(row.orientation, values))
     return [order.get(one, order.get(other)) for one, other in ("LR", "PA", "IS")]

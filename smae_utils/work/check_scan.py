@@ -20,6 +20,11 @@ from smae_utils.paths import NIFTI_ENDINGS, has_ending
 
 
 def look_3d(case: Case, task: Task) -> dict[str, Any]:
+    """Read a 3D case (C, X, Y, Z): its row of `Report.table`, without `split`.
+
+    Raises:
+        UserError: for other channels than the task's, NaN, one value everywhere, or an unreadable file.
+    """
     image = read_case(lambda c: read_channels(c["image"]), case)
     values = image.values
     if len(values) != task.in_chans:
@@ -49,6 +54,11 @@ def look_3d(case: Case, task: Task) -> dict[str, Any]:
 
 
 def look_2d(case: Case, task: Task) -> dict[str, Any]:
+    """Read a 2D case (H, W) in 8 bits: its row of `Report.table`, without `split`.
+
+    Raises:
+        UserError: for one value everywhere, or files that cannot be read.
+    """
     pixels = np.asarray(ReadRadiograph(task.in_chans)({"image": case["image"]})["image"])
     if np.ptp(pixels) == 0:
         raise UserError(f"{case['image']} is constant ({pixels.flat[0]} everywhere): leave out this image")
@@ -62,7 +72,7 @@ def look_2d(case: Case, task: Task) -> dict[str, Any]:
 
 
 def _look_label(case: Case, task: Task) -> dict | None:
-    """Label number -> voxels, or class -> 1, or 0 for unknown ones; None without a label."""
+    """Label number -> voxels, or name of a class that is there -> 1; None without a label."""
     if "label" not in case:
         return None
     if task.kind == "classification":
@@ -77,7 +87,7 @@ def _hash(values: np.ndarray) -> str:
 
 
 def _nifti_files(case: Case, task: Task) -> list[str]:
-    """Images and mask of a case, as far as they are NIfTI."""
+    """Those files of a case that are NIfTI: its images and its mask."""
     files = files_of(case["image"])
     if task.kind == "segmentation" and "label" in case:
         files.append(str(case["label"]))

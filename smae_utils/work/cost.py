@@ -22,8 +22,8 @@ class CropCost(NamedTuple):
     Attributes:
         flops: counted FLOPs of its forward and backward pass.
         activations: bytes in fp32 that the forward pass keeps for the backward pass.
-        weights: bytes of the parameters in fp32; with gradients and the two moments of AdamW four times as
-            much is held.
+        weights: bytes of the parameters in fp32. Gradients and both moments of AdamW make
+            it four times as much.
     """
 
     flops: float
@@ -32,13 +32,12 @@ class CropCost(NamedTuple):
 
 
 def crop_cost(task: Task, settings: StageSettings) -> CropCost:
-    """Counted, not measured, and without allocating weights or data."""
+    """What a crop costs, counted and not measured, without allocating weights or data."""
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = (
-            tensor  # views share a storage, and holding one keeps its address from another
-        )
+        # Views share a storage, and holding one keeps its address from another.
+        kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     # The meta device does the shapes and none of the arithmetic.
@@ -66,7 +65,7 @@ def run_flops(task: str, stage: str, preset: str, n_train: int) -> tuple[float, 
 
 
 def measured_flops_per_second(device: torch.device, precision: str = "fp32", seconds: float = 0.5) -> float:
-    """What this device reaches on a plain matrix product in this precision: more than training will."""
+    """FLOPs per second of this device on a plain matrix product: more than training will reach."""
     size, together = (8192, 8) if device.type == "cuda" else (1024, 1)
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     (a @ a).sum().item()

@@ -28,8 +28,9 @@ Result = TypeVar("Result")
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bf16 in hardware; without it bf16 is hundreds of times slower than
-    fp32.
+    """Whether this processor multiplies bf16 in hardware.
+
+    Without it bf16 is hundreds of times slower than fp32.
     """
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
@@ -46,7 +47,7 @@ def computes_bf16(device: torch.device) -> bool:
 
 
 def pick_precision(wanted: str, device: torch.device) -> str:
-    """ "fp32" or "bf16" for "auto": bf16 where the device computes it.
+    """The precision for a setting: "fp32", "bf16", or for "auto" bf16 where the device computes it.
 
     Raises:
         UserError: for another word.
@@ -59,11 +60,10 @@ def pick_precision(wanted: str, device: torch.device) -> str:
 
 
 def usable_precision(recorded: str, device: torch.device) -> tuple[str, str]:
-    """The precision to go on in with a run made in `recorded`, and a line to tell the user, "" when nothing
-    changes.
+    """The precision to go on in with a run made in `recorded`, and a line that tells of a change.
 
     It is the recorded one where `device` computes it in hardware, else fp32. "auto", as in runs that do not
-    say what they were made in, is decided for this device.
+    say what they were made in, is decided for this device. The line is "" when nothing changes.
 
     Raises:
         UserError: for another word than auto, fp32, bf16.
@@ -112,11 +112,11 @@ def make_accelerator(
                 f"track={name} needs {name}, which is not installed: pip install {name}, or leave it out"
             )
     chosen = pick_precision(precision, best_device())
-    # accelerate keeps its first precision for the whole process; a notebook may want another one in the next
-    # cell.
+    # accelerate keeps its first precision for the whole process; a notebook's next cell may want another.
     AcceleratorState._reset_state()
     own = {"log_with": list(track), "project_dir": str(folder)} if track else {}
-    cpu = best_device().type == "cpu"  # else accelerate takes processes on a CPU for strangers to each other
+    # Else accelerate takes processes on a CPU for strangers to each other.
+    cpu = best_device().type == "cpu"
     return Accelerator(mixed_precision="bf16" if chosen == "bf16" else "no", cpu=cpu, **own), chosen
 
 
@@ -157,8 +157,9 @@ def of_main_process(report: Callable[[str], None]) -> Callable[[str], None]:
 
 @cache
 def _together() -> PartialState:
-    """This process among those it was launched with. Their connection is closed at the end of the program:
-    one that is left open now and then aborts an interpreter that was through with everything.
+    """This process among those it was launched with.
+
+    Their connection is closed at the end of the program: one left open aborts an interpreter that is done.
     """
     state = PartialState(cpu=best_device().type == "cpu")
     atexit.register(state.destroy_process_group)
@@ -193,7 +194,7 @@ def one_folder(out: Path) -> Iterator[Path]:
 
 
 def device_name(device: torch.device) -> str:
-    """ "cpu", or the name of the GPU."""
+    """The name of the GPU; else the kind of device, as "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -219,7 +220,8 @@ def save_state(accelerator: Accelerator, run: Run, state: dict[str, Any]) -> Non
         with telling_of_a_full_disk(new):
             accelerator.save_state(str(new))
     except OSError:
-        shutil.rmtree(new, ignore_errors=True)  # the disk is full: the last whole state stays
+        # The disk is full: the last whole state stays.
+        shutil.rmtree(new, ignore_errors=True)
         raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

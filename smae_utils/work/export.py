@@ -1,5 +1,6 @@
-"""A run's weights for other libraries: same outputs there, or a refusal that says which settings would have
-fitted.
+"""A run's weights for other libraries: same outputs there, or a refusal.
+
+The refusal says which settings would have fitted.
 """
 
 from __future__ import annotations
@@ -28,8 +29,7 @@ def export(run_dir: str | Path, to: str, out: str | Path) -> Path:
     """Write `model.safetensors` and `arguments.json` (what to construct there) into a new folder.
 
     Args:
-        to: "timm" (VisionTransformer), "monai-vit" or "monai-unetr". Of a pre-training run the encoder goes
-            out, without a head.
+        to: "timm" (VisionTransformer), "monai-vit" or "monai-unetr". From pre-training, the encoder alone.
 
     Raises:
         UserError: where the target cannot hold the model, with the settings that it could.
@@ -65,8 +65,9 @@ def construct(arguments: dict[str, Any]) -> torch.nn.Module:
 
 
 def _complete(converted: dict[str, Tensor], arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """Exactly the tensors that the installed target has; MONAI's blocks carry norms of a cross-attention that
-    is not used.
+    """Exactly the tensors that the installed target has.
+
+    MONAI's blocks carry norms of a cross-attention that is not used.
     """
     model = construct(arguments)
     unused = {name: value for name, value in model.state_dict().items() if "cross_attn" in name}

@@ -1,8 +1,8 @@
 """Metrics, as pure functions on arrays.
 
-Conventions, the same everywhere: a structure that is missed, or predicted though absent, has DSC 0 and the
-scan's diagonal as HD95; absent in both is NaN and left out of means; a class that cannot be scored is NaN,
-never 0.
+The conventions are the same everywhere. A structure that is missed, or predicted though absent, has DSC 0
+and the scan's diagonal as HD95. Absent in both, it is NaN and left out of means. A class that cannot be
+scored is NaN, never 0.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ def _pair(pred: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def dsc(pred: np.ndarray, label: np.ndarray) -> float:
-    """Dice similarity coefficient, 2 |P n L| / (|P| + |L|), of two boolean arrays; NaN when both are
-    empty."""
+    """Dice similarity coefficient of two boolean arrays, 2 |P n L| / (|P| + |L|); NaN when both are empty."""
     pred, label = _pair(pred, label)
     total = int(pred.sum()) + int(label.sum())
     return 2 * int((pred & label).sum()) / total if total else float("nan")
@@ -44,7 +43,7 @@ def hd95_mm(pred: np.ndarray, label: np.ndarray, spacing_mm: Sequence[float]) ->
         spacing_mm: voxel size along each axis.
 
     Returns:
-        NaN when both are empty; the diagonal of the scan when only one is. Computed by MONAI.
+        NaN when both are empty; the diagonal of the scan in mm when only one is. Computed by MONAI.
     """
     pred, label = _pair(pred, label)
     if len(spacing_mm) != pred.ndim or min(spacing_mm) <= 0:

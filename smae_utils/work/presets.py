@@ -1,5 +1,4 @@
-"""Preset files, and the settings of a stage that come of one: preset, then the arm, then what the user
-sets."""
+"""Preset files, and how the settings of a stage come of one."""
 
 from __future__ import annotations
 
@@ -25,7 +24,6 @@ from smae_utils.yaml_text import read_yaml
 
 # Two ways to say one thing: whichever is said last counts.
 PAIRS = (("epochs", "steps"), ("warmup_steps", "warmup_epochs"), ("lr", "base_lr"))
-
 
 EITHER = (*PAIRS, *((b, a) for a, b in PAIRS))
 
@@ -105,11 +103,13 @@ def resolve(
 def resolve(
     task: Task, stage: str, preset: str, arm: str = "scratch", overrides: Mapping[str, Any] | None = None
 ) -> StageSettings:
-    """Defaults <- preset (all, then the task; general, then the stage, then the arm) <- a list file's own
-    settings <- overrides.
+    """Settings of a stage, from what counts least to what counts most.
+
+    That is: defaults; the preset (all, then the task; general, then the stage, then the arm); a list file's
+    own settings; `overrides`.
 
     Raises:
-        UserError: for an unknown key or a value of the wrong type, naming the right ones.
+        UserError: for an unknown preset, key, or a value of the wrong type, naming the right ones.
     """
     cls = STAGE_SETTINGS[stage]
     content = load_preset(preset)
@@ -128,9 +128,9 @@ def resolve(
     for where, layer in layers:
         found = {k: v for k, v in layer.items() if k not in (*STAGES, *ARMS) or where == "--set"}
         for name, other in EITHER:
-            # 0 there means: take the other.
+            # For these, 0 means: take the other.
             means_other = name in ("steps", "epochs", "base_lr") and not found.get(name)
-            # What is said last counts, also over an earlier section.
+            # The later layer counts, also over the other way to say it.
             if name in found and other not in found and not means_other:
                 values[other], origin[other] = 0, where
         values.update(found)

@@ -22,7 +22,7 @@ from smae_utils.work.progress import Say, say
 from smae_utils.work.run_folder import Run
 from smae_utils.work.start import config_of, facts_of, is_scratch, seen_of, tell_notes
 
-# At most so many crops are scored, and kept in memory, for the validation loss of pre-training.
+# At most this many crops are scored, and kept in memory, for the validation loss.
 VALIDATION_CROPS = 128
 
 
@@ -38,13 +38,11 @@ def pretrain(
     init: str | Path = "scratch",
     adapt: bool = False,
 ) -> Run:
-    """Self pre-training: a masked autoencoder on the images of the task's own training cases. Labels are
-    never read.
+    """Self pre-training: a masked autoencoder on the images of the task's own training cases, without labels.
 
     Args:
         task: which data set, or the path of a list file.
-        data_dir: where its download lies; of a list what its paths are relative to, "" for the list's own
-            folder.
+        data_dir: where its download lies; of a list what its paths are relative to, "" for its own folder.
         out: run folder to make.
         preset: name or YAML file of the settings, see `work.presets`.
         overrides: settings that count more than the preset's.
@@ -52,8 +50,7 @@ def pretrain(
         report: receives each line of progress.
         init: "scratch", or weights to go on from: a run folder, a checkpoint file, or "timm:NAME". The whole
             encoder is taken from there, and of the decoder what fits.
-        adapt: let weights of other channels or of 2D images be fitted, see
-            `method.checkpoints.load.load_weights`.
+        adapt: fit weights of other channels or of 2D images, see `method.checkpoints.load.load_weights`.
 
     Raises:
         UserError: if the data, the settings, the weights or the run folder cannot be used.
@@ -120,8 +117,9 @@ def pretrain(
 
 
 def drawn_ratio(between: Sequence[float], seed: int) -> float | None:
-    """The mask ratio of a step, uniform between two numbers and drawn from the step's own seed; None where
-    there are no two, for the model's own ratio.
+    """The mask ratio of a step, uniform between two numbers and drawn from the step's own seed.
+
+    None, the model's own ratio, where `between` is empty.
     """
     if not between:
         return None

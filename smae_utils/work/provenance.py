@@ -14,8 +14,7 @@ PACKAGE = Path(__file__).parent.parent
 
 
 def _git(*words: str) -> str:
-    """What git says of the folder of this package; "" where there is no git or no repository, or git
-    refuses."""
+    """What git says of this package's folder; "" where there is no git or repository, or git refuses."""
     command = ["git", "-C", str(PACKAGE), *words]
     try:
         done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=10)
@@ -25,8 +24,7 @@ def _git(*words: str) -> str:
 
 
 def commit() -> str:
-    """The commit this package is of, with "-dirty" when it was changed since; "unknown" outside its own
-    repository.
+    """The commit this package is of, with "-dirty" when it was changed since; else "unknown".
 
     An environment often lies inside another project's repository: only one that tracks this package counts.
     """

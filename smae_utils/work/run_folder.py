@@ -1,11 +1,12 @@
 """The run folder: the contract between notebooks, command line and batch runner.
 
-config.yaml         all that is needed to repeat the run, versions and commit too; `segments`: its sittings
-log.jsonl           one line a logged step, with at least `step` and `loss`
-last/               resumable state; always whole, see `atomic.swap_folder`
-model.safetensors   the weights, once the run is finished
-metrics.csv, .json  written by evaluation
-.lock               there while a process trains this run, see `only_process`
+config.yaml          all that is needed to repeat the run, with versions and commit; `segments`: its sittings
+log.jsonl            one line a logged step, with at least `step` and `loss`
+last/                resumable state; always whole, see `atomic.swap_folder`
+checkpoints/         weights that `keep_every` kept, stepN.safetensors
+model.safetensors    the weights, once the run is finished
+metrics.csv, .json   written by evaluation
+.lock                there while a process trains this run, see `only_process`
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ from smae_utils.method.checkpoints.save import WEIGHTS
 from smae_utils.work.settings import rate
 from smae_utils.yaml_text import read_yaml, write_yaml
 
-# Of config.yaml. 2: places are absolute, and relative to the run beside that; `segments`.
+# Of config.yaml. Since 2, places are absolute, with those relative to the run beside them; and `segments`.
 SCHEMA = 2
 LOCK = ".lock"
-# Settings of how a run is carried out, which change nothing of what it computes: another sitting may have
-# others.
+# Settings of how a run is carried out, not of what it computes: another sitting may have others.
 FREE_SETTINGS = ("num_workers", "log_every", "save_every", "cache_rate", "keep_every", "track", "store")
 
 
 def absolute(path: str | Path) -> str:
-    """An absolute path with its links as they are: a link into a store of data keeps the name and ending it
-    has here.
+    """An absolute path with its links as they are.
+
+    A link into a store of data keeps the name and ending that it has here.
     """
     whole = os.path.join(os.getcwd(), path)
     plain = os.path.normpath(whole)
@@ -52,8 +53,9 @@ def absolute(path: str | Path) -> str:
 
 
 def recorded_places(run: str | Path, **paths: str | Path) -> dict[str, str]:
-    """Each path as `NAME`, absolute, and as `NAME_from_run`, relative to the run folder: it survives moving
-    both together.
+    """Each path as `NAME`, absolute, and as `NAME_from_run`, relative to the run folder.
+
+    The second survives moving both together.
     """
     out = {}
     for name, path in paths.items():
@@ -65,8 +67,9 @@ def recorded_places(run: str | Path, **paths: str | Path) -> dict[str, str]:
 
 @contextmanager
 def only_process(path: str | Path) -> Iterator[None]:
-    """Within it this process alone trains the run of folder `path`, which is made. The system frees the lock
-    of a killed one.
+    """Within it this process alone trains the run of folder `path`, which is made.
+
+    The system frees the lock of a killed process.
 
     Raises:
         UserError: while another process is within it.
@@ -108,9 +111,9 @@ class Run:
     ) -> Run:
         """A folder to start a run in, or one whose run can go on with `config`; nothing is written.
 
-        What decides the result has to be the same: stage, task, what a list says, weights to start from, the
-        settings but for `FREE_SETTINGS`, and the cases of each part. Where data and list lie now may have
-        changed.
+        What decides the result has to be the same: stage, task, what a list says, weights to start
+        from, the settings but for `FREE_SETTINGS`, and the cases of each part. Where data and list
+        lie now may have changed.
 
         Args:
             defaults: fills settings that are newer than the run.
@@ -127,13 +130,12 @@ class Run:
         if not resume:
             raise UserError(f"{run.path} already holds a run: go on with --resume, or choose another --out")
         before, after = _deciding(run.config, defaults), _deciding(config)
-        # Where the weights lie is then no matter.
+        # With digests of both, the path of the weights does not matter.
         if None not in (before["init_digest"], after["init_digest"]):
             before["init"] = after["init"]
         for key, old in before.items():
             new = after[key]
-            # What an older run does not say cannot differ, nor can what this version of a list's record has
-            # no more.
+            # What an older run does not say cannot differ, nor can what a list's record no longer has.
             if key in ("record", "init_digest") and None in (old, new):
                 continue
             if key == "record":
@@ -157,8 +159,9 @@ class Run:
         resume: bool = False,
         defaults: Mapping[str, Any] = MappingProxyType({}),
     ) -> Run:
-        """Create the folder, or open it again to go on, which `check` has to allow. Free settings and places
-        are then `config`'s.
+        """Create the folder, or open it again to go on, if `check` allows it.
+
+        Free settings and places are then those of `config`.
         """
         run = cls.check(path, config, resume, defaults)
         if not run.exists:
@@ -244,7 +247,7 @@ class Run:
         """Add a sitting to `segments` of config.yaml; `step` of it is the step after which it begins."""
         config = self.config
         said = config.get("segments") or []
-        # Of an older version: one sitting is what it tells of.
+        # A run of an older version was one sitting, of which its config.yaml tells.
         if not said and "precision" in config and segment["step"]:
             first = {"step": 0, **{k: config.get("provenance", {}).get(k) for k in ("date", "commit")}}
             said = [
@@ -309,7 +312,7 @@ def said_of_list(config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _deciding(config: dict[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-    """Of a configuration what decides the result. A list is told by what it says, not by where it lies."""
+    """Of a configuration what decides the result; of a list what it says, not where it lies."""
     settings = {**defaults, **config["settings"]}
     # The two ways to say a learning rate are one.
     settings["lr"] = rate(settings.get("lr", 0.0), settings.pop("base_lr", 0), settings["batch_size"])

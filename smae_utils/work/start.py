@@ -57,7 +57,10 @@ def is_scratch(init: str | Path) -> bool:
 
 
 def tell_notes(record: Task, report: Say, store: str = "") -> None:
-    """Say what was assumed of a list, and which setting is of no effect."""
+    """Report what was assumed of a list, and which settings have no effect, a line each.
+
+    `store` is the setting of that name.
+    """
     for note in record.notes:
         report(f"note: {note}")
     if store and record.spatial_dims == 2:
@@ -67,9 +70,7 @@ def tell_notes(record: Task, report: Say, store: str = "") -> None:
 def facts_of(
     record: Task, spacing_mm: Sequence[float], train: list[Case], init: str | Path
 ) -> dict[str, Any]:
-    """What weights have to say of themselves when another run starts from them, see
-    `method.checkpoints.load.save_weights`.
-    """
+    """What weights say of the data they were trained on, see `method.checkpoints.save.save_weights`."""
     earlier = set() if str(init) == "scratch" else seen_cases(init)
     z_score = "z-score of non-zero voxels" if record.spatial_dims == 3 else "z-score of all pixels"
     return {

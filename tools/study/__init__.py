@@ -1,3 +1,1 @@
-"""The study on real scans: what is compared, the runs, and the tables and figures made of them
-(docs/protocol.md).
-"""
+"""The study on real scans: what is compared, the runs, their tables and figures (docs/protocol.md)."""

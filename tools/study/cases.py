@@ -1,5 +1,6 @@
-"""Which cases a unit of the study trains on and is scored on, written as list files that every command of
-this package reads.
+"""Which cases a unit of the study trains on and is scored on.
+
+They are written as list files that every command of this package reads.
 """
 
 from __future__ import annotations
@@ -59,8 +60,9 @@ def all_cases(study: Study, data: str) -> tuple[list[Case], list[Case], dict]:
 def parts(
     study: Study, pool: list[Case], test: list[Case], seed: int, fold: int
 ) -> tuple[list[Case], list[Case]]:
-    """(training cases, scored cases) of a unit. The development seed is scored on patients of its own, which
-    train every fresh seed and never test one.
+    """(training cases, scored cases) of a unit.
+
+    The development seed is scored on patients of its own, who train every fresh seed and never test one.
     """
     patients = sorted({case["patient"] for case in pool})
     order = np.random.default_rng(study.split_seed).permutation(len(patients))

@@ -27,8 +27,9 @@ NAMES = {"dsc": "mean DSC", "mauc": "mAUC", "hd95_mm": "HD95 in mm"}
 
 
 def draw(folder: Path, study: Study) -> None:
-    """`intervals.csv` and `main.png` from `main.csv`, when it is there, and `patients.csv` where the scores
-    of cases are.
+    """`intervals.csv` and `main.png` from `main.csv`, if it is there.
+
+    `patients.csv` too, where the scores of cases are.
     """
     results = Results(folder)
     main = results.counted(study)
@@ -59,9 +60,7 @@ def draw(folder: Path, study: Study) -> None:
 
 
 def figure_of(main: pd.DataFrame, study: Study) -> Figure:
-    """Scores of the arms, then differences to scratch with their intervals: of the primary figure and of
-    those beside it.
-    """
+    """Scores of the arms, then differences to scratch with their intervals, a panel a figure."""
     rows = [str(row) for row in study.labelled if str(row) in set(main.labelled)]
     main = main[main.labelled.isin(rows)]
     columns = 1 + len(study.metrics)

@@ -20,8 +20,9 @@ def _study(root: Path, name: str, table: str) -> pd.DataFrame:
 
 
 def _order(study: Study, table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of a table of intervals in the order of the study: by labelled cases, then by arm. What the study
-    no longer names is left out.
+    """Rows of a table of intervals in the order of the study: by labelled cases, then by arm.
+
+    What the study no longer names is left out.
     """
     rows, arms = [str(row) for row in study.labelled], list(study.arms)
     table = table[table.labelled.isin(rows) & table.arm.isin(arms)]
@@ -71,8 +72,9 @@ def _line(row, patients: pd.DataFrame) -> dict[str, object]:
 
 
 def first_block(root: Path) -> str:
-    """The README's tables: a row a number of labelled cases; scratch, pre-trained on all training images, and
-    a convolutional network where one was run.
+    """The README's tables: scratch and pre-trained on all training images, a row a number of labelled cases.
+
+    A convolutional network stands beside them where one was run.
     """
     parts = []
     for name in STUDIES:

@@ -1,5 +1,6 @@
-"""A study as a file says it: data, rows, arms, grids and seeds, read from `tools/study/NAME.yaml` and checked
-before anything runs.
+"""A study as a file says it: data, rows, arms, grids and seeds.
+
+It is read from `tools/study/NAME.yaml` and checked before anything runs.
 """
 
 from __future__ import annotations
@@ -25,9 +26,8 @@ class Arm:
     """One way to fine-tune.
 
     Attributes:
-        init: "scratch", the name of a pre-training, or "scaled": random weights as large as those of the
-            pre-training `like`.
-        like: the pre-training that `scaled` takes sizes from.
+        init: "scratch", the name of a pre-training, or "scaled": random weights as large as those of `like`.
+        like: the pre-training from which `scaled` takes sizes.
         tuned_as: whose learning rates it takes; empty: its own.
         settings: settings of fine-tuning that it has of its own.
         equal_compute: the pre-training whose counted FLOPs it spends on more fine-tuning steps.
@@ -63,10 +63,10 @@ class Study:
         arms: name -> `Arm`.
         grids: arm -> settings to try; `lr` is the learning rate itself. All of one size.
         designs: name -> settings to try with scratch alone, to find a set-up with room.
-        probes: name -> settings with which a linear probe compares tokens of a random and of a pre-trained
-            encoder (`recipe_arm`'s).
-        recipes: name -> settings of pre-training (key `pretrain`) to try one at a time, with `recipe_arm` at
-            `recipe_rows`.
+        probes: name -> settings with which a linear probe compares tokens of a random encoder and of the
+            pre-trained one of `recipe_arm`.
+        recipes: name -> settings of pre-training (key `pretrain`) to try one at a time, with `recipe_arm`
+            at `recipe_rows`.
     """
 
     name: str
@@ -100,8 +100,9 @@ class Study:
         return (self.metric, "hd95_mm") if self.metric == "dsc" else (self.metric,)
 
     def setup(self, arm: str, setting: dict[str, Any], more: dict[str, Any] | None = None) -> str:
-        """Eight letters that change with anything that decides a figure of this arm: rows of another set-up
-        are not taken for this one's.
+        """Eight letters that change with anything that decides a figure of this arm.
+
+        Rows of another set-up are not taken for this one's.
         """
         said = [
             self.task,

@@ -1,5 +1,6 @@
-"""The command: find a set-up and tune it on the development seed, then run the fresh seeds. What the tables
-hold is not run again.
+"""The command: find a set-up and tune it on the development seed, then run the fresh seeds.
+
+What the tables hold is not run again.
 """
 
 from __future__ import annotations
@@ -219,8 +220,9 @@ def _main_jobs(
 
 
 def spread(study: Study, jobs: list[Job]) -> list[Job]:
-    """The jobs of a unit in an order that keeps processes busy: one of each pre-training, which makes it,
-    then those that need none, then the others.
+    """The jobs of a unit in an order that keeps processes busy.
+
+    First one of each pre-training, which makes it; then those that need none; then the others.
     """
     arms = [job.call["arm"] for job in jobs]
     rank = [

@@ -1,5 +1,6 @@
-"""Result files of a study: rows as they come, with the commands, machines and commits that made them, and the
-intervals.
+"""Result files of a study: its rows as they come, and the intervals.
+
+Beside the rows stand the commands, machines and commits that made them.
 """
 
 from __future__ import annotations
@@ -78,11 +79,10 @@ class Results:
         )
 
     def add(self, part: str, key: dict[str, Any], answer: dict[str, Any]) -> None:
-        """Figures of one run, as `run.run_job` returns them, and of the main table the scores of its cases
-        where intervals by patients are made of them.
+        """Figures of one run, as `run.run_job` returns them.
 
-        Those hold labels of the data set: `cases.csv` stays on the machine, `patients.csv` made of it is
-        committed.
+        Of the main table also the scores of its cases, where intervals by patients are made of them. Those
+        hold labels of the data set: `cases.csv` stays on the machine, `patients.csv` made of it is committed.
         """
         rows, cases, made = answer["rows"], answer["scores"], answer["made"]
         self._write(part, [{**key, **row} for row in rows], [*KEYS[part], "metric"], made)
@@ -113,8 +113,9 @@ class Results:
         )
 
     def tuned(self, study: Study, arms: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
-        """arm -> the setting of its grid with the best score on the development seed, from this folder or
-        else from the project's own results.
+        """arm -> the setting of its grid with the best score on the development seed.
+
+        It comes from this folder, or else from the project's own results.
 
         Raises:
             UserError: when a grid was not run to its end.
@@ -189,8 +190,8 @@ def patient_interval(
 ) -> tuple[float, float, float]:
     """(difference of mAUC to scratch over all folds, low, high), resampling patients and seeds together.
 
-    Each seed's folds are pooled class by class into one prediction of every patient; a draw takes patients,
-    and seeds, with replacement.
+    Each seed's folds are pooled class by class into one prediction of every patient. A draw takes
+    patients, and seeds, with replacement.
     """
     part = cases[(cases.labelled == labelled) & cases.arm.isin(["scratch", arm])]
     both = part.groupby(["seed", "fold"]).arm.nunique()

@@ -1,6 +1,4 @@
-"""One unit of a study, a seed and a fold: its lists, its pre-trainings and its arms, each made once and found
-again.
-"""
+"""One unit of a study, a seed and a fold: its lists, pre-trainings and arms, each made once."""
 
 from __future__ import annotations
 
@@ -31,10 +29,9 @@ from smae_utils.work.settings import FinetuneSettings, PretrainSettings, Setting
 from tools.study.cases import all_cases, draw_labelled, parts, write_list
 from tools.study.plan import Arm, Row, Study
 
-# Scans that a linear probe is scored on, of which each has many tokens; of whole images, which have one label
-# each, all
+# Scans that a linear probe is scored on, which have many tokens each; of whole images all are scored.
 PROBED = 20
-PRESET = ""  # what a study's file does not say are the defaults of settings.py
+PRESET = ""  # what a study's file does not say are the defaults of `work.settings`
 
 
 class Made(NamedTuple):
@@ -104,7 +101,7 @@ class Unit:
         design = {
             k: v for k, v in self.design.items() if k not in ("pretrain", "finetune")
         } | self.design.get(stage, {})
-        # fp32 on every machine, so that rows made on different ones are comparable
+        # fp32 on every machine, so that rows made on different ones are comparable.
         out: dict[str, Any] = {"seed": self.seed, "precision": "fp32"}
         out |= {"train_on_val": True, "val_every": 0, "save_every": 10**6, "log_every": 50}
         out |= self.study.all | getattr(self.study, stage) | design | own | (arm or {})
@@ -116,8 +113,9 @@ class Unit:
         return out
 
     def pretrained(self, name: str, row: Row) -> Path:
-        """Run folder of a pre-training, on the images of the row's labelled cases or on all training images;
-        made by one process, awaited by others.
+        """Run folder of a pre-training on the images of the row's labelled cases, or on all training images.
+
+        It is made by one process, awaited by others.
         """
         own = dict(self.study.pretrainings[name])
         images = row if own.pop("images", "all") == "labelled" else None
@@ -138,17 +136,19 @@ class Unit:
         return folder
 
     def scaled(self, name: str, row: Row, finetuning: FinetuneSettings) -> Path:
-        """Random weights, each tensor with the mean and spread of the pre-trained one: their size without
-        what they learned. The position table stays scratch's.
+        """Random weights, each tensor with the mean and spread of the pre-trained one.
+
+        They have its size without what it learned. The position table stays that of scratch.
         """
         source = self.pretrained(name, row) / WEIGHTS
         target = self.runs / f"scaled-{name}-{row}.safetensors".replace("%", "percent")
-        if target.is_file():  # the same tensors written again are another file, which no run would go on with
+        # The same tensors written again are another file, which no run would go on with.
+        if target.is_file():
             return target
         torch.manual_seed(derive_seed(self.seed, 20))
         fresh = build_model(get_task(self.list_of(row)), finetuning).state_dict()
         with safe_open(source, framework="pt") as handle:
-            # No mapping
+            # SIM118: the handle is no mapping.
             learned = {key: handle.get_tensor(key) for key in handle.keys() if key.startswith("encoder.")}  # noqa: SIM118
             metadata = handle.metadata()
         noise = torch.Generator().manual_seed(derive_seed(self.seed, 41))
@@ -196,8 +196,9 @@ class Unit:
     def run_arm(
         self, name: str, arm: Arm, row: Row, tuned: dict[str, Any]
     ) -> tuple[dict[str, float], pd.DataFrame, Made]:
-        """Fine-tune and score an arm: its mean figures, a row a scored case and class as `evaluate` gives
-        them, with `patient`, and where it was made.
+        """Fine-tune and score an arm: its mean figures, the table of its cases, and where it was made.
+
+        The table is that of `evaluate`, a row a scored case and class, with `patient`.
         """
         values = self.arm_values(arm, row, tuned)
         if arm.init == "scaled":
@@ -225,8 +226,9 @@ class Unit:
         return means, table.assign(patient=table["case"].map(patients)), made
 
     def probe(self, arm: Arm, row: Row) -> tuple[dict[str, float], Made]:
-        """Mean AUC of a linear model on tokens of an encoder that is not fine-tuned, fitted on the row's
-        labelled cases, and the tokens' effective rank.
+        """Mean AUC of a linear model on an encoder's tokens without fine-tuning, and their effective rank.
+
+        The model is fitted on the row's labelled cases.
         """
         task = get_task(self.list_of(row))
         settings = make_settings(FinetuneSettings, self.values("finetune", row, {}), "study")
@@ -252,8 +254,9 @@ class Unit:
 
 
 def resized(fresh: torch.Tensor, learned: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
-    """The fresh tensor with mean and spread of the learned one; what starts constant (norms, biases) is drawn
-    around the learned mean.
+    """The fresh tensor with mean and spread of the learned one.
+
+    What starts constant (norms, biases) is drawn around the learned mean.
     """
     spread = fresh.std(unbiased=False) if fresh.numel() > 1 else fresh.new_zeros(())
     standard = (fresh - fresh.mean()) / spread if spread > 0 else torch.randn(fresh.shape, generator=noise)

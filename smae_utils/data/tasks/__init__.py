@@ -1,5 +1,6 @@
-"""Tasks: what is special about a data set, one file each. Adding a task is adding a module here that defines
-`TASK`.
+"""Tasks: what is special about a data set, one file each.
+
+A module here that defines `TASK` adds a task.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ from smae_utils.data.tasks.registry import existing_folder, named_task, task_nam
 
 
 def get_task(name: str) -> Task:
-    """The record of a task, by name or by the path of a list file (JSON, CSV) that makes one, see
-    `tasks.lists`.
+    """The record of a task, by name or by the path of a list file (JSON, CSV), see `tasks.lists`.
 
     Raises:
-        UserError: if the name is unknown.
+        UserError: if the name is unknown, or the list cannot be used.
     """
     return task_from_list(name) if is_list(name) else named_task(name)
 

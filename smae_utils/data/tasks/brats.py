@@ -16,8 +16,9 @@ FOLDS = 5
 
 
 def read_splits(data_dir: Path, seed: int = 0, fold: int = 0) -> Splits:
-    """Five folds by seed: fold `fold` is the test part, a tenth of the rest is for validation. Only
-    `dataset.json` says what exists.
+    """Five folds by seed: fold `fold` is the test part, a tenth of the rest is for validation.
+
+    Only `dataset.json` says what exists.
     """
     if not 0 <= fold < FOLDS:
         raise UserError(f"fold must be 0 .. {FOLDS - 1}, got {fold}")

@@ -22,8 +22,9 @@ PAPER_ORGANS = tuple(ORGANS[i - 1] for i in (1, 2, 3, 4, 6, 7, 8, 11))
 
 
 def read_splits(data_dir: Path, seed: int = 0, fold: int = 0) -> Splits:
-    """Cases of `RawData/Training/{img,label}`; validation is a sixth of the training cases, to be given back
-    after choosing.
+    """Cases of `RawData/Training/{img,label}`.
+
+    A sixth of the training cases is for validation, to be given back after choosing.
     """
     images = existing_folder(data_dir, "RawData/Training/img", "Training/img", "img")
     labels = images.parent / "label"

@@ -21,8 +21,9 @@ FINDINGS = (
 
 
 def read_splits(data_dir: Path, seed: int = 0, fold: int = 0) -> Splits:
-    """The official lists; a tenth of the training patients is held out for validation. Images that were not
-    downloaded are left out.
+    """The official lists; a tenth of the training patients is held out for validation.
+
+    Images that were not downloaded are left out.
     """
     table = existing_folder(data_dir, "Data_Entry_2017.csv", "Data_Entry_2017_v2020.csv")
     root = table.parent
@@ -58,8 +59,9 @@ def read_splits(data_dir: Path, seed: int = 0, fold: int = 0) -> Splits:
 
 
 def _read_table(path: Path) -> dict[str, tuple[np.ndarray, str]]:
-    """Image name -> (14 zeros and ones, patient). Read by position up to the bracketed names, in which the
-    header splits.
+    """Image name -> (14 zeros and ones, patient).
+
+    Columns are read by position, up to the names in brackets, which commas split in two.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as handle:

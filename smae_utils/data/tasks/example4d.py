@@ -1,6 +1,4 @@
-"""A real 4D scan that comes with nibabel's test data: two volumes of one head, here as two channels. For
-masking and pre-training.
-"""
+"""A real 4D scan from nibabel's test data, for masking and pre-training: two volumes as two channels."""
 
 from __future__ import annotations
 

@@ -20,15 +20,17 @@ FIELDS = (
 
 
 def record_of(task: Task) -> dict[str, Any]:
-    """What a run has to remember of a list's task, as plain values: it must mean the same when the list was
-    changed or is gone.
+    """What a run has to remember of a list's task, as plain values.
+
+    It must mean the same when the list was changed or is gone.
     """
     return json.loads(json.dumps({name: getattr(task, name) for name in FIELDS}))
 
 
 def task_from_record(name: str, record: dict[str, Any]) -> Task:
-    """The task that `record_of` remembered; its cases are read from the list `name`, with the classes in the
-    order that the run has.
+    """The task that `record_of` remembered, with the run's classes in the run's order.
+
+    Its cases are read from the list `name`.
     """
 
     def tuples(value: Any) -> Any:

@@ -1,8 +1,7 @@
-"""MSD Task04_Hippocampus: T1-weighted MRI cut to one hippocampus, its anterior and posterior part. Small
-enough for an evening on two cores.
+"""MSD Task04_Hippocampus: T1-weighted MRI cut to one hippocampus, its anterior and posterior part.
 
-The left and the right hippocampus of one person may be two cases, and no list says which: they can stand on
-both sides of any split.
+It is small enough for an evening on two cores. The left and the right hippocampus of one person may be two
+cases, and no list says which: they can stand on both sides of any split.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ TASK = Task(
     classes=("anterior", "posterior"),
     read_splits=read_splits,
     spacing_mm=(1.0, 1.0, 1.0),
-    sided=True,  # cases are of one side each; which is not said
+    sided=True,  # each case is of one side, and no list says which
     source="Medical Segmentation Decathlon, Task04_Hippocampus "
     "(Antonelli et al., arXiv 2106.05735; CC BY-SA 4.0)",
 )

@@ -19,6 +19,7 @@ from smae_utils.paths import case_name, split_series
 
 
 def no_reader(*_) -> Splits:
+    """Stands in for `Task.read_splits` until the list's own reader takes its place."""
     raise NotImplementedError
 
 
@@ -31,12 +32,16 @@ def splits_of_list(
     fold: int | None = 0,
     strict: bool = True,
 ) -> Splits:
-    """Paths relative to `data_dir`, or to the list file where that is its own folder; a tenth of the patients
-    is held out when nothing is.
+    """The splits of a list; a tenth of the training patients is held out when no validation is listed.
+
+    Paths are relative to `data_dir`, or to the list file where that is "" or ".".
 
     Args:
-        strict: refuse class names that the task does not have; else they are left out (the list has got new
-            ones since a run).
+        fold: the fold that validates, where entries have one; None: entries stay where they are.
+        strict: True refuses class names that the task does not have; False leaves them out.
+
+    Raises:
+        UserError: for files that are not there, cases or files listed twice, or a patient in two splits.
     """
     root = path.parent if str(data_dir) in ("", ".") else Path(data_dir)
     cases = _by_fold(path, cases, fold)
@@ -78,8 +83,11 @@ def splits_of_list(
 
 
 def _names(entries: list[dict]) -> list[str]:
-    """A name for each entry: its own `case`, or its file's; files of one name in several folders
-    (`p1/t1.nii`, `p2/t1.nii`) get as much of their folders before it as tells them apart."""
+    """A name for each entry: its own `case`, or its file's.
+
+    Files of one name in several folders (`p1/t1.nii`, `p2/t1.nii`) get as many folders before
+    it as tell them apart.
+    """
     images = [entry["image"][0] if isinstance(entry["image"], list) else entry["image"] for entry in entries]
     names = [str(entry.get("case") or case_name(image)) for entry, image in zip(entries, images)]
     for depth in range(2, 8):
@@ -92,8 +100,9 @@ def _names(entries: list[dict]) -> list[str]:
 
 
 def _by_fold(path: Path, cases: dict[str, list[dict]], fold: int | None) -> dict[str, list[dict]]:
-    """MONAI's lists give training entries a fold; one fold validates, the others train. None: nobody trains,
-    so all stay where they are.
+    """Training entries may have a fold, as in MONAI's lists: one fold validates, the others train.
+
+    With None nobody trains, so all stay where they are.
     """
     folds = {e["fold"] for e in cases["train"] if "fold" in e}
     if not folds or cases["val"] or fold is None:
@@ -112,8 +121,7 @@ def _by_fold(path: Path, cases: dict[str, list[dict]], fold: int | None) -> dict
 
 
 def images_of(path: str | Path) -> list[Case]:
-    """All images that a list names, whatever their split, for prediction: masks and patients are not looked
-    at.
+    """All images that a list names, whatever their split, for prediction; masks and patients are not read.
 
     Raises:
         UserError: naming the images that are not there.

@@ -1,5 +1,6 @@
-"""A list file to plain values: JSON and CSV become the same mapping; what its entries mean is said in
-`lists`.
+"""A list file to plain values: JSON and CSV become the same mapping.
+
+What its entries mean is said in `lists`.
 """
 
 from __future__ import annotations
@@ -76,8 +77,7 @@ TRUTH = {
 
 
 def read_list(path: Path) -> dict[str, Any]:
-    """What a list file says: `cases` ({train, val, test: [entry, ...]}), `notes`, and whichever of `KEYS` it
-    has.
+    """What a list file says: `cases` ({train, val, test: [entry, ...]}), `notes`, and those of `KEYS` it has.
 
     An entry holds `image`, and `label`, `patient`, `case`, `fold` where they are said.
 
@@ -171,8 +171,9 @@ def _entry(path: Path, key: str, number: int, entry: Any, notes: list[str]) -> d
 
 
 def _nnunet_cases(path: Path, content: dict) -> dict[str, list[dict]]:
-    """nnU-Net's second version lists no scans: they are what lies in its folders, one file a channel
-    (`CASE_0000`, `CASE_0001`, ...).
+    """The cases that lie in nnU-Net's folders, one file a channel (`CASE_0000`, `CASE_0001`, ...).
+
+    Its second version lists no scans.
     """
     ending = str(content.get("file_ending", ".nii.gz"))
     cases: dict[str, list[dict]] = {"train": [], "val": [], "test": []}

@@ -50,8 +50,9 @@ def words_of(label: Any) -> list[Any]:
 
 
 def mask_classes(path: Path, labels: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """MSD's {"1": "liver"} or nnU-Net's {"liver": 1, "whole": [1, 2]} -> class names; regions where lists
-    overlap, and how values are stored.
+    """MSD's {"1": "liver"} or nnU-Net's {"liver": 1, "whole": [1, 2]} -> class names, and fields of `Task`.
+
+    The fields are `regions` (where lists overlap), `stored_labels` and `ignored_labels`.
     """
     if not isinstance(labels, dict) or not labels:
         wanted = (
@@ -118,7 +119,7 @@ def mask_classes(path: Path, labels: Any) -> tuple[tuple[str, ...], dict[str, An
 def class_vector(
     path: Path, case: str, label: Any, classes: tuple[str, ...], strict: bool = True
 ) -> np.ndarray:
-    """(classes,) 1, 0, or NaN for unknown."""
+    """What an entry says of each class: (classes,) float32 of 1, 0 and NaN for unknown."""
     values = words_of(label)
     if label == UNKNOWN:
         return np.full(len(classes), np.nan, np.float32)

@@ -1,5 +1,4 @@
-"""A task from one list file: JSON in the style of the Medical Segmentation Decathlon, nnU-Net and MONAI, or
-CSV. No code to edit.
+"""A task from one list file, without any code: JSON in the style of MSD, nnU-Net and MONAI, or CSV.
 
 JSON:
     {"name": "liver_ct", "labels": {"0": "background", "1": "liver", "2": "tumour"}, "modality": {"0": "CT"},
@@ -7,12 +6,14 @@ JSON:
      "training": [{"image": "img/1.nii.gz", "label": "lab/1.nii.gz", "patient": "p1"}, ...],
      "validation": [...], "test": [...]}
 
-    `image` may be a list of files, one a channel; a DICOM series is its folder, or folder#series. `label` is
-    a mask file, or for classification a class, several joined by |, a list of classes, the number of a class,
-    or zeros and ones (-1: unknown). `labels` may also be nnU-Net's {"liver": 1, "whole": [1, 2], "ignore":
-    3}; mask values may be any integers. `like` names a task whose presets, spacing and window fit (btcv,
-    brats, cxr14), and whose classes and channels, where the list has none of its own; `settings` holds what
-    they should have differently. `fold` of an entry is MONAI's.
+    `image` may be a list of files, one a channel. A DICOM series is its folder, or folder#series.
+    `label` is a mask file; for classification a class, several joined by |, a list of classes, the number
+    of a class, or zeros and ones (-1: unknown).
+    `labels` may also be nnU-Net's {"liver": 1, "whole": [1, 2], "ignore": 3}. Mask values are any integers.
+    `like` names a task (btcv, brats, cxr14) whose presets, spacing and window fit, and whose classes and
+    channels count where the list has none of its own.
+    `settings` holds what differs from those presets.
+    `fold` of an entry is MONAI's.
 CSV:
     columns `image`, and `label=liver|tumour` (a mask file; the header names the values 1, 2, ...) or `label`
     or `class` (one word, several joined by |) or one 0/1 column a class; `split` (train, val, test),
@@ -82,9 +83,7 @@ def task_from_list(path: str | Path) -> Task:
 
 
 def _base(path: Path, content: dict[str, Any]) -> tuple[Task, bool]:
-    """The task before what the list says of spacing, window and sides; and whether its classes are the list's
-    own.
-    """
+    """The task before the list's spacing, window and sides; and whether the classes are the list's own."""
     if not (like := content.get("like")):
         return _guess_task(path, content), True
     if not isinstance(like, str) or is_list(like):
@@ -95,7 +94,8 @@ def _base(path: Path, content: dict[str, Any]) -> tuple[Task, bool]:
         raise UserError(f"{path}, 'like': {error}") from None
     if not (content.get("labels") or content.get("classes")):
         return base, False
-    own = _guess_task(path, content)  # classes of its own; how scans are prepared is the other task's
+    # The list has classes of its own; how scans are prepared is the other task's.
+    own = _guess_task(path, content)
     if own.kind != base.kind or own.spatial_dims != base.spatial_dims:
         raise UserError(
             f"{path} is a {own.spatial_dims}D {own.kind} list, 'like' names {like}, "
@@ -175,9 +175,7 @@ def _split_notes(cases: dict[str, list[dict]]) -> list[str]:
 
 
 def _spacing(base: Task, over: dict, like: bool) -> dict:
-    """The list's voxel size goes before the preset's; that of another task's preset counts only where `like`
-    asks for it.
-    """
+    """The list's voxel size goes before the preset's; another task's preset counts only with `like`."""
     if base.spatial_dims == 2:
         return {}
     if "spacing_mm" in over:
@@ -207,9 +205,7 @@ def _numbers(path: Path, key: str, value: Any, count: int) -> tuple[float, ...]:
 
 
 def _is_flat(path: Path, content: dict[str, Any], file: str) -> bool:
-    """Whether the images are 2D: as the list says, by their ending, or because a file without one is a single
-    DICOM image.
-    """
+    """Whether the images are 2D: as the list says, or by their ending, or as a single DICOM file."""
     dims = content.get("spatial_dims")
     if dims not in (None, 2, 3):
         raise UserError(f"{path}: 'spatial_dims' must be 2 or 3, got {dims!r}")

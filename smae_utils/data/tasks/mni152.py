@@ -1,5 +1,6 @@
-"""The MNI152 T1 template that comes inside nilearn (the `examples` extra): a real average head. For masking
-and pre-training.
+"""The MNI152 T1 template inside nilearn (the `examples` extra), for masking and pre-training.
+
+It is an average of real heads.
 """
 
 from __future__ import annotations
@@ -37,11 +38,10 @@ def read_splits(data_dir: Path, seed: int = 0, fold: int = 0) -> Splits:
 
 
 def write_list(out: Path) -> Path:
-    """The template cut into four quarters, as if they were scans, with grey (1) and white matter (2) as
-    masks, and the list that makes a task of them.
+    """Write the template cut into four quarters, as if they were scans, and the list that makes them a task.
 
-    One head is no data set; this is for trying the way that own scans go. Three quarters are for training,
-    the right front one for testing.
+    Masks hold grey matter (1) and white matter (2). One head is no data set: this is for trying the way that
+    own scans go. Three quarters are for training, the right front one for testing.
     """
     import nibabel as nib
     import numpy as np

@@ -1,5 +1,6 @@
-"""Tasks of the Medical Segmentation Decathlon: `dataset.json` says what exists. Never by looking into the
-folders: macOS leaves `._*` files there.
+"""Tasks of the Medical Segmentation Decathlon: `dataset.json` says what exists.
+
+The folders do not: macOS leaves `._*` files there.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from smae_utils.errors import UserError
 
 
 def read_cases(data_dir: Path, folder: str) -> list[Case]:
-    """The labelled cases of a Decathlon task in `data_dir`, or in its folder `folder` (its test part has no
-    labels).
+    """The labelled cases of a Decathlon task in `data_dir` or in its folder `folder`.
+
+    The test part has no labels.
 
     Raises:
         UserError: where the list or one of its files is missing.

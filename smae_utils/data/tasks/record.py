@@ -22,16 +22,12 @@ class Task:
         spatial_dims: 2 or 3.
         channels: names of the image channels.
         classes: what is reported: organs, tumour regions, findings.
-        read_splits: (data folder, seed, fold) -> {"train": [...], "val": [...], "test": [...]} of cases. A
-            case is a dict with `case`, `patient`, `image` (path, or paths of the channels) and `label` (path
-            of a mask, or for classification a vector of 1, 0 and NaN for unknown); paths only, nothing is
-            read.
+        read_splits: (data folder, seed, fold) -> {"train": [...], "val": [...], "test": [...]} of cases, see
+            `Case`. Cases hold paths only; nothing is read.
         spacing_mm: voxel size that scans are resampled to; of 2D images the pixel size, where it is known.
-        window: intensity range mapped to 0..1 (HU for CT); None standardises the non-zero voxels of each
-            channel.
-        regions: label numbers that make up each class, when classes overlap: then each class has its own
-            sigmoid. None: class i has label number i + 1, and classes exclude each other (softmax with
-            background).
+        window: intensity range mapped to 0..1 (HU for CT). None: each channel's non-zero voxels as z-scores.
+        regions: label numbers that make up each class, when classes overlap: each then has its own sigmoid.
+            None: class i has label number i + 1, and classes exclude each other (softmax with background).
         stored_labels: which values in mask files mean label number 0, 1, ...; the first of each is what
             predictions are written with. Empty: number i is stored as i.
         ignored_labels: values in mask files that neither loss nor scores look at.
@@ -68,22 +64,22 @@ class Task:
 
     @property
     def in_chans(self) -> int:
+        """Channels of an image."""
         return len(self.channels)
 
     @property
     def exclusive(self) -> bool:
-        """True when a voxel has one class at most."""
+        """Whether a voxel has one class at most."""
         return self.kind == "segmentation" and self.regions is None
 
     @property
     def out_chans(self) -> int:
+        """Channels of the network's output: the classes, and the background if they exclude each other."""
         return len(self.classes) + (1 if self.exclusive else 0)
 
     @property
     def whole(self) -> bool:
-        """True when the network sees the whole image, resized to its input; False when it sees windows of a
-        fixed voxel size.
-        """
+        """Whether the network sees the whole image, resized; else it sees windows of a fixed voxel size."""
         return self.spatial_dims == 2 or self.kind == "classification"
 
     @property
@@ -120,8 +116,9 @@ class Task:
 
     @property
     def written_labels(self) -> np.ndarray:
-        """(label_values,) the value that predictions are written with for each label number, in the smallest
-        integer type that holds all.
+        """(label_values,): for each label number the value that predictions are written with.
+
+        Its type is the smallest integer type that holds all.
         """
         values = [of[0] for of in self.stored_labels] or list(range(self.label_values))
         low, high = min(values), max(values)
@@ -144,5 +141,5 @@ class Task:
         return tuple(" + ".join(names) for names in inside)
 
     def class_masks(self, label: np.ndarray) -> list[np.ndarray]:
-        """Label numbers -> one boolean mask a class."""
+        """Label numbers (*spatial) -> one boolean mask (*spatial) a class."""
         return [np.isin(label, values) for values in self.class_values]

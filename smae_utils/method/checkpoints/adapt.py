@@ -1,6 +1,4 @@
-"""Weights of another shape made to fit: class tokens, patches of 2D images or other channels, tables of
-positions.
-"""
+"""Weights made to fit: class tokens, patches of 2D images or of other channels, tables of positions."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from smae_utils.method.checkpoints.other_libraries import PATCHES, TABLES, Check
 
 
 def fill_qkv_bias(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """No bias of query, key and value in the whole file is a bias of zero in a model that has one."""
+    """Add biases of zero for query, key and value where the model has them and the whole file has none."""
     if any(name.endswith(".attn.qkv.bias") for name in tensors):
         return tensors
     weights = {
@@ -29,20 +27,18 @@ def fill_qkv_bias(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict
 def fold_class_rows(
     checkpoint: Checkpoint, grid: tuple[int, ...], names: set[str]
 ) -> tuple[Checkpoint, list[str]]:
-    """Others give the class token a row of the position table: add that row to the token, which is the same
-    sum.
+    """Add the class token's row of a position table to the token itself, which gives the same sum.
 
-    The model's grid tells whether there is such a row. A table of another grid has one where its maker always
-    has one, or where it is a square or cube and one more. The decoder's class row is fixed at zero in MAE, so
-    it is dropped.
+    The model's grid tells whether there is such a row. A table of another grid has one if its library
+    always writes one, or if its length is a square or cube plus one. MAE keeps the decoder's class row at
+    zero, so it is dropped.
 
     Args:
         grid: patches of the model along each axis.
         names: what the model has; tables that it lacks are left alone.
 
     Returns:
-        The checkpoint with tables (1, L, D) of patches only and their grid (None where it cannot be known),
-        and notes.
+        The checkpoint with tables (1, L, D) of patches only and their grid (None if unknown), and notes.
 
     Raises:
         UserError: if the decoder's class row is not zero.
@@ -89,8 +85,7 @@ def _grid_of(
 
 
 def as_convolution(weight: Tensor, shape: torch.Size) -> Tensor:
-    """A patch embedding stored as a matrix (D, p^d * C), channel last, as the convolution (D, C, *p) it
-    is."""
+    """A patch embedding stored as a matrix (D, p^d * C), channel last -> its convolution (D, C, *p)."""
     if weight.ndim == 2 and prod(shape[1:]) == weight.shape[1] and len(shape) > 2:
         return weight.reshape(len(weight), *shape[2:], shape[1]).movedim(-1, 1).contiguous()
     return weight
@@ -99,9 +94,9 @@ def as_convolution(weight: Tensor, shape: torch.Size) -> Tensor:
 def adapt_patches(weight: Tensor, shape: torch.Size) -> Tensor:
     """A patch embedding (D, C, p, p[, p]) for other channels or one more dimension.
 
-    Channels as timm does it: summed for one, else repeated and scaled by C / n. From 2D to 3D as in I3D
-    (Carreira and Zisserman, arXiv 1705.07750): repeated along the new last axis and divided by its length, so
-    that a stack of equal slices gives the response of one.
+    Channels as timm does it: summed for a single one, else repeated and scaled by C / (new C). From 2D to 3D
+    as in I3D (Carreira and Zisserman, arXiv 1705.07750): repeated along the new last axis and divided by its
+    length. A stack of equal slices then gives the response of one slice.
     """
     chans, wanted = weight.shape[1], shape[1]
     if chans != wanted:

@@ -1,5 +1,4 @@
-"""What weights were trained on against what they are wanted for: channels, voxel size, window,
-normalisation."""
+"""Compares what weights were trained on with what they are wanted for: channels, voxel size, intensities."""
 
 from __future__ import annotations
 
@@ -12,8 +11,9 @@ GENERIC = re.compile(r"(channel|modality|image)?[ _-]*\d*", re.IGNORECASE)
 
 
 def compare_facts(facts: Mapping[str, Any], expect: Mapping[str, Any]) -> list[str]:
-    """What weights were trained on against what they are wanted for: a note for each of other channels,
-    spacing, ...
+    """What weights were trained on against what they are wanted for: a note for each difference.
+
+    Compared are `channels`, `spacing_mm`, `window` and `normalisation`, where both sides say them.
     """
     notes = []
     theirs, ours = channels_of(facts), channels_of(expect)
@@ -41,6 +41,7 @@ def _same(one: Any, two: Any) -> bool:
 
 
 def listed(value: Any) -> str:
+    """Numbers and names in words, joined by commas."""
     if isinstance(value, (list, tuple)):
         return ", ".join(listed(v) for v in value)
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)

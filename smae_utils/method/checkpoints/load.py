@@ -41,8 +41,9 @@ from smae_utils.yaml_text import read_yaml
 
 @dataclass
 class LoadReport:
-    """Tensor names by what became of them; `resized` and `adapted` ones are loaded; `notes` tell what else to
-    mind.
+    """Names of tensors by what became of them.
+
+    `resized` and `adapted` ones are among the loaded. `notes` tell what else to mind.
     """
 
     source: str
@@ -84,8 +85,7 @@ def seen_cases(source: str | Path) -> set[str]:
     seen = (read_header(file).get("facts") or {}).get("seen")
     if seen is not None:
         return set(seen)
-    # Weights of earlier versions, and the state of an unfinished run, lie in the folder of their run or one
-    # below.
+    # Weights of earlier versions, and the state of an unfinished run, lie in a run's folder or one below it.
     for config in (folder / "config.yaml" for folder in file.resolve().parents[:2]):
         if config.is_file():
             return {hash_case(name) for name in _training_cases(config)}
@@ -135,18 +135,16 @@ def load_weights(
     adapt: bool = False,
     expect: dict[str, Any] | None = None,
 ) -> LoadReport:
-    """Load by name whatever fits; positions are resized when the patch grid differs, channels put in the
-    model's order.
+    """Load by name whatever fits.
+
+    Positions are resized when the patch grid differs; channels are put in the model's order.
 
     Args:
         model: any model with an `encoder` (MAE, classifier, UNETR), or one that `save_weights` wrote.
-        source: "timm:NAME" (downloaded by timm), run folder, safetensors file, or a checkpoint that
-            `other_libraries` knows.
+        source: a run folder, "timm:NAME" (downloaded by timm), or a file that `other_libraries` reads.
         require: every tensor of the model whose name starts so must be loaded; "" requires all (to evaluate).
-        adapt: also fit a patch embedding of other channels, or of 2D into 3D, as for weights of natural
-            images.
-        expect: `channels`, `spacing_mm`, `window`, `normalisation` of what the model is for; other ones are
-            noted.
+        adapt: also fit a patch embedding of other channels or of 2D images, as of natural ones.
+        expect: `channels`, `spacing_mm`, `window`, `normalisation` of the model's data; others are noted.
 
     Raises:
         UserError: if the file cannot be read, a required tensor is missing or has another shape, the file's
@@ -178,7 +176,7 @@ def load_weights(
 
 
 def _refuse_surplus(report: LoadReport) -> None:
-    # A model without a class token, or whose head norms the mean of the tokens, has no use for these; all
+    # A model without a class token, or whose head norms the mean of the tokens, has no use for these. All
     # else changes what the encoder says.
     spare = ("encoder.cls_token", "encoder.norm.")
     names = [name for name in report.unexpected if name.startswith("encoder.") and not name.startswith(spare)]
@@ -220,8 +218,7 @@ def _order_channels(
     order = [theirs.index(name) for name in ours]
     tensors = {name: _reordered(name, value, order) for name, value in checkpoint.tensors.items()}
     used = {name.split(".")[0] for name in tensors if name in own}
-    # A U-Net's first block that has as many channels as the image adds the image to its output: no order of
-    # its own.
+    # A first block with as many channels as the image adds the image to its output, in the image's own order.
     bare = "image_skip" in used and "image_skip.layer.conv3.conv.weight" not in tensors
     if bare or PATCHES not in tensors:
         raise UserError(
@@ -234,7 +231,8 @@ def _order_channels(
 def _reordered(name: str, value: Tensor, order: list[int]) -> Tensor:
     if name in (PATCHES, "image_skip.layer.conv1.conv.weight", "image_skip.layer.conv3.conv.weight"):
         return value[:, order]  # (D, C, *kernel)
-    if name.startswith("decoder_pred."):  # (p^d * C, D) or (p^d * C,): pixels of a patch, channel last
+    # (p^d * C, D) or (p^d * C,): pixels of a patch, channel last.
+    if name.startswith("decoder_pred."):
         return value.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
     return value
 
@@ -242,8 +240,7 @@ def _reordered(name: str, value: Tensor, order: list[int]) -> Tensor:
 def _fit(
     checkpoint: Checkpoint, own: dict[str, Tensor], grid: tuple[int, ...], adapt: bool, report: LoadReport
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors that have the model's names, in its shapes; and of those that could not be brought there,
-    why."""
+    """The tensors that fit, in the model's shapes, and by name why the others do not."""
     fitted, clashes = {}, {}
     flat = checkpoint.tensors.get(PATCHES)
     lift = adapt and len(grid) == 3 and flat is not None and flat.ndim == 4

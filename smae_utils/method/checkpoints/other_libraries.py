@@ -1,5 +1,4 @@
-"""Other people's checkpoints: how their files are read safely, and their names and shapes turned into this
-package's.
+"""Other people's checkpoints: read safely, and turned into this package's names and shapes.
 
 Known: the authors' SelfMedMAE (MAE and UNETR), facebookresearch/mae (pre-training and fine-tuning), timm
 ViTs, MONAI's MaskedAutoEncoderViT, ViT and UNETR, and transformers' ViT and ViTMAE (the names of its files
@@ -27,8 +26,7 @@ PICKLED = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 PATCHES = "encoder.patch_embed.proj.weight"
 TABLES = ("encoder.pos_embed", "decoder_pos_embed")
 
-# Words before the names proper, in any nesting: of modules that hold the network, of dictionaries that hold
-# its state.
+# Words that may stand before the names, in any nesting: of modules around the network, of dictionaries.
 WRAPPERS = {
     *(
         "model",
@@ -103,7 +101,8 @@ TRANSFORMERS_NAMES = [
     (r"^decoder\.(decoder_\w+|mask_token)", r"\1"),
     (r"^classifier\.", "head."),
 ]
-TRANSFORMERS_BLOCK = {  # in this order: the first is the longer name of the third
+# In this order: the third name is a part of the first.
+TRANSFORMERS_BLOCK = {
     ".attention.output.dense.": ".attn.proj.",
     ".attention.attention.": ".attn.",
     ".output.dense.": ".mlp.fc2.",
@@ -128,11 +127,10 @@ class Checkpoint(NamedTuple):
         tensors: by this package's names, floating-point ones in fp32.
         grid: of the patches; None where the file does not say it.
         norm_eps: epsilon of its layer norms; None where neither the file nor its maker's habit says it.
-        class_row: whether position tables begin with a row for the class token; None where its maker does
-            both.
-        encoder: arguments of its encoder,
-        decoder: `num_heads` of its MAE decoder, and
-        facts: of its training (channels, spacing_mm, ...); all empty in files of others.
+        class_row: whether position tables begin with a row for the class token; None if unknown.
+        encoder: arguments of its encoder; empty in files of others.
+        decoder: `num_heads` of its MAE decoder; empty in files of others.
+        facts: of its training (channels, spacing_mm, ...); empty in files of others.
     """
 
     tensors: dict[str, Tensor]
@@ -145,9 +143,7 @@ class Checkpoint(NamedTuple):
 
 
 def read_timm(name: str) -> Checkpoint:
-    """Weights of a timm model that timm keeps or downloads; only ever on the user's own word, `--init
-    timm:NAME`.
-    """
+    """Weights of a timm model, kept or downloaded by timm; only when the user says `--init timm:NAME`."""
     from smae_utils.timm_library import pretrained_tensors
 
     return convert(pretrained_tensors(name), f"{TIMM}{name}")
@@ -204,8 +200,7 @@ def _damaged(file: Path, error: Exception) -> UserError:
 
 def _read_pickle(file: Path) -> dict[str, Tensor]:
     try:
-        # facebookresearch/mae stores its command line beside the weights; a namespace of plain values can do
-        # nothing.
+        # facebookresearch/mae stores its command line beside the weights; such a namespace is harmless.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -236,14 +231,15 @@ def _walk(content: Any, path: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def convert(tensors: dict[str, Tensor], source: str) -> Checkpoint:
-    """Names of whichever known source -> this package's names. Position tables stay as they are, see
-    `fold_class_rows`.
+    """Names of any known source -> this package's names.
+
+    Position tables stay as they are, see `adapt.fold_class_rows`.
 
     Raises:
         UserError: if two different tensors get one name, as a student's and a teacher's do.
     """
     if any("patch_embedding." in name for name in tensors):
-        # That branch is not.
+        # MONAI's blocks carry a cross-attention that its ViT does not use.
         used = {name: value for name, value in tensors.items() if "cross_attn" not in name}
         return Checkpoint(_renamed(used, MONAI_BLOCK, MONAI_NAMES, source), None, MONAI_EPS, False)
     if any("layernorm_before." in name for name in tensors):
@@ -276,9 +272,7 @@ def _renamed(
 
 
 def _own_name(name: str, table: list) -> str:
-    """The name in this package, found after as many wrapper words as it takes; one that no table knows stays
-    whole.
-    """
+    """The name in this package, found behind any number of wrapper words; one that no table knows stays."""
     levels = [[part for part in level.split(".") if part not in INSERTED] for level in name.split("/")]
     parts = [part for level in levels for part in level]
     for start, part in enumerate(parts):

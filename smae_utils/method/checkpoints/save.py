@@ -37,13 +37,12 @@ def save_weights(model: nn.Module, path: Path, facts: dict[str, Any] | None = No
 
 
 def grid_of(model: nn.Module) -> tuple[int, ...]:
+    """Patches along each axis of a model's encoder; () without an encoder."""
     return tuple(getattr(getattr(model, "encoder", None), "grid", ()))
 
 
 def encoder_arguments(model: nn.Module) -> dict[str, Any]:
-    """Arguments of `vit.ViTEncoder` that make a model's encoder anew, apart from `norm_eps`; {} without an
-    encoder.
-    """
+    """Arguments of `vit.ViTEncoder` that rebuild a model's encoder, without `norm_eps`; {} if it has none."""
     encoder = getattr(model, "encoder", None)
     if encoder is None or not grid_of(model):
         return {}
@@ -62,6 +61,7 @@ def encoder_arguments(model: nn.Module) -> dict[str, Any]:
 
 
 def decoder_heads(model: nn.Module) -> int | None:
+    """Attention heads of an MAE's decoder; None for other models."""
     blocks = getattr(model, "decoder_blocks", None)
     return blocks[0].attn.num_heads if blocks else None
 
