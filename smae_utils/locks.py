@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-__all__ = ["Timeout", "held"]
+from smae_utils.errors import UserError
+
+__all__ = ["Timeout", "alone", "held"]
 
 
 @contextmanager
@@ -43,3 +45,18 @@ def held(file: Path, timeout: float = -1) -> Iterator[None]:
         if os.name == "nt":
             with suppress(OSError):
                 file.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(file: Path, refusal: str) -> Iterator[None]:
+    """As `held`, but a process that finds the lock taken does not wait.
+
+    Raises:
+        UserError: with the text `refusal`, while another process is within it.
+    """
+    with ExitStack() as stack:  # a Timeout of what is done within is none of this lock's
+        try:
+            stack.enter_context(held(file, timeout=0))
+        except Timeout:
+            raise UserError(refusal) from None
+        yield

@@ -14,7 +14,6 @@ from smae_utils.errors import UserError
 from smae_utils.work.devices import pick_precision
 from smae_utils.work.provenance import provenance
 from tools.speed import WORKS
-from tools.speed_works import AS_IT_COMES
 
 COLUMNS = ["work", "subject", "peer", "subject_gb", "peer_gb", "ratio"]
 MEASURED = ("mae 96^3 x 1, mask .75", "unetr 96^3 x 1")
@@ -47,8 +46,7 @@ def benchmark_memory(out: str | Path, only: str = "") -> pd.DataFrame:
     rows: list[tuple] = []
     for name in chosen:
         work = WORKS[name]()
-        same = auto if auto in work.precisions else "fp32"
-        for mine, other in ((auto, AS_IT_COMES), (same, same)):
+        for mine, other in work.pairs(auto):
             own, peer = _alone(name, "ours", mine), _alone(name, "theirs", other)
             figures = (float(f"{v:.3g}") for v in (own, peer, peer / own))
             rows.append((work.name, f"smae_utils {mine}", f"{work.peer} {other}", *figures))

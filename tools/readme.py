@@ -33,9 +33,9 @@ def demo_block(root: Path, name: str = "summary") -> str:
     return table_of(pivot(pd.read_csv(file, comment="#"))) + "\n" + facts_of(file)
 
 
-def paper_block(root: Path) -> str:
-    """Table of `results/benchmark/paper_presets.csv`."""
-    file = root / "results" / "benchmark" / "paper_presets.csv"
+def benchmark_block(root: Path, name: str) -> str:
+    """Table of `results/benchmark/NAME.csv`."""
+    file = root / "results" / "benchmark" / f"{name}.csv"
     return table_of(pd.read_csv(file, comment="#")) + "\n" + facts_of(file)
 
 
@@ -104,18 +104,11 @@ def settings_block(root: Path) -> str:
     )
 
 
-def speed_block(root: Path) -> str:
-    """Table of `results/bench/speed.csv`."""
-    file = root / "results" / "bench" / "speed.csv"
+def bench_block(root: Path, name: str) -> str:
+    """Table of `results/bench/NAME.csv`."""
+    file = root / "results" / "bench" / f"{name}.csv"
     text = pd.read_csv(file, comment="#").map(lambda v: f"{v:.3g}" if isinstance(v, float) else v)
     return table_of(text.replace("nan", "")) + "\n" + facts_of(file)
-
-
-def memory_block(root: Path) -> str:
-    """Table of `results/bench/memory.csv`."""
-    file = root / "results" / "bench" / "memory.csv"
-    text = pd.read_csv(file, comment="#").map(lambda v: f"{v:.3g}" if isinstance(v, float) else v)
-    return table_of(text) + "\n" + facts_of(file)
 
 
 def processes_block(root: Path) -> str:
@@ -137,12 +130,6 @@ def faults_block(root: Path) -> str:
     return table_of(rows.rename(columns={"moment": "trials"}).reset_index()) + "\n" + facts_of(file)
 
 
-def explorer_block(root: Path) -> str:
-    """Table of `results/benchmark/explorer.csv`."""
-    file = root / "results" / "benchmark" / "explorer.csv"
-    return table_of(pd.read_csv(file, comment="#")) + "\n" + facts_of(file)
-
-
 # Of hippocampus: first tries, with windows that held the whole structure.
 EARLIER = "whole_window"
 
@@ -150,9 +137,12 @@ EARLIER = "whole_window"
 BLOCKS: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {"real": first_block},
     "docs/demo.md": {"demo": demo_block, "real": partial(demo_block, name="hippocampus")},
-    "docs/real_data.md": {"paper": paper_block},
-    "docs/explorer.md": {"explorer": explorer_block},
-    "docs/speed.md": {"speed": speed_block, "memory": memory_block},
+    "docs/real_data.md": {"paper": partial(benchmark_block, name="paper_presets")},
+    "docs/explorer.md": {"explorer": partial(benchmark_block, name="explorer")},
+    "docs/speed.md": {
+        "speed": partial(bench_block, name="speed"),
+        "memory": partial(bench_block, name="memory"),
+    },
     "docs/faults.md": {"faults": faults_block},
     "docs/processes.md": {"processes": processes_block},
     "docs/evidence.md": {

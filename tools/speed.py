@@ -17,7 +17,6 @@ from smae_utils.work.cost import measured_flops_per_second
 from smae_utils.work.devices import pick_precision
 from smae_utils.work.provenance import provenance
 from tools.speed_works import (
-    AS_IT_COMES,
     Act,
     Work,
     crops_work,
@@ -71,9 +70,7 @@ def compare(work: Work, auto: str, repeats: int) -> list[tuple]:
     Args:
         auto: the precision this package computes in on this machine.
     """
-    pairs = [(auto, AS_IT_COMES)]  # of this package, of the peer
-    if work.precisions:
-        pairs.append((auto, auto) if auto in work.precisions else ("fp32", "fp32"))
+    pairs = work.pairs(auto)
     acts = {("smae_utils", mine): work.ours for mine, _ in pairs}
     acts |= {(work.peer, other): work.theirs for _, other in pairs}
     floors = {}

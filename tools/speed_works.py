@@ -52,6 +52,17 @@ class Work:
     precisions: tuple[str, ...] = ("fp32", "bf16")  # that the peer computes in; none: it multiplies nothing
     at_most: int = 0  # repeats of what takes minutes; 0: as many as are wanted
 
+    def pairs(self, auto: str) -> list[tuple[str, str]]:
+        """In what this package and the peer compute: the peer as it comes, then both in one precision.
+
+        Args:
+            auto: the precision this package computes in on this machine.
+        """
+        pairs = [(auto, AS_IT_COMES)]
+        if self.precisions:
+            pairs.append((auto, auto) if auto in self.precisions else ("fp32", "fp32"))
+        return pairs
+
 
 def autocast(precision: str) -> torch.autocast:
     """Networks within it compute in "fp32" or "bf16", as they do when this package trains."""

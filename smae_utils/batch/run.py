@@ -7,7 +7,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +14,7 @@ from smae_utils.batch.local import LocalProcesses
 from smae_utils.batch.plan import Planned, read_batch
 from smae_utils.batch.runs import Batch, line_of, reason
 from smae_utils.errors import UserError
-from smae_utils.locks import Timeout, held
+from smae_utils.locks import alone
 
 POLL = 0.5  # seconds
 BACKENDS = ("local", "slurm")
@@ -78,39 +77,22 @@ def run_planned(
     """As `run_batch`, with runs that need no file; `done` gets each as it is done, with its name."""
     batch = Batch(Path(out).absolute(), tuple(runs))
     batch.out.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        # A second runner that plans otherwise would change the runs of the first.
-        try:
-            stack.enter_context(held(batch.out / ".lock", timeout=0))
-        except Timeout:
-            raise UserError(
-                f"{out} is being run by another process: wait for it, or choose another --out"
-            ) from None
-        return _run(batch, jobs, gpus, backend, slurm, report, done)
+    # A second runner that plans otherwise would change the runs of the first.
+    refusal = f"{out} is being run by another process: wait for it, or choose another --out"
+    with alone(batch.out / ".lock", refusal):
+        batch.save()
+        if backend == "slurm":
+            from smae_utils.batch.slurm import SlurmJobs
 
-
-def _run(
-    batch: Batch,
-    jobs: int,
-    gpus: Sequence[str],
-    backend: str,
-    slurm: dict[str, Any] | None,
-    report: Callable[[str], None],
-    done: Callable[[Batch, str], None] | None,
-) -> dict[str, str]:
-    batch.save()
-    if backend == "slurm":
-        from smae_utils.batch.slurm import SlurmJobs
-
-        place: Backend = SlurmJobs(batch, slurm or {}, report)
-    else:
-        place = LocalProcesses(batch, jobs, gpus)
-    states = _loop(batch, place, report, done or (lambda batch, name: None))
-    wrong = [name for name, state in states.items() if state != "done"]
-    if wrong:
-        reasons = [f"{name} {states[name]}: {reason(batch, name)}" for name in wrong]
-        raise UserError(f"{len(wrong)} of {len(states)} runs are not done. " + "; ".join(reasons[:5]))
-    return states
+            place: Backend = SlurmJobs(batch, slurm or {}, report)
+        else:
+            place = LocalProcesses(batch, jobs, gpus)
+        states = _loop(batch, place, report, done or (lambda batch, name: None))
+        wrong = [name for name, state in states.items() if state != "done"]
+        if wrong:
+            reasons = [f"{name} {states[name]}: {reason(batch, name)}" for name in wrong]
+            raise UserError(f"{len(wrong)} of {len(states)} runs are not done. " + "; ".join(reasons[:5]))
+        return states
 
 
 def check_place(jobs: int, backend: str, gpus: Sequence[str] = (), slurm: Any = None) -> None:

@@ -14,7 +14,7 @@ import os
 import platform
 import signal
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -29,6 +29,7 @@ from smae_utils.run_notebook import run_notebook
 from smae_utils.work.provenance import now
 
 RESULT = "result.json"  # what a function returned
+SLURM_JOBS = "slurm/jobs.json"
 # Of a run: waits, is executed, was killed or interrupted, failed, is done; or it waits for one that failed.
 STATES = ("waiting", "running", "stopped", "failed", "done", "blocked")
 
@@ -79,6 +80,15 @@ class Batch:
             if run.name == name:
                 return run
         raise UserError(f"{self.out} has no run {name}: was the batch changed while it ran?")
+
+    def slurm_jobs(self) -> dict[str, str]:
+        """Number of the SLURM job of each run that was submitted last, by whichever runner."""
+        file = self.out / SLURM_JOBS
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    def save_slurm_jobs(self, numbers: Mapping[str, str]) -> None:
+        """Note them for the next runner, where this one is killed."""
+        write_text(self.out / SLURM_JOBS, json.dumps(numbers))
 
     def states(self) -> dict[str, str]:
         """The state of each run, in the order of the batch."""
@@ -237,9 +247,8 @@ def line_of(batch: Batch, name: str) -> str:
 
 def _log_of(batch: Batch, name: str) -> Path:
     """What a run printed last: its own log, or that of its SLURM job."""
-    jobs = batch.out / "slurm" / "jobs.json"
-    number = json.loads(jobs.read_text(encoding="utf-8")).get(name) if jobs.is_file() else None
-    found = sorted(jobs.parent.glob(f"{number}_*log.err")) if number else []
+    number = batch.slurm_jobs().get(name)
+    found = sorted((batch.out / "slurm").glob(f"{number}_*log.err")) if number else []
     return found[-1] if found else batch.out / name / "log.txt"
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import math
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from smae_utils.atomic import write_text
 from smae_utils.batch.runs import Batch, execute
 from smae_utils.errors import UserError
 
@@ -64,13 +63,11 @@ class SlurmJobs:
             ) from None
         self.jobs: dict[str, Any] = {}
         self.told: set[tuple[str, str]] = set()
-        self.asked = time.monotonic()
-        self.file = batch.out / "slurm" / "jobs.json"  # for the next runner, where this one is killed
-        known, names = self._known() or {}, {run.name for run in batch.runs}
-        if self.file.is_file():
-            for name, number in json.loads(self.file.read_text(encoding="utf-8")).items():
-                if number in known and name in names:
-                    self.jobs[name] = submitit.SlurmJob(folder=batch.out / "slurm", job_id=number)
+        self.asked = -math.inf
+        # Those that are over by now are found out as soon as the cluster answers.
+        for name, number in batch.slurm_jobs().items():
+            if name in {run.name for run in batch.runs}:
+                self.jobs[name] = submitit.SlurmJob(folder=batch.out / "slurm", job_id=number)
 
     def taken_over(self) -> list[str]:
         """Runs whose jobs an earlier runner, which was killed, left to the cluster."""
@@ -87,7 +84,7 @@ class SlurmJobs:
                 text = " ".join(str(error).split())[:300]
                 raise UserError(f"SLURM takes no job: {text}. Look at what --slurm says") from None
             self.jobs.update(zip(names, jobs))
-            write_text(self.file, json.dumps({name: job.job_id for name, job in self.jobs.items()}))
+            self.batch.save_slurm_jobs({name: job.job_id for name, job in self.jobs.items()})
         return list(names)
 
     def ended(self) -> list[str]:

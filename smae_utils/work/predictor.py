@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from smae_utils.data import out_of_core
 from smae_utils.data.batches import Scans, in_order, read_case, whole_images
-from smae_utils.data.case import Case, case_of
+from smae_utils.data.case import Case, case_of, without_label
 from smae_utils.data.pictures import ReadRadiograph
 from smae_utils.data.reading import CheckCase, ReadScan
 from smae_utils.data.tasks import Task
@@ -143,12 +143,13 @@ class Predictor:
             UserError: naming the file.
         """
         if self.task.spatial_dims == 2:
-            read_case(ReadRadiograph(self.task.in_chans), _image_of(case))
+            read_case(ReadRadiograph(self.task.in_chans), without_label(case))
             return
         read = Compose([ReadScan(["image"]), CheckCase(self.task, with_label=False)])
         look = out_of_core.look_through
         read_case(
-            lambda scan: look(scan, self.task) if out_of_core.is_large(scan) else read(scan), _image_of(case)
+            lambda scan: look(scan, self.task) if out_of_core.is_large(scan) else read(scan),
+            without_label(case),
         )
 
     def segment(self, case: Case, keep: bool = False, progress: Progress | None = None) -> Segmented:
@@ -160,7 +161,7 @@ class Predictor:
         """
         if self.task.spatial_dims == 2:
             return self._segment_flat(case, keep)
-        scan = read_case(self._read_scan, _image_of(case))
+        scan = read_case(self._read_scan, without_label(case))
         probs = self.probabilities(scan.image, progress)
         labels = out_of_core.zeros(scan.shape, np.uint8)
         kept = out_of_core.zeros((len(probs), *scan.shape)) if keep else None
@@ -256,7 +257,7 @@ class Predictor:
         """A 2D image is seen whole at the network's input size; its probabilities are brought back to its own
         pixels linearly.
         """
-        data = read_case(self.prepared(), _image_of(case))
+        data = read_case(self.prepared(), without_label(case))
         width, height = data["image"].size
         with self._computing():
             logits = (
@@ -270,7 +271,3 @@ class Predictor:
                 probs[None], size=(height, width), mode="bilinear", align_corners=False
             )[0]
         return Segmented(label_map(probs, self.task), None, probs.numpy() if keep else None)
-
-
-def _image_of(case: Case) -> dict[str, Any]:
-    return {"case": case["case"], "image": case["image"]}

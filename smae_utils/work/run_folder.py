@@ -15,7 +15,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,7 +25,7 @@ import yaml
 from smae_utils.atomic import newest_folder, write_text
 from smae_utils.data.tasks.lists import is_list
 from smae_utils.errors import UserError
-from smae_utils.locks import Timeout, held
+from smae_utils.locks import Timeout, alone, held
 from smae_utils.method.checkpoints.save import WEIGHTS
 from smae_utils.work.settings import rate
 from smae_utils.yaml_text import read_yaml, write_yaml
@@ -76,14 +76,11 @@ def only_process(path: str | Path) -> Iterator[None]:
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(held(folder / LOCK, timeout=0))
-        except Timeout:
-            raise UserError(
-                f"{folder} is being trained by another process: wait until it has ended or end it, or choose "
-                "another --out"
-            ) from None
+    refusal = (
+        f"{folder} is being trained by another process: wait until it has ended or end it, or choose "
+        "another --out"
+    )
+    with alone(folder / LOCK, refusal):
         yield
 
 
